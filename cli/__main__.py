@@ -1,0 +1,5 @@
+"""`python -m ftload.cli`."""
+
+from .app import main
+
+main()

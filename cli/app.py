@@ -1,0 +1,71 @@
+"""The `ftload` command: registers the commands and holds the one place where errors end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from .errors import Interrupted, explain
+from .options import FlagsCommand
+from .output import Output
+from .prepare import prepare
+
+app = typer.Typer(
+    name="ftload",
+    help="Materialise ready-to-train language models, and say exactly what is in them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prepare", cls=FlagsCommand)(prepare)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ..loaders.environment import ftload_version
+
+        typer.echo(f"ftload {ftload_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Materialise ready-to-train language models, and say exactly what is in them."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with a code of the contract (see the README)."""
+    words = [word.replace("_", "-") for word in sys.argv[1:]]
+    # before the flags are parsed, and if they can't be: how to say so
+    output = Output(as_json="--json" in words, quiet="--quiet" in words)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output has gone; python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in words:
+            import traceback
+
+            traceback.print_exc()
+        failure = explain(error)
+        output.failure(failure)
+        code = failure.code
+    sys.exit(code)
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(128 + signum)

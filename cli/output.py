@@ -1,0 +1,112 @@
+"""The one place that prints: results to stdout, talk to stderr; for people or, with `--json`, for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .errors import Failure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from ..loaders.stream import Progress
+
+
+class Output:
+    """Prints results, progress and errors in the way that was asked for."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self._as_json = as_json
+        self._quiet = quiet
+
+    def report(self, report: Mapping[str, Any], directory: str) -> None:
+        """The result of `prepare`: with `--json` the report itself, else tables."""
+        if self._as_json:
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+        elif not self._quiet:
+            from .summary import print_summary
+
+            print_summary(report, directory)
+
+    def failure(self, failure: Failure) -> None:
+        """One line and a hint on stderr; with `--json`, one document on stdout as well."""
+        from rich.console import Console
+        from rich.markup import escape
+
+        if self._as_json:
+            error = {
+                "code": failure.code,
+                "kind": failure.kind,
+                "message": failure.message,
+                "hint": failure.hint,
+            }
+            print(json.dumps({"error": error}, ensure_ascii=False))
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(failure.message)}")
+        if failure.hint:
+            console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Progress on stderr while the work goes on: nothing unless stderr is a terminal."""
+        if self._quiet or not sys.stderr.isatty():
+            yield _Silent()
+            return
+        from rich.console import Console
+
+        with _bar(Console(stderr=True)) as bar:
+            yield _Shown(bar)
+
+
+class _Silent:
+    def stage(self, name: str) -> None: ...
+
+    def expect(self, *, bytes: int, tensors: int) -> None: ...
+
+    def advance(self, *, bytes: int, tensors: int) -> None: ...
+
+
+class _Shown:
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None, tensors=0, all_tensors=0)
+        self._tensors = 0
+
+    def stage(self, name: str) -> None:
+        self._bar.update(self._task, description=name)
+
+    def expect(self, *, bytes: int, tensors: int) -> None:
+        self._bar.reset(self._task, total=bytes, all_tensors=tensors)
+
+    def advance(self, *, bytes: int, tensors: int) -> None:
+        self._tensors += tensors
+        self._bar.update(self._task, advance=bytes, tensors=self._tensors)
+
+
+def _bar(console: Console) -> Bar:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=False),
+        TextColumn("{task.fields[tensors]}/{task.fields[all_tensors]} tensors"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

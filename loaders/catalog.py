@@ -1,0 +1,145 @@
+"""What a parameter is for, and which linear layers an adapter trains.
+
+Both are decided by what the model's modules are and are called, not by a list of architectures: a new architecture
+needs no entry here as long as it keeps to the field's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UsageError
+from .request import Decision
+
+Component = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "adapter"]
+
+REFERENCE_TARGETS = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
+"""The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+
+_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "router_proj"})
+_VISION_NAMES = frozenset({"vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower"})
+
+
+def component_of(parameter: str, module_classes: Mapping[str, str], *, head: str | None) -> Component:
+    """Say what `parameter` (its dotted name) belongs to.
+
+    `module_classes` maps the dotted name of each module to its class name; `head` is the output embedding's name. What
+    fits nothing else counts as `mlp`.
+    """
+    module, _, leaf = parameter.rpartition(".")
+    path = module.split(".")
+    if module == head:
+        return "head"
+    if "Embedding" in module_classes.get(module, ""):
+        return "embedding"
+    if "norm" in path[-1].lower() or "norm" in module_classes.get(module, "").lower() or path[-1].startswith("ln_"):
+        return "norm"
+    if "router" in path or path[-1] in _ROUTER_NAMES or "Router" in module_classes.get(module, ""):
+        return "router"
+    if any("experts" in part for part in (*path, leaf)):
+        return "experts"
+    if any("attn" in part or "attention" in part for part in path):
+        return "attention"
+    return "mlp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearLayer:
+    """A linear layer of the model: `torch.nn.Linear`, or GPT-2's Conv1D, which stores its weight transposed."""
+
+    name: str
+    in_features: int
+    out_features: int
+    component: Component
+    transposed: bool
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name, which target patterns are compared with."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """The layers that get an adapter, in the model's module order, and how they were found."""
+
+    patterns: tuple[str, ...]
+    layers: tuple[LinearLayer, ...]
+    hits: Mapping[str, int]
+    decisions: tuple[Decision, ...]
+
+
+def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | None, fused_experts: bool) -> Targets:
+    """Choose the linear layers that get an adapter.
+
+    Names that the user asked for are taken as they are; each must hit. Otherwise the reference's seven names are
+    used where the architecture has them all. Where it lacks some, or for `all-linear`, every linear layer of the
+    blocks is a target, except routers, the head and vision towers; where experts are fused into 3-D parameters,
+    which LoRA's linear adapters can't reach, the attention layers alone.
+    Raises `UsageError` when a name that was asked for, or everything, hits nothing.
+    """
+    layers = tuple(layers)
+    if asked is not None and asked != (ALL_LINEAR,):
+        hits = _hits(layers, asked)
+        missed = [pattern for pattern, count in hits.items() if not count]
+        if missed:
+            names = sorted({layer.leaf for layer in layers})
+            raise UsageError(
+                f"`--lora_target_modules`: no linear layer is called {', '.join(f'`{name}`' for name in missed)}",
+                hint=f"this model has {', '.join(names)}",
+            )
+        return Targets(patterns=asked, layers=_matching(layers, asked), hits=hits, decisions=())
+    hits = _hits(layers, REFERENCE_TARGETS)
+    if asked is None and all(hits.values()) and not fused_experts:
+        return Targets(patterns=REFERENCE_TARGETS, layers=_matching(layers, REFERENCE_TARGETS), hits=hits, decisions=())
+    eligible = [
+        layer
+        for layer in layers
+        if layer.component in (("attention",) if fused_experts else ("attention", "mlp", "experts"))
+        and _VISION_NAMES.isdisjoint(layer.name.split("."))
+    ]
+    patterns = tuple(dict.fromkeys(layer.leaf for layer in eligible))
+    if not patterns:
+        raise UsageError(
+            "LoRA finds no linear layer to train in this model", hint="name some with --lora_target_modules"
+        )
+    chosen = _matching(layers, patterns)
+    strays = {layer.leaf for layer in chosen} & {layer.leaf for layer in layers if layer not in eligible}
+    if strays:
+        # a name alone can't tell these apart: name the layers in full
+        patterns = tuple(layer.name for layer in eligible)
+        chosen = tuple(eligible)
+    missed = ", ".join(name for name in REFERENCE_TARGETS if not hits[name])
+    if fused_experts:
+        reason = (
+            "the experts are fused into 3-D parameters, which linear adapters can't reach: attention alone is trained"
+        )
+    elif asked is not None:
+        reason = "these are the linear layers of its blocks"
+    else:
+        reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
+    decision = Decision(
+        what="lora_targets",
+        requested=" ".join(asked or REFERENCE_TARGETS),
+        effective=" ".join(patterns),
+        reason=reason,
+    )
+    return Targets(patterns=patterns, layers=chosen, hits=_hits(layers, patterns), decisions=(decision,))
+
+
+def _hits(layers: tuple[LinearLayer, ...], patterns: tuple[str, ...]) -> dict[str, int]:
+    return {pattern: sum(_matches(layer, pattern) for layer in layers) for pattern in patterns}
+
+
+def _matching(layers: tuple[LinearLayer, ...], patterns: tuple[str, ...]) -> tuple[LinearLayer, ...]:
+    return tuple(layer for layer in layers if any(_matches(layer, pattern) for pattern in patterns))
+
+
+def _matches(layer: LinearLayer, pattern: str) -> bool:
+    # PEFT's rule for a list of target modules: the whole name, or its end after a dot
+    return layer.name == pattern or layer.name.endswith(f".{pattern}")

@@ -1,0 +1,301 @@
+"""A checkpoint as its headers describe it: where every tensor lies, without reading one.
+
+safetensors: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
+(https://github.com/huggingface/safetensors, "Format"). Pickled `.bin` files are memory-mapped, with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, SourceError
+from .source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit that the safetensors library itself sets."""
+
+MAX_JSON_BYTES = 256 * 1024 * 1024
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes an element takes, by safetensors dtype."""
+
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+"""torch's name of each safetensors dtype."""
+
+DTYPE_CODES = {name: code for code, name in TORCH_NAMES.items()}
+
+CHUNK_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMeta:
+    """One stored tensor: what it is and where its bytes are."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """The safetensors code: `BF16`, `F32`, …"""
+    file: str
+    begin: int
+    """First byte, counted from the start of the file (0 in a pickle, where the offset is not known)."""
+    end: int
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        return self.parameters * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The headers of all files of a model's weights, and the way to read them."""
+
+    source: Source
+    tensors: Mapping[str, TensorMeta]
+    weight_files: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    pickled: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """The memory-mapped tensors of `.bin` files; empty for safetensors."""
+
+    def chunks(self, tensor: TensorMeta, rows: int) -> Iterator[Tensor]:
+        """Yield the tensor `rows` rows (of its first dimension) at a time, in its stored dtype.
+
+        A tensor without dimensions comes as one chunk. The memory of a chunk may be reused for the next one.
+        Raises `CheckpointError` when the file ends early.
+        """
+        import torch
+
+        if tensor.name in self.pickled:
+            value = self.pickled[tensor.name]
+            yield from value.split(rows) if value.dim() and value.shape[0] else [value]
+            return
+        dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+        if not tensor.nbytes:
+            yield torch.empty(tensor.shape, dtype=dtype)
+            return
+        row_shape = tensor.shape[1:]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
+        path = self.source.root / tensor.file
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(tensor.begin)
+                for first in range(tensor.begin, tensor.end, rows * row_bytes):
+                    buffer = bytearray(min(rows * row_bytes, tensor.end - first))
+                    _read_exactly(file.readinto, buffer, tensor)
+                    count = len(buffer) // row_bytes
+                    shape = (count, *row_shape) if tensor.shape else ()
+                    yield torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        except OSError as error:
+            raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+
+    def read(self, tensor: TensorMeta) -> Tensor:
+        """The whole tensor, in its stored dtype."""
+        (value,) = self.chunks(tensor, max(1, tensor.shape[0] if tensor.shape else 1))
+        return value
+
+
+def rows_per_chunk(shape: tuple[int, ...], item_bytes: int) -> int:
+    """How many rows of a tensor make a chunk of about `CHUNK_BYTES`; at least one."""
+    row_bytes = math.prod(shape[1:]) * item_bytes
+    return max(1, CHUNK_BYTES // max(1, row_bytes))
+
+
+def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
+    """Find the weight files as transformers would and read their headers.
+
+    Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint.
+    """
+    names = {file.path: file for file in source.files}
+    if "config.json" not in names:
+        hint = "a model directory holds config.json, a tokenizer and *.safetensors"
+        if "adapter_config.json" in names:
+            hint = "this is an adapter: give the model that it was trained on"
+        raise CheckpointError(f"`{source.model}` holds no `config.json`", hint=hint)
+    warnings: tuple[str, ...] = ()
+    if SINGLE_FILE in names:
+        weight_map = None
+        files: tuple[str, ...] = (SINGLE_FILE,)
+        if INDEX_FILE in names:
+            warnings = (f"both `{SINGLE_FILE}` and `{INDEX_FILE}` are there: the single file is used",)
+    elif INDEX_FILE in names:
+        weight_map = _read_index(source, INDEX_FILE)
+        files = tuple(sorted(set(weight_map.values())))
+    elif PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
+        return _open_pickles(source, allow_pickle=allow_pickle)
+    else:
+        raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
+    for name in files:
+        if name not in names:
+            raise CheckpointError(f"`{name}` is listed in `{INDEX_FILE}` but missing", hint="download the model again")
+    tensors: dict[str, TensorMeta] = {}
+    for name in files:
+        for tensor in read_header(name, names[name].bytes, lambda b, e, n=name: source.read(n, b, e)):
+            if weight_map is None or weight_map.get(tensor.name) == name:
+                tensors[tensor.name] = tensor
+    for name, file in (weight_map or {}).items():
+        if name not in tensors:
+            raise CheckpointError(f"tensor `{name}` is not in `{file}`, where `{INDEX_FILE}` places it")
+    return Checkpoint(source=source, tensors=tensors, weight_files=files, warnings=warnings)
+
+
+def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tuple[TensorMeta, ...]:
+    """Parse and check the header of one safetensors file of `size` bytes.
+
+    Every element is checked: dtype times shape is the length of the data, the data lie one after another and end
+    with the file. Raises `CheckpointError` naming the file.
+    """
+    if size < 8:
+        raise CheckpointError(f"`{file}` is {size} bytes long: not a safetensors file", hint=_TRUNCATED)
+    first = read(0, min(size, 64 * 1024))
+    (length,) = struct.unpack("<Q", first[:8])
+    if first.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"`{file}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise CheckpointError(f"`{file}` has a header of {length} bytes in a file of {size}", hint=_TRUNCATED)
+    raw = first[8 : 8 + length] if 8 + length <= len(first) else first[8:] + read(len(first), 8 + length)
+    header = _parse_json(raw, file)
+    header.pop("__metadata__", None)
+    tensors = [_tensor_meta(name, entry, file, 8 + length) for name, entry in header.items()]
+    position = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
+        if tensor.begin != position:
+            raise CheckpointError(f"`{file}`: the data of `{tensor.name}` overlap or leave a gap")
+        position = tensor.end
+    if position != size:
+        problem = "is truncated" if position > size else "has bytes that belong to no tensor"
+        raise CheckpointError(
+            f"`{file}` {problem}: its header describes {position} bytes, it has {size}", hint=_TRUNCATED
+        )
+    return tuple(tensors)
+
+
+_TRUNCATED = "the file is incomplete or not a safetensors file: download it again"
+
+
+def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMeta:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        dtype, shape, begin, end = None, (), 0, -1
+    if begin > end or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise CheckpointError(f"`{file}`: the header entry of `{name}` is malformed")
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"`{file}`: tensor `{name}` has the unknown dtype `{dtype}`")
+    meta = TensorMeta(name=name, shape=shape, dtype=dtype, file=file, begin=data_begin + begin, end=data_begin + end)
+    if meta.nbytes != end - begin:
+        raise CheckpointError(
+            f"`{file}`: tensor `{name}` of shape {list(shape)} and dtype {dtype} should take {meta.nbytes} bytes, "
+            f"its header says {end - begin}"
+        )
+    return meta
+
+
+def _read_index(source: Source, index: str) -> dict[str, str]:
+    size = next(file.bytes for file in source.files if file.path == index)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"`{index}` is {size} bytes long")
+    weight_map = _parse_json(source.read(index, 0, size), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`{index}` has no `weight_map`")
+    for name, file in weight_map.items():
+        # a name with a separator could lead out of the directory, another ending is not a shard
+        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"`{index}` places tensor `{name}` in {file!r}, which is not a shard's name")
+    return weight_map
+
+
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise CheckpointError(f"`{file}` names a key twice")
+        return result
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{file}` is not valid JSON", hint=_TRUNCATED) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{file}` is not a JSON object")
+    return value
+
+
+def _read_exactly(readinto: Callable[[memoryview], int | None], buffer: bytearray, tensor: TensorMeta) -> None:
+    view = memoryview(buffer)
+    while view:
+        count = readinto(view)
+        if not count:
+            raise CheckpointError(
+                f"`{tensor.file}` ends within tensor `{tensor.name}`",
+                hint="the file changed while it was read",
+            )
+        view = view[count:]
+
+
+def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
+    import torch
+
+    names = {file.path for file in source.files}
+    if not allow_pickle:
+        raise CheckpointError(
+            f"`{source.model}` has only pickled weights (`{PICKLE_FILE}`)",
+            hint="pickles can run code: pass --allow_pickle if you trust the source; it loads plain tensors alone",
+        )
+    if PICKLE_FILE in names:
+        files: tuple[str, ...] = (PICKLE_FILE,)
+    else:
+        files = tuple(sorted(set(_read_index(source, PICKLE_INDEX_FILE).values())))
+    for name in files:
+        if name not in names:
+            raise CheckpointError(f"`{name}` is listed in `{PICKLE_INDEX_FILE}` but missing")
+    # a pickle has no header that can be read alone
+    source.fetch(files)
+    tensors: dict[str, TensorMeta] = {}
+    pickled: dict[str, Tensor] = {}
+    for name in files:
+        path = source.root / name
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many types here, none of which names the file
+            raise CheckpointError(
+                f"`{name}` can't be loaded as plain tensors: {str(error).splitlines()[0]}",
+                hint="it may hold code or be in an old format: convert it to safetensors",
+            ) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"`{name}` does not hold a dictionary of tensors")
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                raise CheckpointError(f"`{name}`: `{key}` is not a tensor")
+            code = DTYPE_CODES.get(str(value.dtype).removeprefix("torch."))
+            if code is None:
+                raise CheckpointError(f"`{name}`: tensor `{key}` has the dtype `{value.dtype}`")
+            pickled[key] = value
+            tensors[key] = TensorMeta(name=key, shape=tuple(value.shape), dtype=code, file=name, begin=0, end=0)
+    return Checkpoint(source=source, tensors=tensors, weight_files=files, pickled=pickled)

@@ -1,0 +1,117 @@
+"""What this machine and Python environment have; each question is answered by trying, not by looking for a package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import MissingRequirementError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REPORTED = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "huggingface_hub",
+    "liger-kernel", "flash-attn", "gguf", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """The attention implementation that was asked for and the one that works here."""
+
+    requested: str
+    effective: str
+    reason: str | None
+    """Why they differ; None when they don't."""
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None if there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def ftload_version() -> str:
+    """The version of ftload itself."""
+    return installed_version("ftload") or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every installed distribution that has a part in the result."""
+    found = {"python": platform.python_version()}
+    for name in _REPORTED:
+        version = installed_version(name)
+        if version is not None:
+            found[name] = version
+    return found
+
+
+def require(packages: tuple[str, ...], *, purpose: str) -> None:
+    """Raise `MissingRequirementError` naming the distributions that are not installed."""
+    missing = [name for name in packages if installed_version(name) is None]
+    if missing:
+        raise MissingRequirementError(
+            f"{purpose} needs {', '.join(f'`{name}`' for name in missing)}",
+            hint=f"pip install {' '.join(missing)}",
+        )
+
+
+def resolve_attention(model_class: type[PreTrainedModel], *, use_flash_attn: bool) -> Attention:
+    """FlashAttention 2 where it was asked for and runs; else PyTorch's sdpa where the model supports it; else eager."""
+    if not use_flash_attn:
+        return Attention(requested="eager", effective="eager", reason=None)
+    problem = _flash_attention_problem(model_class)
+    if problem is None:
+        return Attention(requested="flash_attention_2", effective="flash_attention_2", reason=None)
+    fallback = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    return Attention(requested="flash_attention_2", effective=fallback, reason=problem)
+
+
+def liger_problem() -> str | None:
+    """Why Liger's kernels can't run here; None when they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "Liger's Triton kernels need a GPU, and there is none"
+    try:
+        importlib.import_module("liger_kernel.transformers")
+    except Exception as error:  # a broken Triton raises whatever it likes
+        return f"liger-kernel does not import: {_first_line(error)}"
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had, file-backed pages included."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _flash_attention_problem(model_class: type[PreTrainedModel]) -> str | None:
+    import torch
+
+    if not getattr(model_class, "_supports_flash_attn", False):
+        return f"`{model_class.__name__}` does not support FlashAttention"
+    if not torch.cuda.is_available():
+        return "FlashAttention needs a GPU, and there is none"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"FlashAttention 2 needs compute capability 8.0, `{torch.cuda.get_device_name()}` is older"
+    try:
+        importlib.import_module("flash_attn")
+    except ModuleNotFoundError:
+        return "flash-attn is not installed"
+    except Exception as error:  # built for another torch: ImportError, OSError or RuntimeError
+        return f"flash-attn does not import: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,45 @@
+"""GGUF files, dequantised by transformers into an ordinary checkpoint.
+
+transformers builds the whole model to do so: memory is that of the model in bfloat16, not of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .errors import CheckpointError, MissingRequirementError
+from .skeleton import quiet_transformers
+from .source import Source, resolve_source
+
+
+def dequantise(source: Source, directory: Path) -> Source:
+    """Write the model of a `.gguf` file into `directory`, in bfloat16 safetensors, and return it as a local source.
+
+    Raises `MissingRequirementError` without the `gguf` package, `CheckpointError` for a file that transformers can't
+    use.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils.import_utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise MissingRequirementError("reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'")
+    name = source.gguf_file
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.root,
+                gguf_file=name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
+            model.save_pretrained(directory)
+    except (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"`{source.model}` can't be dequantised: {reason}",
+            hint="is it a whole GGUF file of a language model?",
+        ) from error
+    return replace(resolve_source(str(directory), None), model=source.model)

@@ -1,0 +1,50 @@
+"""The Liger strategy: the standard weights, and Liger's Triton kernels when they are loaded.
+
+Nothing of Liger is stored on disk. The kernels are applied to the loaded model alone, not to transformers' classes, so
+that other models in the process stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .standard import Standard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KERNELS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "fused_linear_cross_entropy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Liger(Standard):
+    """Full fine-tuning with Liger kernels and their fused linear cross-entropy."""
+
+    name: str = "liger"
+    packages: tuple[str, ...] = ("liger-kernel",)
+
+
+def liger_kernels(model_type: str) -> tuple[str, ...]:
+    """The kernels that Liger has for an architecture, empty where it has none.
+
+    Raises `ImportError` where liger-kernel or Triton is missing or broken.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if apply is None:
+        return ()
+    parameters = inspect.signature(apply).parameters
+    return tuple(kernel for kernel in _KERNELS if kernel in parameters)
+
+
+def apply_liger(model: PreTrainedModel) -> tuple[str, ...]:
+    """Patch one loaded model in place; returns the kernels in effect."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kernels = liger_kernels(model.config.model_type)
+    options = dict.fromkeys(kernels, True)
+    MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model=model, **options)
+    return kernels

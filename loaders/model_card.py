@@ -1,0 +1,61 @@
+"""The model card that is written as README.md: what the directory holds and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """Markdown with the hub's metadata header, made from the report."""
+    source, parameters, adapter = report["source"], report["parameters"], report["adapter"]
+    header = ["---", "library_name: peft" if adapter else "library_name: transformers"]
+    if source["kind"] == "hub":
+        header.append(f"base_model: {json.dumps(source['model'])}")
+    header += ["tags:", "- ftload", f"- {report['strategy']}", "---", ""]
+    origin = f"`{source['model']}`" + (f" at commit `{source['commit']}`" if source["commit"] else "")
+    lines = [
+        *header,
+        f"# {origin}, ready to train ({report['strategy']})",
+        "",
+        f"A `{source['architecture']}` that ftload {report['ftload_version']} prepared from {origin}.",
+        "",
+        "```python",
+        "from ftload.loaders import load_prepared",
+        "",
+        'model, tokenizer = load_prepared("path/to/this/directory")',
+        "```",
+        "",
+        "| | parameters |",
+        "|---|---:|",
+        f"| total | {parameters['total']:,} |",
+        f"| trainable | {parameters['trainable']:,} ({parameters['trainable_percent']:.2f} %) |",
+        "",
+        "| stored as | tensors | parameters | bytes |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {dtype} | {row['tensors']:,} | {row['parameters']:,} | {row['bytes']:,} |"
+            for dtype, row in parameters["by_dtype"].items()
+        ),
+        "",
+    ]
+    if adapter:
+        where = "this directory" if report["base"] == "copy" else f"`{adapter['base']}`, which is not copied here"
+        lines += [
+            f"The LoRA adapter (rank {adapter['r']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}) is in "
+            f"`adapter/`; its base is {where}.",
+            "",
+        ]
+    if report["embeddings"]["resized"]:
+        rows = report["embeddings"]
+        lines += [
+            f"The embeddings grew from {rows['rows_before']:,} to {rows['rows_after']:,} rows ({rows['init']}).",
+            "",
+        ]
+    if report["decisions"]:
+        lines += ["| decision | requested | effective | why |", "|---|---|---|---|"]
+        lines += [f"| {d['what']} | {d['requested']} | {d['effective']} | {d['reason']} |" for d in report["decisions"]]
+        lines.append("")
+    lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
+    return "\n".join(lines)

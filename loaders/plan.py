@@ -1,0 +1,287 @@
+"""The plan: every file and tensor that will be written, every decision, and the totals, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from .catalog import Targets, resolve_targets
+from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
+from .environment import Attention, resolve_attention
+from .errors import CheckpointError, UsageError
+from .layout import Layout, lay_out
+from .liger import liger_kernels
+from .lora import adapter_steps
+from .operations import Grow, OutputTensor, Step, plain_step
+from .request import Decision, Request
+from .skeleton import ModelTensor, Skeleton
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutputFile:
+    """One safetensors file: what is written into it, and where."""
+
+    path: str
+    """Relative to the output directory."""
+    steps: tuple[Step, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Whether Liger has kernels for this architecture, and which ones are applied on loading."""
+
+    supported: bool
+    applied: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What `prepare` will write. Execution consumes it and changes nothing."""
+
+    request: Request
+    strategy: Strategy
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    steps: tuple[Step, ...]
+    """All tensors of the base, whether they are written or not."""
+    base: Literal["copy", "reference"]
+    model_files: tuple[OutputFile, ...]
+    """Empty when the base is referenced."""
+    adapter_file: OutputFile | None
+    targets: Targets | None
+    quantization_config: dict[str, Any] | None
+    attention: Attention
+    kernels: Kernels | None
+    decisions: tuple[Decision, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[OutputFile, ...]:
+        """Every safetensors file."""
+        return self.model_files if self.adapter_file is None else (*self.model_files, self.adapter_file)
+
+    @property
+    def grown(self) -> tuple[Grow, ...]:
+        """The embeddings that get new rows."""
+        return tuple(step.operation for step in self.steps if isinstance(step.operation, Grow))
+
+    def loaded_tensors(self) -> Iterator[OutputTensor]:
+        """The base's tensors in the dtypes that they are loaded with."""
+        for step in self.steps:
+            yield from step.outputs
+
+    def stored_tensors(self) -> Iterator[OutputTensor]:
+        """The base's tensors as they lie on disk, in the output or in the base that is referenced."""
+        if self.base == "copy":
+            yield from self.loaded_tensors()
+            return
+        for tensor in self.skeleton.tensors:
+            for source in tensor.sources if tensor.conversion is None else ():
+                yield OutputTensor(
+                    name=source.name, shape=source.shape, dtype=source.dtype, component=tensor.component,
+                    counted_as=TORCH_NAMES[source.dtype],
+                    parameters=0 if tensor.buffer else prod(source.shape),
+                )  # fmt: skip
+
+    def adapter_tensors(self) -> Iterator[OutputTensor]:
+        """The adapter's tensors."""
+        for step in self.adapter_file.steps if self.adapter_file is not None else ():
+            yield from step.outputs
+
+
+def make_plan(
+    request: Request, strategy: Strategy, checkpoint: Checkpoint, config: PretrainedConfig, skeleton: Skeleton
+) -> Plan:
+    """Decide everything. Raises the error that executing the plan would run into, before anything is written."""
+    decisions = list(request.decisions)
+    warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
+    packed = any(tensor.packed is not None for tensor in skeleton.tensors)
+    quantization_config = _stored_quantization(checkpoint, config, packed=packed) or strategy.quantization_config()
+    steps = tuple(_steps(strategy, skeleton.tensors))
+    base = _choose_base(request, strategy, checkpoint, skeleton, decisions)
+
+    targets = adapter_file = None
+    if strategy.has_adapter:
+        targets = resolve_targets(
+            skeleton.layers, asked=request.lora_targets, fused_experts=bool(skeleton.fused_experts)
+        )
+        decisions += targets.decisions
+        adapter_file = _output_file(
+            "adapter/adapter_model.safetensors",
+            adapter_steps(
+                targets,
+                rank=request.lora_rank,
+                dtypes=_adapter_dtypes(strategy, skeleton, steps, quantization_config),
+            ),
+        )
+
+    attention = resolve_attention(type(skeleton.model), use_flash_attn=request.use_flash_attn)
+    if attention.reason is not None:
+        decisions.append(
+            Decision(
+                what="attention",
+                requested=attention.requested,
+                effective=attention.effective,
+                reason=attention.reason,
+            )
+        )
+    kernels = _kernels(skeleton, decisions) if request.use_liger_kernel else None
+    if quantization_config is not None and skeleton.fused_experts:
+        warnings.append(
+            f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
+            "only, and k-bit preparation makes them float32 in training"
+        )
+    return Plan(
+        request=request,
+        strategy=strategy,
+        checkpoint=checkpoint,
+        skeleton=skeleton,
+        steps=steps,
+        base=base,
+        model_files=_shards(steps, request.max_shard_bytes) if base == "copy" else (),
+        adapter_file=adapter_file,
+        targets=targets,
+        quantization_config=quantization_config,
+        attention=attention,
+        kernels=kernels,
+        decisions=tuple(decisions),
+        warnings=tuple(warnings),
+    )
+
+
+def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:
+    # what comes out of one conversion is written together
+    for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
+        siblings = tuple(group)
+        yield plain_step(siblings) if siblings[0].conversion is not None else strategy.step(siblings[0])
+
+
+def _stored_quantization(checkpoint: Checkpoint, config: PretrainedConfig, *, packed: bool) -> dict[str, Any] | None:
+    """The checkpoint's own `quantization_config`; an error unless it is NF4."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        if packed:
+            raise CheckpointError(
+                f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
+            )
+        return None
+    if not isinstance(stored, dict):
+        stored = stored.to_dict()
+    method = stored.get("quant_method")
+    if not (packed and method == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
+        raise CheckpointError(
+            f"`{checkpoint.source.model}` is already quantised (`{method}`)",
+            hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
+        )
+    return dict(stored)
+
+
+def _choose_base(
+    request: Request,
+    strategy: Strategy,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    decisions: list[Decision],
+) -> Literal["copy", "reference"]:
+    if not strategy.has_adapter:
+        return "copy"
+    changes = _changes(request, strategy, checkpoint, skeleton)
+    if request.base == "copy" or (request.base == "auto" and changes):
+        return "copy"
+    unusable = [change for change in changes if not change.startswith("dtype")]
+    if unusable:
+        raise UsageError(
+            f"`--base reference`: the original can't serve as the base: {unusable[0]}", hint="use --base copy"
+        )
+    if changes:
+        decisions.append(
+            Decision(
+                what="base_dtype", requested="bfloat16", effective=changes[0].removeprefix("dtype: "),
+                reason="`--base reference` leaves the base as it is; `load_prepared` loads it as bfloat16",
+            )
+        )  # fmt: skip
+    return "reference"
+
+
+def _changes(request: Request, strategy: Strategy, checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
+    """Why the original can't be trained on as it stands."""
+    changes = []
+    if strategy.quantization_config() is not None:
+        changes.append("it is quantised")
+    if skeleton.rows_after != skeleton.rows_before:
+        changes.append("its embeddings are resized")
+    if checkpoint.source.kind == "gguf":
+        changes.append("it is a GGUF file")
+    if checkpoint.pickled:
+        changes.append("it is pickled")
+    if request.config_name is not None or request.config_overrides:
+        changes.append("its configuration is changed")
+    if any(tensor.conversion is not None for tensor in skeleton.tensors):
+        changes.append("its tensors are stored in another layout")
+    dtypes = {source.dtype for tensor in skeleton.tensors for source in tensor.sources if source.dtype != tensor.dtype}
+    if dtypes:
+        changes.append(f"dtype: {' '.join(sorted(TORCH_NAMES[code] for code in dtypes))}")
+    return changes
+
+
+def _adapter_dtypes(
+    strategy: Strategy, skeleton: Skeleton, steps: tuple[Step, ...], quantization: dict[str, Any] | None
+) -> dict[str, str]:
+    """The dtype that PEFT finds each linear layer to have: that of its weight, or the compute dtype if it is 4-bit."""
+    quantised = {output.name for step in steps for output in step.outputs if output.counted_as == "nf4"}
+    names = {tensor.linear.name: tensor.name for tensor in skeleton.tensors if tensor.linear is not None}
+    result = {}
+    for layer in skeleton.layers:
+        if quantization is not None and names.get(layer.name) in quantised:
+            dtype = quantization["bnb_4bit_compute_dtype"]
+        else:
+            loaded = skeleton.model.get_parameter(f"{layer.name}.weight").dtype
+            dtype = strategy.training_dtype(str(loaded).removeprefix("torch."))
+        result[layer.name] = DTYPE_CODES[dtype]
+    return result
+
+
+def _kernels(skeleton: Skeleton, decisions: list[Decision]) -> Kernels:
+    model_type = skeleton.config.model_type
+    try:
+        applied = liger_kernels(model_type)
+        reason = None if applied else f"Liger has no kernels for `{model_type}`"
+    except Exception as error:  # a missing or broken Triton raises whatever it likes
+        applied, reason = (
+            (),
+            f"liger-kernel does not import: {str(error).splitlines()[0] if str(error) else error!r}",
+        )
+    if reason is not None:
+        decisions.append(Decision(what="use_liger_kernel", requested="true", effective="false", reason=reason))
+    return Kernels(supported=bool(applied), applied=applied, reason=reason)
+
+
+def _shards(steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
+    shards: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if shards[-1] and size + step.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(step)
+        size += step.nbytes
+    if len(shards) == 1:
+        return (_output_file("model.safetensors", tuple(steps)),)
+    return tuple(
+        _output_file(f"model-{number:05d}-of-{len(shards):05d}.safetensors", tuple(shard))
+        for number, shard in enumerate(shards, start=1)
+    )
+
+
+def _output_file(path: str, steps: tuple[Step, ...]) -> OutputFile:
+    return OutputFile(path=path, steps=steps, layout=lay_out(output for step in steps for output in step.outputs))

@@ -1,0 +1,330 @@
+"""Preparing a model, from the flags to the finished directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import open_checkpoint
+from .environment import require
+from .errors import MissingRequirementError, OutputError
+from .gguf import dequantise
+from .lora import adapter_config
+from .model_card import model_card
+from .plan import Plan, make_plan
+from .report import REPORT_FILE, adapter_base, build_report
+from .request import Decision, Request, resolve_request
+from .skeleton import build_skeleton, load_config, load_generation_config, quiet_transformers
+from .source import Source, config_file_names, resolve_source, tokenizer_file_names
+from .strategy import STRATEGIES
+from .stream import Progress, disk_errors, hash_file, sync_file, write_tensors
+from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source, save_tokenizer
+
+if TYPE_CHECKING:
+    from .arguments import Arguments
+
+
+class Timings:
+    """Seconds spent in each stage, and word of it to whoever watches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; one that comes again adds up."""
+        self._progress.stage(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """All that is known before anything is written."""
+
+    arguments: Arguments
+    source: Source
+    """As the user named it; the plan's checkpoint may lie elsewhere, for a GGUF file."""
+    plan: Plan
+    tokenizer: PreparedTokenizer
+    decisions: tuple[Decision, ...]
+    warnings: tuple[str, ...]
+
+
+def prepare(arguments: Arguments, progress: Progress) -> dict[str, Any]:
+    """Plan and write the output directory; returns the report that was written into it.
+
+    Raises `FtloadError` for whatever a user can mend; then nothing is left behind.
+    """
+    timings = Timings(progress)
+    request = resolve_request(arguments)
+    _check_output(request)
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(_sibling_directory(request.output))
+        prepared = make_ready(arguments, request, work, timings)
+        if arguments.own.strict:
+            check_strict(prepared.decisions)
+        stage = work / "output"
+        with disk_errors(stage):
+            stage.mkdir()
+        report = _write(prepared, stage, timings, progress)
+        _publish(stage, request)
+    return report
+
+
+def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timings) -> Prepared:
+    """Everything up to the plan. Reads headers, not weights; `work` is used for what a GGUF file is turned into."""
+    strategy = STRATEGIES[request.strategy]
+    require(strategy.packages, purpose=f"`{strategy.name}`")
+    options = arguments.tokenizer
+    with timings.stage("resolve"):
+        name, revision, warnings = resolve_tokenizer_source(
+            tokenizer_name_or_path=options.tokenizer_name_or_path,
+            tokenizer_revision=options.tokenizer_revision,
+            tokenizer_name=options.tokenizer_name,
+            model=request.model,
+            model_revision=request.revision,
+        )
+        source = resolve_source(request.model, request.revision)
+        same = (name, revision) == (request.model, request.revision)
+        tokenizer_source = source if same else resolve_source(name, revision)
+    decisions: list[Decision] = []
+    if source.kind != "hub" and request.revision is not None:
+        decisions.append(
+            Decision(
+                what="model_revision", requested=request.revision, effective="none",
+                reason="the model is local: it has no revisions",
+            )
+        )  # fmt: skip
+
+    with timings.stage("tokenizer"):
+        tokenizer_source.fetch(
+            tokenizer_file_names(tokenizer_source.files, trust_remote_code=request.trust_remote_code)
+        )
+        tokenizer = prepare_tokenizer(
+            tokenizer_source.root,
+            get_tokenizer_fn=options.get_tokenizer_fn,
+            use_fast=options.use_fast,
+            trust_remote_code=request.trust_remote_code,
+            chat_template_name=options.chat_template_name,
+            add_bos=options.add_bos,
+            name=name,
+            gguf_file=tokenizer_source.gguf_file,
+        )
+    weights = source
+    if source.kind == "gguf":
+        with timings.stage("dequantise"):
+            weights = dequantise(source, work / "gguf")
+    with timings.stage("headers"):
+        code = [file.path for file in weights.files if file.path.endswith(".py")] if request.trust_remote_code else []
+        weights.fetch([*config_file_names(weights.files), *code])
+        checkpoint = open_checkpoint(weights, allow_pickle=request.allow_pickle)
+    with timings.stage("plan"):
+        root = _config_root(request, weights)
+        config, config_warnings = load_config(
+            root, overrides=request.config_overrides, trust_remote_code=request.trust_remote_code
+        )
+        skeleton = build_skeleton(
+            checkpoint, config, trust_remote_code=request.trust_remote_code,
+            tokenizer_size=tokenizer.facts()["size"],
+        )  # fmt: skip
+        plan = make_plan(request, strategy, checkpoint, config, skeleton)
+    return Prepared(
+        arguments=arguments,
+        source=source,
+        plan=plan,
+        tokenizer=tokenizer,
+        decisions=(*decisions, *tokenizer.decisions, *plan.decisions),
+        warnings=(*source.notes, *warnings, *config_warnings, *tokenizer.warnings, *plan.warnings),
+    )
+
+
+def check_strict(decisions: tuple[Decision, ...]) -> None:
+    """Raise `MissingRequirementError` when anything is done otherwise than it was asked for."""
+    if decisions:
+        listed = "; ".join(f"{d.what}: {d.requested} → {d.effective} ({d.reason})" for d in decisions)
+        raise MissingRequirementError(
+            f"`--strict`: not as requested: {listed}",
+            hint="ask for what is possible here, or leave out --strict",
+        )
+
+
+def _config_root(request: Request, weights: Source) -> Path:
+    if request.config_name is None:
+        return weights.root
+    source = resolve_source(request.config_name, request.revision)
+    source.fetch(config_file_names(source.files))
+    return source.root
+
+
+def _check_output(request: Request) -> None:
+    output = request.output
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"`{output}` exists and is not a directory", hint="choose another --output_dir")
+    if output.exists() and any(output.iterdir()) and not request.overwrite:
+        raise OutputError(
+            f"`{output}` exists and is not empty", hint="choose another --output_dir, or pass --overwrite"
+        )
+
+
+@contextlib.contextmanager
+def _sibling_directory(output: Path) -> Iterator[Path]:
+    """A fresh directory beside the output, on the same disk, that is gone in the end whatever happens.
+
+    Parents that had to be made for it are removed again when they are left empty.
+    """
+    missing = [parent for parent in output.parents if not parent.exists()]
+    try:
+        with disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{output.name}.ftload-", dir=output.parent))
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress) -> dict[str, Any]:
+    plan, source = prepared.plan, prepared.source
+    reads_weights = bool(plan.model_files)
+    if reads_weights:
+        with timings.stage("fetch"):
+            plan.checkpoint.source.fetch(plan.checkpoint.weight_files)
+    with timings.stage("write"):
+        write_tensors(plan, stage, progress)
+    with timings.stage("save"), disk_errors(stage):
+        with quiet_transformers():
+            save_tokenizer(prepared.tokenizer, stage)
+            if plan.base == "copy":
+                _save_config(prepared, stage)
+        if plan.adapter_file is not None and plan.targets is not None:
+            config = adapter_config(
+                plan.targets,
+                rank=plan.request.lora_rank,
+                alpha=plan.request.lora_alpha,
+                dropout=plan.request.lora_dropout,
+                base=adapter_base(plan, source),
+                revision=source.commit if plan.base == "reference" else None,
+            )
+            _write_json(stage / "adapter" / "adapter_config.json", config)
+        if len(plan.model_files) > 1:
+            _write_json(stage / "model.safetensors.index.json", _index(plan))
+    with timings.stage("hash"), disk_errors(stage):
+        files = [_file_entry(path, stage) for path in sorted(stage.rglob("*")) if path.is_file()]
+    used = [file.path for file in source.files if file.path in _used_files(prepared)]
+    report = build_report(
+        plan,
+        arguments=prepared.arguments,
+        source=source,
+        source_files=used,
+        tokenizer=prepared.tokenizer.facts(),
+        warnings=prepared.warnings,
+        decisions=prepared.decisions,
+        files=files,
+        timings=timings.seconds,
+    )
+    with disk_errors(stage):
+        (stage / "README.md").write_text(model_card(report), encoding="utf-8")
+        report["files"] = sorted([*files, _file_entry(stage / "README.md", stage)], key=lambda entry: entry["path"])
+        for path in stage.rglob("*"):
+            sync_file(path)
+        _write_json(stage / REPORT_FILE, report)
+        sync_file(stage / REPORT_FILE)
+        sync_file(stage)
+    return report
+
+
+def _used_files(prepared: Prepared) -> set[str]:
+    source, plan = prepared.source, prepared.plan
+    if source.gguf_file is not None:
+        return {source.gguf_file}
+    return {
+        *config_file_names(source.files),
+        *plan.checkpoint.weight_files,
+        *tokenizer_file_names(source.files),
+    }
+
+
+def _save_config(prepared: Prepared, stage: Path) -> None:
+    plan = prepared.plan
+    model, root = plan.skeleton.model, plan.checkpoint.source.root
+    config = plan.skeleton.config
+    config.dtype = "bfloat16"
+    config.architectures = [type(model).__name__]
+    if plan.quantization_config is not None:
+        config.quantization_config = plan.quantization_config
+    config.save_pretrained(stage)
+    if model.can_generate():
+        try:
+            load_generation_config(root).save_pretrained(stage)
+        except ValueError:
+            # transformers refuses to write settings that contradict each other, which it was ready to read
+            shutil.copyfile(root / "generation_config.json", stage / "generation_config.json")
+    if plan.request.trust_remote_code:
+        for code in root.glob("*.py"):
+            shutil.copyfile(code, stage / code.name)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    outputs = {
+        output.name: (file.path, output) for file in plan.model_files for step in file.steps for output in step.outputs
+    }
+    return {
+        "metadata": {
+            "total_parameters": sum(output.parameters for _, output in outputs.values()),
+            "total_size": sum(output.nbytes for _, output in outputs.values() if not output.variable),
+        },
+        "weight_map": {name: outputs[name][0] for name in sorted(outputs)},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _file_entry(path: Path, root: Path) -> dict[str, Any]:
+    return {
+        "path": path.relative_to(root).as_posix(),
+        "bytes": path.stat().st_size,
+        "sha256": hash_file(path),
+    }
+
+
+def _publish(stage: Path, request: Request) -> None:
+    """Move the finished directory into place: one rename, and an older output is put aside until it succeeded."""
+    output = request.output
+    with disk_errors(output):
+        mode = 0o777 & ~_umask()
+        stage.chmod(mode)
+        aside = stage.parent / "replaced"
+        if output.exists():
+            output.rename(aside)
+        try:
+            stage.rename(output)
+        except OSError:
+            if aside.exists():
+                aside.rename(output)
+            raise
+        sync_file(output.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

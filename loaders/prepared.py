@@ -1,0 +1,109 @@
+"""Loading what was prepared: the model as the training script would hold it before the first step."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .environment import liger_problem, resolve_attention
+from .errors import CheckpointError
+from .liger import apply_liger
+from .report import REPORT_FILE, SCHEMA_VERSION
+from .skeleton import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_prepared(
+    directory: str | Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | Any, PreTrainedTokenizerBase]:
+    """Load a prepared directory on this machine's GPU, or on the CPU where there is none.
+
+    Returns the model, in training mode, and its tokenizer. Under LoRA and QLoRA it is a `PeftModel` whose float32
+    adapter is trainable and whose base is frozen, after k-bit preparation where the base is 4-bit; else all parameters
+    are trainable. Gradient checkpointing is on if it was asked for. Attention and Liger kernels are resolved anew for
+    this machine; a difference to what was asked for is a Python warning. The directory may have been moved since it
+    was written.
+
+    Raises `CheckpointError` when the directory holds no report that this version understands.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    directory = Path(directory).expanduser().absolute()
+    report = _read_report(directory)
+    base = {"pretrained_model_name_or_path": str(directory)}
+    if report["base"] == "reference":
+        base = {
+            "pretrained_model_name_or_path": report["adapter"]["base"],
+            "revision": report["adapter"]["revision"] or "main",
+        }
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    checkpointing = report["gradient_checkpointing"]
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(**base, trust_remote_code=trust_remote_code)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
+        attention = resolve_attention(
+            model_class, use_flash_attn=report["attention"]["requested"] == "flash_attention_2"
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            **base,
+            dtype=torch.bfloat16,
+            attn_implementation=attention.effective,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if attention.reason is not None:
+        warnings.warn(f"attention is {attention.effective}: {attention.reason}", stacklevel=2)
+    if report["kernels"] is not None and report["kernels"]["liger"]["supported"]:
+        problem = liger_problem()
+        if problem is None:
+            apply_liger(model)
+        else:
+            warnings.warn(f"Liger kernels are not applied: {problem}", stacklevel=2)
+
+    if report["quantization"] is not None:
+        from peft import prepare_model_for_kbit_training
+
+        _keep_weights_in_place(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    elif checkpointing:
+        model.gradient_checkpointing_enable()
+        if report["adapter"] is not None:
+            # frozen embeddings would leave the checkpointed blocks without an input that needs a gradient
+            model.enable_input_require_grads()
+    if report["adapter"] is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
+    model.train()
+    return model, tokenizer
+
+
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
+    """A forward pass in eval mode repacks 4-bit weights on CPUs with AVX512-BF16: gradients are wrong from then on."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _read_report(directory: Path) -> dict[str, Any]:
+    path = directory / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"`{directory}` holds no `{REPORT_FILE}`", hint="give a directory that `ftload prepare` wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{path}` can't be read") from error
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(f"`{path}` is not a report of schema version {SCHEMA_VERSION}")
+    return report

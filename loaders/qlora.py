@@ -1,0 +1,78 @@
+"""The QLoRA strategy (arXiv:2305.14314): a base in 4-bit NF4 with double quantisation, and a LoRA adapter on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from . import nf4
+from .lora import Lora
+from .operations import All, Cast, OutputTensor, Quantize, Step, plain_step
+from .skeleton import ModelTensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Qlora(Lora):
+    """Training of an adapter on a 4-bit base."""
+
+    name: str = "qlora"
+    packages: tuple[str, ...] = ("peft", "bitsandbytes")
+
+    def step(self, tensor: ModelTensor) -> Step:
+        """Quantise the weights of linear layers, pass through what is 4-bit already, treat the rest as standard."""
+        if tensor.packed is not None:
+            return _pass_through(tensor)
+        if tensor.linear is None:
+            return plain_step((tensor,))
+        transposed = tensor.linear.transposed
+        shape = tensor.shape[::-1] if transposed else tensor.shape
+        return Step(
+            operation=Quantize(source=tensor.sources[0], name=tensor.name, transposed=transposed),
+            outputs=tuple(
+                _part(tensor, tensor.name + suffix, stored, dtype)
+                for suffix, (stored, dtype) in nf4.stored_shapes(shape).items()
+            ),
+        )
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of the base: transformers' `BitsAndBytesConfig` as the reference builds it."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ).to_dict()
+
+    def training_dtype(self, counted_as: str) -> str:
+        """K-bit preparation turns everything that is 16-bit into float32."""
+        return "float32" if counted_as in ("bfloat16", "float16") else counted_as
+
+
+def _part(tensor: ModelTensor, name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
+    return OutputTensor(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        component=tensor.component,
+        counted_as="nf4",
+        parameters=prod(tensor.shape) if name == tensor.name else 0,
+        variable=name.endswith(nf4.STATE_SUFFIX),
+    )
+
+
+def _pass_through(tensor: ModelTensor) -> Step:
+    assert tensor.packed is not None
+    weight = tensor.packed.name
+    names = [tensor.name + part.name.removeprefix(weight) for part in tensor.packed.parts]
+    copies = zip(tensor.packed.parts, names, strict=True)
+    return Step(
+        operation=All(operations=tuple(Cast(source=part, name=name, dtype=part.dtype) for part, name in copies)),
+        outputs=tuple(
+            replace(_part(tensor, name, part.shape, part.dtype), variable=False)
+            for part, name in zip(tensor.packed.parts, names, strict=True)
+        ),
+    )

@@ -1,0 +1,39 @@
+"""The standard strategy: all weights in bfloat16, all of them trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError
+from .operations import Step, plain_step
+from .skeleton import ModelTensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standard:
+    """Full fine-tuning of a bfloat16 model."""
+
+    name: str = "standard"
+    has_adapter: bool = False
+    packages: tuple[str, ...] = ()
+
+    def step(self, tensor: ModelTensor) -> Step:
+        """Copy, cast or grow the tensor.
+
+        Raises `CheckpointError` for a tensor that is stored in 4 bits.
+        """
+        if tensor.packed is not None:
+            raise CheckpointError(
+                f"the checkpoint is already quantised to 4 bits (tensor `{tensor.name}`)",
+                hint="prepare it with --use_qlora, or start from the 16-bit model",
+            )
+        return plain_step((tensor,))
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What config.json says of quantisation: nothing."""
+        return None
+
+    def training_dtype(self, counted_as: str) -> str:
+        """The dtype in training of base weights that are stored as `counted_as`: the same."""
+        return counted_as

@@ -1,0 +1,438 @@
+"""A hub on the loopback interface, for huggingface_hub to talk to through `HF_ENDPOINT`.
+
+It answers as the real one does as far as downloading goes: model info, file lists, and files by branch, tag
+or commit, where large files are redirected to a second server (another origin, as a CDN is) that must never
+see a token. It keeps a record of every request, and misbehaves on demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".h5", ".onnx")
+SEND_BYTES = 64 * 1024
+
+
+@dataclass
+class Request:
+    """What was asked for and how it was answered."""
+
+    method: str
+    path: str
+    """Without the query, percent-decoded."""
+    range: str | None
+    authorized: bool
+    """Whether it carried a token."""
+    server: Literal["hub", "cdn"]
+    status: int = 0
+    sent: int = 0
+    """Bytes of the body that were sent."""
+
+
+@dataclass
+class File:
+    """One file of a commit, in memory or on disk."""
+
+    content: bytes | Path
+    size: int = field(init=False)
+    sha256: str = field(init=False)
+    blob_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        data = self.read(0, None)
+        self.size = len(data)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.blob_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def read(self, begin: int, end: int | None) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content[begin:end]
+        with self.content.open("rb") as file:
+            file.seek(begin)
+            return file.read(-1 if end is None else end - begin)
+
+
+@dataclass
+class Repo:
+    """A model repository: its commits, what names them, and who may read it."""
+
+    access: Literal["public", "gated", "private"]
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit of a branch, a tag, or a commit's first seven or more digits."""
+        named = self.branches.get(revision) or self.tags.get(revision)
+        if named or len(revision) < 7:
+            return named
+        return next((commit for commit in self.commits if commit.startswith(revision)), None)
+
+
+@dataclass
+class Fault:
+    """How requests that match go wrong, `times` times (None: always)."""
+
+    path: str
+    methods: tuple[str, ...]
+    times: int | None
+    status: int | None
+    break_after: int | None
+    bytes_per_second: float | None
+    body: bytes | None
+
+
+class LoopbackHub:
+    """A context manager: `with LoopbackHub() as hub: hub.add("org/model", {...}); run(env=hub.env(home))`."""
+
+    def __init__(self) -> None:
+        self.token = "hf_loopbackTokenWithAccess"
+        """May read everything."""
+        self.stranger_token = "hf_loopbackTokenOfAStranger"
+        """Valid, but may read only what is public."""
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.knows_ranges = True
+        self.lock = threading.Lock()
+        self._servers = [_Server(self, "hub"), _Server(self, "cdn")]
+        self.endpoint, self.cdn = [f"http://127.0.0.1:{server.server_port}" for server in self._servers]
+
+    def __enter__(self) -> LoopbackHub:
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Switch it off: from now on connections are refused."""
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers = []
+
+    def add(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes] | Path,
+        *,
+        branch: str = "main",
+        tags: tuple[str, ...] = (),
+        access: Literal["public", "gated", "private"] = "public",
+    ) -> str:
+        """Commit files (all of them, or a directory) to a branch; returns the commit."""
+        if isinstance(files, Path):
+            found = sorted(path for path in files.rglob("*") if path.is_file())
+            content = {path.relative_to(files).as_posix(): File(path) for path in found}
+        else:
+            content = {name: File(data) for name, data in files.items()}
+        repo = self.repos.setdefault(repo_id, Repo(access=access))
+        state = json.dumps([repo_id, len(repo.commits), sorted((n, f.sha256) for n, f in content.items())])
+        commit = hashlib.sha1(state.encode()).hexdigest()
+        repo.commits[commit] = content
+        repo.branches[branch] = commit
+        repo.tags.update(dict.fromkeys(tags, commit))
+        return commit
+
+    def misbehave(
+        self,
+        path: str,
+        *,
+        methods: tuple[str, ...] = ("GET",),
+        times: int | None = None,
+        status: int | None = None,
+        break_after: int | None = None,
+        bytes_per_second: float | None = None,
+        body: bytes | None = None,
+    ) -> None:
+        """Make requests whose path matches the pattern go wrong.
+
+        They are answered with `status`, or with `body`; or, where a file's content is sent, the connection
+        ends after `break_after` bytes or they trickle. The content of a large file comes from the CDN, at
+        `/<sha256>/<path>`: `*/model.safetensors` matches on both servers.
+        """
+        self.faults.append(Fault(path, methods, times, status, break_after, bytes_per_second, body))
+
+    def forget(self) -> None:
+        """Drop the record of requests and the faults."""
+        self.requests.clear()
+        self.faults.clear()
+
+    def sent(self, path: str = "*") -> int:
+        """Bytes of bodies sent so far for paths that match the pattern."""
+        return sum(request.sent for request in self.requests if fnmatch(request.path, path))
+
+    def env(self, home: Path, *, token: str | None = None, offline: bool = False) -> dict[str, str]:
+        """The whole environment of a process that knows this hub only, with its cache in `home`."""
+        unwanted = re.compile(r"(HF_|HUGGING|TRANSFORMERS_|.*_PROXY$)", re.IGNORECASE)
+        env = {name: value for name, value in os.environ.items() if not unwanted.match(name)}
+        env |= {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",  # this hub speaks plain HTTP
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        if token:
+            env["HF_TOKEN"] = token
+        if offline:
+            env["HF_HUB_OFFLINE"] = "1"
+        return env
+
+    def fault_for(self, method: str, path: str, *, content: bool) -> Fault | None:
+        """The first fault of the request as a whole, or of the content that answers it; counted down."""
+        with self.lock:
+            for fault in self.faults:
+                of_content = fault.status is None and fault.body is None
+                if of_content is not content or method not in fault.methods or fault.times == 0:
+                    continue
+                if fnmatch(path, fault.path):
+                    if fault.times:
+                        fault.times -= 1
+                    return fault
+        return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: LoopbackHub, name: Literal["hub", "cdn"]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+        self.name: Literal["hub", "cdn"] = name
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is none of a test's business."""
+
+
+class _Refusal(Exception):
+    """An error answer, with the headers by which huggingface_hub tells the kinds apart."""
+
+    def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Message": message, **headers}
+        if code:
+            self.headers["X-Error-Code"] = code
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+    headers: Message
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def log_message(self, *_: object) -> None:
+        """Requests are recorded, not printed."""
+
+    def answer(self) -> None:
+        url = urlsplit(self.path)
+        path, hub = unquote(url.path), self.server.hub
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.record = Request(
+            method=self.command,
+            path=path,
+            range=self.headers.get("Range"),
+            authorized="Authorization" in self.headers,
+            server=self.server.name,
+        )
+        with hub.lock:
+            hub.requests.append(self.record)
+        self.fault: Fault | None = None
+        fault = hub.fault_for(self.command, path, content=False)
+        try:
+            if fault:
+                self.send(fault.status or 200, fault.body or b"told to fail", {"Content-Type": "text/html"})
+            elif self.server.name == "cdn":
+                self.send_cdn(path)
+            elif url.path.startswith("/api/"):
+                self.send_api(url.path.removeprefix("/api/"))
+            else:
+                self.send_file(url.path.removeprefix("/"))
+        except _Refusal as refusal:
+            self.send(refusal.status, json.dumps({"error": str(refusal)}).encode(), refusal.headers)
+
+    def send_api(self, path: str) -> None:
+        """`models/<id>[/revision|tree|paths-info/<revision>[/<folder>]]` and `models/<id>/refs`."""
+        pattern = r"models/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<verb>revision|tree|paths-info|refs)(?:/(?P<rest>.+))?)?"
+        match = re.fullmatch(pattern, path)
+        if not match:
+            raise _Refusal(404, None, "no such page")
+        repo_id, verb = match["id"], match["verb"] or "revision"
+        repo = self.find_repo(repo_id)
+        if verb == "refs":
+            self.send_json({kind: self.refs(getattr(repo, kind)) for kind in ("branches", "tags")} | {"converts": []})
+            return
+        revision, _, folder = (match["rest"] or "main").partition("/")
+        commit, files = self.find_commit(repo, unquote(revision))
+        if verb == "tree":
+            self.send_json(list(self.tree(files, unquote(folder))))
+        elif verb == "paths-info":
+            wanted = parse_qs(self.body.decode()).get("paths", [])
+            self.send_json([entry for name, file in files.items() if name in wanted for entry in [_entry(name, file)]])
+        else:
+            with_blobs = parse_qs(urlsplit(self.path).query).get("blobs") in (["True"], ["true"])
+            siblings = [_sibling(name, file, with_blobs=with_blobs) for name, file in files.items()]
+            gated = "manual" if repo.access == "gated" else False
+            info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
+            self.send_json(info | {"gated": gated, "private": repo.access == "private"})
+
+    def send_file(self, path: str) -> None:
+        """`<id>/resolve/<revision>/<path>`: the file itself, or where the CDN has it."""
+        match = re.fullmatch(r"(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", path)
+        if not match:
+            raise _Refusal(404, None, "no such page")
+        repo = self.find_repo(match["id"])
+        if repo.access == "gated" and self.token() != self.server.hub.token:
+            status = 403 if self.token() else 401
+            raise _Refusal(status, "GatedRepo", f"Access to model {match['id']} is restricted")
+        commit, files = self.find_commit(repo, unquote(match["revision"]))
+        name = unquote(match["name"])
+        if name not in files:
+            raise _Refusal(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit})
+        file = files[name]
+        if not name.endswith(LFS_SUFFIXES):
+            self.send_content(file, {"X-Repo-Commit": commit, "ETag": f'"{file.blob_id}"'})
+            return
+        headers = {
+            "X-Repo-Commit": commit,
+            "X-Linked-Size": str(file.size),
+            "X-Linked-Etag": f'"{file.sha256}"',
+            "Location": f"{self.server.hub.cdn}/{file.sha256}/{match['name']}?Signature=secret-of-the-url",
+        }
+        self.send(302, b"", headers)
+
+    def send_cdn(self, path: str) -> None:
+        sha256 = path.split("/")[1]
+        repos = self.server.hub.repos.values()
+        for file in (file for repo in repos for files in repo.commits.values() for file in files.values()):
+            if file.sha256 == sha256:
+                self.send_content(file, {"ETag": f'"{sha256}"'})
+                return
+        raise _Refusal(404, None, "no such object")
+
+    def token(self) -> str | None:
+        """The token sent, if any; one that nobody gave out is refused as the hub does."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        hub = self.server.hub
+        if token and token not in (hub.token, hub.stranger_token):
+            raise _Refusal(401, None, "Invalid credentials in Authorization header")
+        return token or None
+
+    def find_repo(self, repo_id: str) -> Repo:
+        repo, token = self.server.hub.repos.get(repo_id), self.token()
+        if repo is None or (repo.access == "private" and token != self.server.hub.token):
+            if token:
+                raise _Refusal(404, "RepoNotFound", "Repository not found")
+            raise _Refusal(401, "RepoNotFound", "Invalid username or password.")
+        return repo
+
+    def find_commit(self, repo: Repo, revision: str) -> tuple[str, dict[str, File]]:
+        commit = repo.resolve(revision)
+        if commit is None:
+            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit, repo.commits[commit]
+
+    def refs(self, named: dict[str, str]) -> list[dict[str, str]]:
+        return [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in named.items()]
+
+    def tree(self, files: dict[str, File], folder: str) -> Iterator[dict[str, Any]]:
+        prefix = folder + "/" if folder else ""
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive") in (["True"], ["true"])
+        inside = {name: file for name, file in files.items() if name.startswith(prefix)}
+        if folder and not inside:
+            raise _Refusal(404, "EntryNotFound", f"{folder} does not exist")
+        folders = set()
+        for name, file in inside.items():
+            below, _, rest = name.removeprefix(prefix).partition("/")
+            if not rest or recursive:
+                yield _entry(name, file)
+            elif below not in folders:
+                folders.add(below)
+                yield {"type": "directory", "path": prefix + below, "oid": "0" * 40, "size": 0}
+
+    def send_json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send_content(self, file: File, headers: dict[str, str]) -> None:
+        self.fault = self.server.hub.fault_for(self.command, self.record.path, content=True)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not match or not self.server.hub.knows_ranges:
+            self.send(200, file, headers | {"Accept-Ranges": "bytes"}, end=file.size)
+            return
+        begin, end = int(match[1]), min(int(match[2] or file.size - 1) + 1, file.size)
+        if begin >= end:
+            raise _Refusal(416, None, "Range not satisfiable", **{"Content-Range": f"bytes */{file.size}"})
+        headers |= {"Content-Range": f"bytes {begin}-{end - 1}/{file.size}"}
+        self.send(206, file, headers, begin=begin, end=end)
+
+    def send(
+        self,
+        status: int,
+        body: bytes | File,
+        headers: Mapping[str, str],
+        *,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> None:
+        """The answer, `begin` to `end` of the body, as well or as badly as the fault allows."""
+        file = File(body) if isinstance(body, bytes) else body
+        end = file.size if end is None else end
+        self.record.status = status
+        self.send_response(status)
+        for name, value in {"Content-Length": str(end - begin), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        stop = end
+        if self.fault and self.fault.break_after is not None:
+            stop = min(end, begin + self.fault.break_after)
+        for position in range(begin, stop, SEND_BYTES):
+            piece = file.read(position, min(position + SEND_BYTES, stop))
+            self.wfile.write(piece)
+            self.record.sent += len(piece)
+            if self.fault and self.fault.bytes_per_second:
+                time.sleep(len(piece) / self.fault.bytes_per_second)
+        if stop < end:
+            self.close_connection = True
+
+
+def _sibling(name: str, file: File, *, with_blobs: bool) -> dict[str, Any]:
+    """A file as model info lists it."""
+    if not with_blobs:
+        return {"rfilename": name}
+    sibling: dict[str, Any] = {"rfilename": name, "size": file.size, "blobId": file.blob_id}
+    if name.endswith(LFS_SUFFIXES):
+        sibling["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 134}
+    return sibling
+
+
+def _entry(name: str, file: File) -> dict[str, Any]:
+    """A file as the tree lists it."""
+    entry: dict[str, Any] = {"type": "file", "path": name, "oid": file.blob_id, "size": file.size}
+    if name.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
+    return entry

@@ -1,0 +1,53 @@
+"""The reference: what the training script's model-loading block does, through the libraries' public calls alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+REFERENCE_TARGETS = ["q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def run_reference(
+    source: Path,
+    output: Path,
+    *,
+    strategy: str,
+    tokenizer_size: int,
+    seed: int = 42,
+    rank: int = 8,
+    targets: list[str] | None = None,
+    **load_arguments: Any,
+) -> None:
+    """Load, resize, save the base to `output`, wrap it and save the adapter to `output/adapter`."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+    set_seed(seed)
+    if strategy == "qlora":
+        load_arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if "gguf_file" not in load_arguments:
+        load_arguments["config"] = AutoConfig.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **load_arguments)
+    if tokenizer_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)
+    model.save_pretrained(output)
+    if strategy in ("standard", "liger"):
+        return
+    if strategy == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=False,
+        r=rank,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        target_modules=targets or REFERENCE_TARGETS,
+    )
+    get_peft_model(model, config).save_pretrained(output / "adapter", save_embedding_layers=False)
