@@ -55,20 +55,14 @@ class Output:
     def progress(self) -> Iterator[Progress]:
         """Progress on stderr while the work goes on: nothing unless stderr is a terminal."""
         if self._quiet or not sys.stderr.isatty():
-            yield _Silent()
+            from ..loaders.stream import Silent
+
+            yield Silent()
             return
         from rich.console import Console
 
         with _bar(Console(stderr=True)) as bar:
             yield _Shown(bar)
-
-
-class _Silent:
-    def stage(self, name: str) -> None: ...
-
-    def expect(self, *, bytes: int, tensors: int) -> None: ...
-
-    def advance(self, *, bytes: int, tensors: int) -> None: ...
 
 
 class _Shown:

@@ -137,7 +137,7 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
         hint = "a model directory holds config.json, a tokenizer and *.safetensors"
         if "adapter_config.json" in names:
             hint = "this is an adapter: give the model that it was trained on"
-        raise CheckpointError(f"`{source.model}` holds no `config.json`", hint=hint)
+        raise _absent(source, f"`{source.model}` holds no `config.json`", hint)
     warnings: tuple[str, ...] = ()
     if SINGLE_FILE in names:
         weight_map = None
@@ -153,7 +153,7 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
         raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
     for name in files:
         if name not in names:
-            raise CheckpointError(f"`{name}` is listed in `{INDEX_FILE}` but missing", hint="download the model again")
+            raise _absent(source, f"`{name}` is listed in `{INDEX_FILE}` but missing", "download the model again")
     tensors: dict[str, TensorMeta] = {}
     for name in files:
         for tensor in read_header(name, names[name].bytes, lambda b, e, n=name: source.read(n, b, e)):
@@ -197,6 +197,13 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
 
 
 _TRUNCATED = "the file is incomplete or not a safetensors file: download it again"
+
+
+def _absent(source: Source, message: str, hint: str) -> CheckpointError | SourceError:
+    """A missing file is the checkpoint's fault, unless only a cache could be looked into."""
+    if source.from_cache:
+        return SourceError(f"{message} in the cache", hint="go online and run it again")
+    return CheckpointError(message, hint=hint)
 
 
 def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMeta:
@@ -274,7 +281,9 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
         files = tuple(sorted(set(_read_index(source, PICKLE_INDEX_FILE).values())))
     for name in files:
         if name not in names:
-            raise CheckpointError(f"`{name}` is listed in `{PICKLE_INDEX_FILE}` but missing")
+            raise _absent(
+                source, f"`{name}` is listed in `{PICKLE_INDEX_FILE}` but missing", "download the model again"
+            )
     # a pickle has no header that can be read alone
     source.fetch(files)
     tensors: dict[str, TensorMeta] = {}

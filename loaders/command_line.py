@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
+MOST_PROBLEMS = 50
+"""Problems to list in one error."""
 YAML_BYTES = 1 << 20
 YAML_NODES = 10_000
 """The most values in a YAML file whose aliases are expanded: without a bound, ten lines can mean billions."""
@@ -94,12 +96,15 @@ class _Problems:
         self.messages.append(message)
         self.hint = self.hint or hint
 
-    def add_unknown(self, kind: str, name: str, place: str = "") -> None:
-        prefix = "--" if kind == "flag" else ""
-        known = [*all_flags(), *ALIASES]
-        near = difflib.get_close_matches(name.lower(), known, n=2)
-        nearest = f" (nearest: {' or '.join(f'`{prefix}{found}`' for found in near)})" if near else ""
-        self.add(f"unknown {kind} `{prefix}{_shown(name)}`{place}{nearest}", "`--help` lists every flag")
+    def add_unknown(self, kind: str, typed: str, place: str = "") -> None:
+        dashes = "--" if kind == "flag" else ""
+        name = typed.lstrip("-").replace("-", "_").lower()
+        near = difflib.get_close_matches(name, [*all_flags(), *ALIASES], n=2)
+        nearest = " or ".join(f"`{dashes}{found}`" for found in near)
+        self.add(
+            f"unknown {kind} `{_shown(typed)}`{place}{nearest and f' (nearest: {nearest})'}",
+            "`--help` lists every flag",
+        )
 
     def add_bad_value(self, label: str, flag: Flag, error: Exception, value: str | None) -> None:
         expected = "one of " + ", ".join(flag.choices) if flag.choices else _EXPECTED[flag.kind]
@@ -108,7 +113,9 @@ class _Problems:
 
     def raise_if_any(self) -> None:
         if self.messages:
-            raise UsageError("; ".join(self.messages), hint=self.hint)
+            more = len(self.messages) - MOST_PROBLEMS
+            rest = [f"and {more} more"] if more > 0 else []
+            raise UsageError("; ".join(self.messages[:MOST_PROBLEMS] + rest), hint=self.hint)
 
 
 class _BadValue(ValueError):
@@ -204,7 +211,7 @@ def _read_flags(words: list[str], problems: _Problems) -> dict[str, Any]:
             if given:
                 problems.add(f"`{name}` takes no value, but `{_shown(given[0])}` follows it")
         else:
-            problems.add_unknown("flag", name.lstrip("-").replace("-", "_"))
+            problems.add_unknown("flag", name)
             continue
         if flag.name in ALIASES.values() and isinstance(value, str):
             model_spellings[spelled] = value

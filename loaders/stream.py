@@ -39,6 +39,19 @@ class Progress(Protocol):
         ...
 
 
+class Silent:
+    """Progress that nobody watches."""
+
+    def stage(self, name: str) -> None:
+        """Say nothing."""
+
+    def expect(self, *, bytes: int, tensors: int) -> None:
+        """Say nothing."""
+
+    def advance(self, *, bytes: int, tensors: int) -> None:
+        """Say nothing."""
+
+
 def write_tensors(plan: Plan, directory: Path, progress: Progress) -> None:
     """Write all safetensors files of `plan` into `directory` and check that they are what was planned.
 

@@ -1,0 +1,107 @@
+"""Which linear layers an adapter trains, and what parameters are for."""
+
+from __future__ import annotations
+
+import pytest
+from ftload.loaders.catalog import ALL_LINEAR, REFERENCE_TARGETS, Component, LinearLayer, component_of, resolve_targets
+from ftload.loaders.errors import UsageError
+
+
+def _layer(name: str, component: Component) -> LinearLayer:
+    return LinearLayer(name=name, in_features=4, out_features=4, component=component, transposed=False)
+
+
+LLAMA = [
+    _layer(f"model.layers.{n}.{part}", component)
+    for n in (0, 1)
+    for part, component in (
+        *((f"self_attn.{name}_proj", "attention") for name in "qkvo"),
+        *((f"mlp.{name}_proj", "mlp") for name in ("gate", "up", "down")),
+    )
+]
+
+
+def test_the_seven_names_where_the_architecture_has_them() -> None:
+    targets = resolve_targets(LLAMA, asked=None, fused_experts=False)
+    assert targets.patterns == REFERENCE_TARGETS
+    assert dict(targets.hits) == dict.fromkeys(REFERENCE_TARGETS, 2)
+    assert targets.layers == tuple(LLAMA)
+    assert targets.decisions == ()
+
+
+def test_all_linear_layers_of_the_blocks_where_some_name_is_missing() -> None:
+    layers = [
+        _layer("h.0.attn.qkv", "attention"),
+        _layer("h.0.mlp.down_proj", "mlp"),
+        _layer("h.0.mlp.gate", "router"),
+        _layer("vision_tower.h.0.attn.qkv_vision", "attention"),
+    ]
+    targets = resolve_targets(layers, asked=None, fused_experts=False)
+    assert targets.patterns == ("qkv", "down_proj")
+    (decision,) = targets.decisions
+    assert decision.what == "lora_targets"
+    assert decision.effective == "qkv down_proj"
+    assert "has no q_proj, o_proj, v_proj, k_proj, gate_proj, up_proj:" in decision.reason
+
+
+def test_attention_alone_where_experts_are_fused() -> None:
+    targets = resolve_targets(LLAMA, asked=None, fused_experts=True)
+    assert targets.patterns == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert len(targets.layers) == 8
+    assert "attention alone" in targets.decisions[0].reason
+
+
+def test_whole_names_where_a_short_one_would_hit_what_must_not_be_trained() -> None:
+    layers = [
+        _layer("model.layers.0.self_attn.proj", "attention"),
+        _layer("model.vision_tower.0.attn.proj", "attention"),
+    ]
+    targets = resolve_targets(layers, asked=None, fused_experts=False)
+    assert targets.patterns == ("model.layers.0.self_attn.proj",)
+    assert dict(targets.hits) == {"model.layers.0.self_attn.proj": 1}
+    assert targets.layers == (layers[0],)
+
+
+def test_what_the_user_names_is_taken_and_must_hit() -> None:
+    targets = resolve_targets(LLAMA, asked=("q_proj", "layers.1.mlp.up_proj"), fused_experts=False)
+    assert dict(targets.hits) == {"q_proj": 2, "layers.1.mlp.up_proj": 1}
+    assert [layer.name for layer in targets.layers] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(UsageError, match="no linear layer is called `w1`, `w2`") as raised:
+        resolve_targets(LLAMA, asked=("q_proj", "w1", "w2"), fused_experts=False)
+    assert raised.value.hint == "this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+
+
+def test_all_linear_is_pefts_word() -> None:
+    targets = resolve_targets(LLAMA, asked=(ALL_LINEAR,), fused_experts=False)
+    assert set(targets.patterns) == set(REFERENCE_TARGETS)
+    assert targets.decisions[0].requested == "all-linear"
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(UsageError, match="finds no linear layer"):
+        resolve_targets([_layer("x.gate", "router")], asked=None, fused_experts=False)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "module_class", "component"),
+    [
+        ("model.embed_tokens.weight", "Embedding", "embedding"),
+        ("transformer.wpe.weight", "Embedding", "embedding"),
+        ("model.layers.0.self_attn.q_proj.weight", "Linear", "attention"),
+        ("model.layers.0.self_attn.q_norm.weight", "LlamaRMSNorm", "norm"),
+        ("transformer.h.0.ln_1.bias", "LayerNorm", "norm"),
+        ("model.layers.0.mlp.down_proj.weight", "Linear", "mlp"),
+        ("model.layers.0.mlp.gate.weight", "MixtralTopKRouter", "router"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "MixtralExperts", "experts"),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", "Linear", "experts"),
+        ("gpt_neox.layers.0.attention.dense.weight", "Linear", "attention"),
+        ("lm_head.weight", "Linear", "head"),
+    ],
+)
+def test_components(parameter: str, module_class: str, component: Component) -> None:
+    classes = {parameter.rpartition(".")[0]: module_class}
+    assert component_of(parameter, classes, head="lm_head") == component

@@ -1,0 +1,174 @@
+"""Headers are read exactly, and anything that does not add up is refused by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ftload.loaders.checkpoint import Checkpoint, open_checkpoint, rows_per_chunk
+from ftload.loaders.errors import CheckpointError
+from ftload.loaders.source import resolve_source
+from safetensors.torch import save_file
+
+
+def _open(directory: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    if not (directory / "config.json").exists():
+        (directory / "config.json").write_text("{}")
+    return open_checkpoint(resolve_source(str(directory), None), allow_pickle=allow_pickle)
+
+
+def _write_raw(path: Path, header: dict[str, Any] | bytes, data: bytes = b"") -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "b.c": torch.arange(5, dtype=torch.bfloat16),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "none": torch.empty(0, 7, dtype=torch.float16),
+    "ints": torch.arange(6, dtype=torch.int64).reshape(2, 3),
+}
+
+
+def test_headers_and_values_of_one_file(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    checkpoint = _open(tmp_path)
+    assert {name: (meta.shape, meta.dtype) for name, meta in checkpoint.tensors.items()} == {
+        "a": ((3, 4), "F32"),
+        "b.c": ((5,), "BF16"),
+        "scalar": ((), "F64"),
+        "none": ((0, 7), "F16"),
+        "ints": ((2, 3), "I64"),
+    }
+    for name, value in TENSORS.items():
+        assert torch.equal(checkpoint.read(checkpoint.tensors[name]), value)
+    chunks = [chunk.clone() for chunk in checkpoint.chunks(checkpoint.tensors["a"], 2)]
+    assert [tuple(chunk.shape) for chunk in chunks] == [(2, 4), (1, 4)]
+    assert torch.equal(torch.cat(chunks), TENSORS["a"])
+
+
+def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
+    save_file({"a": TENSORS["a"]}, tmp_path / "x-1.safetensors")
+    save_file({"b.c": TENSORS["b.c"]}, tmp_path / "x-2.safetensors")
+    index = {"weight_map": {"a": "x-1.safetensors", "b.c": "x-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = _open(tmp_path)
+    assert checkpoint.weight_files == ("x-1.safetensors", "x-2.safetensors")
+    assert torch.equal(checkpoint.read(checkpoint.tensors["b.c"]), TENSORS["b.c"])
+    (tmp_path / "x-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"`x-2\.safetensors` is listed in .* but missing"):
+        _open(tmp_path)
+    index["weight_map"]["c"] = "x-1.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"b.c": TENSORS["b.c"]}, tmp_path / "x-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor `c` is not in `x-1\.safetensors`"):
+        _open(tmp_path)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers_and_says_so(tmp_path: Path) -> None:
+    save_file({"a": TENSORS["a"]}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    checkpoint = _open(tmp_path)
+    assert checkpoint.weight_files == ("model.safetensors",)
+    assert checkpoint.warnings == (
+        "both `model.safetensors` and `model.safetensors.index.json` are there: the single file is used",
+    )
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "d/x.safetensors", "x.txt", 3, None])
+def test_an_index_can_not_lead_out_of_the_directory(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="which is not a shard's name"):
+        _open(tmp_path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": ENTRY}, b"1234567", r"`model\.safetensors` is truncated"),
+        ({"a": ENTRY}, b"123456789", "has bytes that belong to no tensor"),
+        ({"a": {**ENTRY, "shape": [3]}}, b"12345678", r"tensor `a` of shape \[3\] and dtype F32 should take 12 bytes"),
+        ({"a": {**ENTRY, "dtype": "F31"}}, b"12345678", "tensor `a` has the unknown dtype `F31`"),
+        ({"a": {**ENTRY, "shape": [-2]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "shape": [2.0]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "shape": "2"}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "data_offsets": ["0", "8"]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "data_offsets": [0]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": 3}, b"", "the header entry of `a` is malformed"),
+        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, b"123456789012", "overlap or leave a gap"),
+        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [9, 17]}}, b"1" * 17, "overlap or leave a gap"),
+        (b'{"a": {}, "a": {}}', b"", "names a key twice"),
+        (b"[1]", b"", "is not a JSON object"),
+        (b"{", b"", "is not valid JSON"),
+        (b"\xff\xff", b"", "is not valid JSON"),
+        (b"[" * 100_000, b"", "is not valid JSON"),
+    ],
+)
+def test_a_header_that_does_not_add_up(
+    tmp_path: Path, header: dict[str, Any] | bytes, data: bytes, message: str
+) -> None:
+    _write_raw(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=message):
+        _open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is 0 bytes long"),
+        (b"1234567", "is 7 bytes long"),
+        (struct.pack("<Q", 2**40), "has a header of 1099511627776 bytes"),
+        (struct.pack("<Q", 100) + b"{}", "has a header of 100 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_file(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        _open(tmp_path)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    checkpoint = _open(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
+    last = max(checkpoint.tensors.values(), key=lambda meta: meta.end)
+    with pytest.raises(CheckpointError, match=f"ends within tensor `{last.name}`"):
+        checkpoint.read(last)
+
+
+def test_pickles_need_a_flag_and_plain_tensors(tmp_path: Path) -> None:
+    torch.save({"a": TENSORS["a"], "tied": TENSORS["a"]}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="has only pickled weights"):
+        _open(tmp_path)
+    checkpoint = _open(tmp_path, allow_pickle=True)
+    assert torch.equal(checkpoint.read(checkpoint.tensors["tied"]), TENSORS["a"])
+    torch.save({"a": TENSORS["a"], "path": Path()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"`pytorch_model\.bin` can't be loaded as plain tensors"):
+        _open(tmp_path, allow_pickle=True)
+
+
+def test_what_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no `config\.json`"):
+        open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
+    assert raised.value.hint == "this is an adapter: give the model that it was trained on"
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        _open(tmp_path)
+
+
+def test_chunks_are_about_32_mib() -> None:
+    assert rows_per_chunk((100, 1024), 4) == 8192
+    assert rows_per_chunk((10,), 2) == 16 * 1024 * 1024
+    assert rows_per_chunk((3, 2**30), 4) == 1

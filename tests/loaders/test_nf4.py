@@ -1,0 +1,66 @@
+"""The encoder against bitsandbytes' own `quantize_4bit`, whole weights at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from ftload.loaders import nf4
+
+
+def _encode(weight: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+    pieces = [nf4.encode(chunk) for chunk in weight.split(rows)]
+    codes = torch.cat([codes for codes, _ in pieces]).reshape(-1, 1)
+    absmax = torch.cat([absmax for _, absmax in pieces])
+    return {"": codes, **nf4.compress_statistics(absmax, tuple(weight.shape))}
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (5, 64), (3, 7), (1, 1), (130, 192), (257, 96), (2, 8192)])
+def test_pieces_equal_the_whole(shape: tuple[int, int]) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    expected = {"": data} | {f".{name}": value for name, value in state.as_dict(packed=True).items()}
+    whole_rows = 64 if shape[1] % 64 else 1
+    for rows in (shape[0], whole_rows):
+        found = _encode(weight, rows)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+            assert torch.equal(found[name], value), name
+
+
+def test_stored_shapes_are_those_of_the_tensors() -> None:
+    weight = torch.randn(70, 65).to(torch.bfloat16)
+    shapes = nf4.stored_shapes((70, 65))
+    codes = {"U8": torch.uint8, "F32": torch.float32}
+    for name, value in _encode(weight, 70).items():
+        shape, dtype = shapes[name]
+        assert value.dtype == codes[dtype]
+        if name == nf4.STATE_SUFFIX:
+            assert value.numel() <= shape[0]
+        else:
+            assert tuple(value.shape) == shape
+
+
+def test_the_longest_state_fits_what_is_reserved_for_it() -> None:
+    longest = max((float.fromhex(f"0x1.fffffep-{exponent}") for exponent in range(140)), key=lambda x: len(repr(x)))
+    state = nf4.compress_statistics(torch.full((64,), longest), (4096, 4096))[nf4.STATE_SUFFIX]
+    assert json.loads(bytes(state.tolist()))["nested_offset"] == pytest.approx(longest)
+    assert state.numel() <= nf4.stored_shapes((4096, 4096))[nf4.STATE_SUFFIX][0][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    weight[63, 63] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        nf4.encode(weight)
+
+
+def test_what_was_encoded_decodes() -> None:
+    weight = (torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 0.02).to(torch.bfloat16)
+    _, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    decoded = dequantize_4bit(_encode(weight, 64)[""], state)
+    assert (decoded - weight).abs().max() < 0.15 * weight.abs().max()
