@@ -12,13 +12,12 @@ import typer
 
 from .errors import Interrupted, explain
 from .options import FlagsCommand
-from .output import Output
+from .output import OUTPUT
 from .prepare import prepare
 
 app = typer.Typer(
     name="ftload",
     help="Materialise ready-to-train language models, and say exactly what is in them.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,24 +44,20 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line and exit with a code of the contract (see the README)."""
-    words = [word.replace("_", "-") for word in sys.argv[1:]]
-    # before the flags are parsed, and if they can't be: how to say so
-    output = Output(as_json="--json" in words, quiet="--quiet" in words)
+    words = {word.replace("_", "-").removesuffix("=true") for word in sys.argv[1:]}
+    # for errors in the flags themselves: a command configures the output again once it has read them
+    OUTPUT.configure(as_json="--json" in words, quiet="--quiet" in words, debug="--debug" in words)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever read our output has gone; python would complain again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in words:
-            import traceback
-
-            traceback.print_exc()
         failure = explain(error)
-        output.failure(failure)
+        OUTPUT.failure(failure)
         code = failure.code
     sys.exit(code)
 

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 class Output:
     """Prints results, progress and errors in the way that was asked for."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self) -> None:
+        self.configure(as_json=False, quiet=False, debug=False)
+
+    def configure(self, *, as_json: bool, quiet: bool, debug: bool) -> None:
+        """Decide, once the flags are known, how everything is printed."""
         self._as_json = as_json
         self._quiet = quiet
+        self._debug = debug
 
     def report(self, report: Mapping[str, Any], directory: str) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
@@ -34,10 +39,14 @@ class Output:
             print_summary(report, directory)
 
     def failure(self, failure: Failure) -> None:
-        """One line and a hint on stderr; with `--json`, one document on stdout as well."""
+        """One line and a hint on stderr, before them a traceback with `--debug`; with `--json`, a document on stdout."""
         from rich.console import Console
         from rich.markup import escape
 
+        if self._debug:
+            import traceback
+
+            traceback.print_exc()
         if self._as_json:
             error = {
                 "code": failure.code,
@@ -63,6 +72,10 @@ class Output:
 
         with _bar(Console(stderr=True)) as bar:
             yield _Shown(bar)
+
+
+OUTPUT = Output()
+"""What every command prints through."""
 
 
 class _Shown:

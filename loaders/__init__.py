@@ -1,5 +1,19 @@
 """What ftload does, without a command line: plan, prepare and load what was prepared."""
 
-from .prepared import load_prepared
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .prepared import load_prepared
 
 __all__ = ["load_prepared"]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: the command line imports this package too, and its `--help` must not wait for it
+    if name in __all__:
+        from .prepared import load_prepared
+
+        return load_prepared
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")

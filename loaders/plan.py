@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from .catalog import Targets, resolve_targets
+from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
 from .errors import CheckpointError, UsageError
@@ -112,17 +112,19 @@ def make_plan(
 
     targets = adapter_file = None
     if strategy.has_adapter:
+        four_bit = _four_bit_layers(skeleton, steps)
         targets = resolve_targets(
-            skeleton.layers, asked=request.lora_targets, fused_experts=bool(skeleton.fused_experts)
+            (_seen_by_peft(layer, four_bit=layer.name in four_bit) for layer in skeleton.layers),
+            asked=request.lora_targets,
+            fused_experts=bool(skeleton.fused_experts),
         )
         decisions += targets.decisions
+        dtypes = {
+            layer.name: _adapter_dtype(layer, strategy, skeleton, four_bit, quantization_config)
+            for layer in targets.layers
+        }
         adapter_file = _output_file(
-            "adapter/adapter_model.safetensors",
-            adapter_steps(
-                targets,
-                rank=request.lora_rank,
-                dtypes=_adapter_dtypes(strategy, skeleton, steps, quantization_config),
-            ),
+            "adapter/adapter_model.safetensors", adapter_steps(targets, rank=request.lora_rank, dtypes=dtypes)
         )
 
     attention = resolve_attention(type(skeleton.model), use_flash_attn=request.use_flash_attn)
@@ -234,21 +236,33 @@ def _changes(request: Request, strategy: Strategy, checkpoint: Checkpoint, skele
     return changes
 
 
-def _adapter_dtypes(
-    strategy: Strategy, skeleton: Skeleton, steps: tuple[Step, ...], quantization: dict[str, Any] | None
-) -> dict[str, str]:
-    """The dtype that PEFT finds each linear layer to have: that of its weight, or the compute dtype if it is 4-bit."""
+def _four_bit_layers(skeleton: Skeleton, steps: tuple[Step, ...]) -> frozenset[str]:
+    """The names of the linear layers whose weights are 4-bit."""
     quantised = {output.name for step in steps for output in step.outputs if output.counted_as == "nf4"}
-    names = {tensor.linear.name: tensor.name for tensor in skeleton.tensors if tensor.linear is not None}
-    result = {}
-    for layer in skeleton.layers:
-        if quantization is not None and names.get(layer.name) in quantised:
-            dtype = quantization["bnb_4bit_compute_dtype"]
-        else:
-            loaded = skeleton.model.get_parameter(f"{layer.name}.weight").dtype
-            dtype = strategy.training_dtype(str(loaded).removeprefix("torch."))
-        result[layer.name] = DTYPE_CODES[dtype]
-    return result
+    return frozenset(
+        tensor.linear.name
+        for tensor in skeleton.tensors
+        if tensor.linear is not None and tensor.name in quantised
+    )
+
+
+def _seen_by_peft(layer: LinearLayer, *, four_bit: bool) -> LinearLayer:
+    """A layer as it is when PEFT wraps it: bitsandbytes has put its own, (out, in), in the place of a Conv1D."""
+    return replace(layer, transposed=layer.transposed and not four_bit)
+
+
+def _adapter_dtype(
+    layer: LinearLayer,
+    strategy: Strategy,
+    skeleton: Skeleton,
+    four_bit: frozenset[str],
+    quantization: dict[str, Any] | None,
+) -> str:
+    """The dtype (safetensors code) that PEFT finds a layer to have: its weight's, or the compute dtype if 4-bit."""
+    if quantization is not None and layer.name in four_bit:
+        return DTYPE_CODES[quantization["bnb_4bit_compute_dtype"]]
+    loaded = skeleton.model.get_parameter(f"{layer.name}.weight").dtype
+    return DTYPE_CODES[strategy.training_dtype(str(loaded).removeprefix("torch."))]
 
 
 def _kernels(skeleton: Skeleton, decisions: list[Decision]) -> Kernels:

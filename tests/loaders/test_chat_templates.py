@@ -1,0 +1,45 @@
+"""The built-in chat templates render what the vectors in `chat_templates.json` say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ftload.loaders.chat_templates import TEMPLATES
+
+VECTORS: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "data" / "chat_templates.json").read_text(encoding="utf-8")
+)
+CASES = [(name, case, text) for name, cases in VECTORS["rendered"].items() for case, text in cases.items()]
+
+
+def test_the_names_are_those_of_the_vectors() -> None:
+    assert set(TEMPLATES) == set(VECTORS["rendered"])
+
+
+@pytest.mark.parametrize(("name", "case", "text"), CASES, ids=[f"{name}-{case}" for name, case, _ in CASES])
+def test_rendering_equals_the_vector(name: str, case: str, text: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversation, _, prompt = case.partition("+")
+    rendered, _ = render_jinja_template(
+        [VECTORS["conversations"][conversation]],
+        chat_template=TEMPLATES[name],
+        add_generation_prompt=prompt == "prompt",
+        bos_token=VECTORS["bos_token"],
+        eos_token=VECTORS["eos_token"],
+    )
+    assert rendered == [text]
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_content_is_rendered_as_it_is(name: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    content = "  {{ eos_token }}\n<b> & 'é' "
+    rendered, _ = render_jinja_template(
+        [[{"role": "assistant", "content": content}]], chat_template=TEMPLATES[name], eos_token="</s>"
+    )
+    assert content in rendered[0]
