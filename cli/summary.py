@@ -37,10 +37,11 @@ def print_summary(report: Mapping[str, Any], directory: str) -> None:
         details.add_row(name, escape(value))
     console.print(details)
     for decision in report["decisions"]:
+        change = escape(decision["effective"])
+        if decision["effective"] != decision["requested"]:
+            change = f"{escape(decision['requested'])} → {change}"
         console.print(
-            f"[yellow]decided[/] {escape(decision['what'])}: {escape(decision['requested'])} → "
-            f"{escape(decision['effective'])} ({escape(decision['reason'])})",
-            soft_wrap=True,
+            f"[yellow]decided[/] {escape(decision['what'])}: {change} ({escape(decision['reason'])})", soft_wrap=True
         )
     for warning in report["warnings"]:
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)

@@ -5,6 +5,8 @@ transformers builds the whole model to do so: memory is that of the model in bfl
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,8 @@ def dequantise(source: Source, directory: Path) -> Source:
         raise MissingRequirementError("reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'")
     name = source.gguf_file
     try:
-        with quiet_transformers():
+        # its conversion draws a progress bar that no setting turns off
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 source.root,
                 gguf_file=name,

@@ -153,8 +153,9 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
 
 def check_strict(decisions: tuple[Decision, ...]) -> None:
     """Raise `MissingRequirementError` when anything is done otherwise than it was asked for."""
-    if decisions:
-        listed = "; ".join(f"{d.what}: {d.requested} → {d.effective} ({d.reason})" for d in decisions)
+    other = [decision for decision in decisions if decision.effective != decision.requested]
+    if other:
+        listed = "; ".join(f"{d.what}: {d.requested} → {d.effective} ({d.reason})" for d in other)
         raise MissingRequirementError(
             f"`--strict`: not as requested: {listed}",
             hint="ask for what is possible here, or leave out --strict",

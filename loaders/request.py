@@ -64,8 +64,9 @@ def resolve_request(arguments: Arguments) -> Request:
         raise UsageError("no model is given", hint="pass --model with a hub id, a directory or a .gguf file")
     decisions = []
     if flat.use_qlora and not flat.use_lora:
+        asked = "true" if arguments.origins["use_lora"] == "default" else "false"
         decisions.append(
-            Decision(what="use_lora", requested="false", effective="true", reason="use_qlora trains a LoRA adapter")
+            Decision(what="use_lora", requested=asked, effective="true", reason="use_qlora trains a LoRA adapter")
         )
     publish = [name for name in _PUBLISHING if arguments.origins[name] != "default"]
     if publish:

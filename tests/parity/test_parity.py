@@ -156,6 +156,8 @@ def assert_same_adapter_config(ours: Path, theirs: Path) -> None:
     for key in ("base_model_name_or_path", "peft_version"):
         found.pop(key, None)
         expected.pop(key, None)
+    # for mixtures of experts PEFT writes an empty list where it otherwise writes nothing
+    expected["target_parameters"] = expected["target_parameters"] or None
     assert found == expected
 
 
