@@ -39,7 +39,7 @@ class Output:
             print_summary(report, directory)
 
     def failure(self, failure: Failure) -> None:
-        """One line and a hint on stderr, before them a traceback with `--debug`; with `--json`, a document on stdout."""
+        """One line and a hint on stderr (with `--debug` a traceback first); with `--json` a document on stdout too."""
         from rich.console import Console
         from rich.markup import escape
 

@@ -240,9 +240,7 @@ def _four_bit_layers(skeleton: Skeleton, steps: tuple[Step, ...]) -> frozenset[s
     """The names of the linear layers whose weights are 4-bit."""
     quantised = {output.name for step in steps for output in step.outputs if output.counted_as == "nf4"}
     return frozenset(
-        tensor.linear.name
-        for tensor in skeleton.tensors
-        if tensor.linear is not None and tensor.name in quantised
+        tensor.linear.name for tensor in skeleton.tensors if tensor.linear is not None and tensor.name in quantised
     )
 
 

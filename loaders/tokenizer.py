@@ -270,11 +270,12 @@ def _ready_gpt_neox(tokenizer: PreTrainedTokenizerBase, options: _Options, *, ne
 
 
 def _add_pad(tokenizer: PreTrainedTokenizerBase) -> str:
-    before = tokenizer.pad_token
+    before, size = tokenizer.pad_token, len(tokenizer)
     is_eos = before is not None and before == tokenizer.eos_token
-    added = tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.add_special_tokens({"pad_token": PAD})
     had = "there was no pad token" if before is None else f"the pad token was {'the eos token, ' * is_eos}`{before}`"
-    how = "added" if added else "in the vocabulary already"
+    # the number that add_special_tokens returns counts tokens of the vocabulary as well
+    how = "added" if len(tokenizer) > size else "in the vocabulary already"
     return f"{had}: it becomes `{PAD}`, {how}, id {tokenizer.pad_token_id}"
 
 
@@ -343,7 +344,7 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"the chat template `{path}` is not UTF-8 text: {error.reason}", hint=hint) from error
     except TemplateSyntaxError as error:
-        message = f"the chat template `{path}` is not valid, line {error.lineno}: {error.message}"
+        message = f"the chat template `{path}` is not valid, line {error.lineno}: {str(error.message).rstrip('.')}"
         raise UsageError(message, hint=hint) from error
     return template
 

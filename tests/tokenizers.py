@@ -132,7 +132,7 @@ _BYTE_LEVEL_ALPHABET = [*_LETTERS, "Ġ", "Ċ"]
 def _bpe(first: list[str], alphabet: list[str], vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A vocabulary of `vocab_size` tokens: `first`, `alphabet`, and merges of two letters to fill it up."""
     tokens = [*first, *alphabet]
-    pairs = itertools.product(string.ascii_letters, repeat=2)
+    pairs = itertools.product(string.ascii_letters, string.ascii_letters)
     merges = list(itertools.islice(pairs, max(0, vocab_size - len(tokens))))
     tokens += [left + right for left, right in merges]
     if len(tokens) != vocab_size:

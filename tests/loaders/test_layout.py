@@ -1,4 +1,4 @@
-"""Files laid out beforehand are what the safetensors library writes, and stay readable whatever their states' lengths."""
+"""Files laid out beforehand are what the safetensors library writes, readable whatever the length of their states."""
 
 from __future__ import annotations
 
