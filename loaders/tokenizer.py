@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,12 +441,17 @@ def _template_hash(template: str | dict[str, str] | None) -> str | None:
 def _load(root: Path, *, use_fast: bool, trust_remote_code: bool, gguf_file: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         # `trust_remote_code` is never left out: without it, transformers asks on stdin
-        tokenizer = AutoTokenizer.from_pretrained(
-            root, use_fast=use_fast, trust_remote_code=trust_remote_code, **options
-        )
+        if gguf_file is None:
+            tokenizer = AutoTokenizer.from_pretrained(root, use_fast=use_fast, trust_remote_code=trust_remote_code)
+        else:
+            # in a directory of its own: transformers mixes a tokenizer.json that lies beside the file into it
+            with tempfile.TemporaryDirectory() as alone:
+                (Path(alone) / gguf_file).symlink_to((root / gguf_file).resolve())
+                tokenizer = AutoTokenizer.from_pretrained(
+                    alone, gguf_file=gguf_file, use_fast=use_fast, trust_remote_code=False
+                )
     except Exception as error:  # `tokenizers` raises plain Exception, and remote code raises what it likes
         raise _loading_error(error, root, gguf_file) from error
     if tokenizer.is_fast:

@@ -743,6 +743,15 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == original(text)["input_ids"]
 
 
+def test_a_gguf_file_is_read_alone(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    alone = prepare(tmp_path, gguf_file="m.gguf")
+    write_llama(tmp_path)
+    beside = prepare(tmp_path, gguf_file="m.gguf")
+    assert beside.facts() == alone.facts()
+    assert beside.tokenizer.get_vocab() == alone.tokenizer.get_vocab()
+
+
 def test_a_gguf_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF1234")
