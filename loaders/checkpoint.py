@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, simplefilter
 
-from .errors import CheckpointError, SourceError
-from .source import Source
+from .errors import CheckpointError, SourceError, said_by
+from .source import Source, config_file_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,10 +129,10 @@ def rows_per_chunk(shape: tuple[int, ...], item_bytes: int) -> int:
     return max(1, CHUNK_BYTES // max(1, row_bytes))
 
 
-def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
-    """Find the weight files as transformers would and read their headers.
+def fetch_config(source: Source) -> None:
+    """Have the files that describe the model, and see that they can be read at all.
 
-    Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint.
+    Raises `CheckpointError` where there is no `config.json`, or one of them is not JSON.
     """
     names = {file.path: file for file in source.files}
     if "config.json" not in names:
@@ -138,6 +140,21 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
         if "adapter_config.json" in names:
             hint = "this is an adapter: give the model that it was trained on"
         raise _absent(source, f"`{source.model}` holds no `config.json`", hint)
+    found = config_file_names(source.files)
+    source.fetch(found)
+    for name in found:
+        size = names[name].bytes
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"`{source.root / name}` is {size} bytes long")
+        _parse_json(source.read(name, 0, size), str(source.root / name))
+
+
+def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
+    """Find the weight files as transformers would and read their headers.
+
+    Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint.
+    """
+    names = {file.path: file for file in source.files}
     warnings: tuple[str, ...] = ()
     if SINGLE_FILE in names:
         weight_map = None
@@ -175,8 +192,8 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
         raise CheckpointError(f"`{file}` is {size} bytes long: not a safetensors file", hint=_TRUNCATED)
     first = read(0, min(size, 64 * 1024))
     (length,) = struct.unpack("<Q", first[:8])
-    if first.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"`{file}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
+    if first.startswith(_LFS_POINTER):
+        raise _lfs_pointer(file)
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(f"`{file}` has a header of {length} bytes in a file of {size}", hint=_TRUNCATED)
     raw = first[8 : 8 + length] if 8 + length <= len(first) else first[8:] + read(len(first), 8 + length)
@@ -196,7 +213,12 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
     return tuple(tensors)
 
 
-_TRUNCATED = "the file is incomplete or not a safetensors file: download it again"
+_TRUNCATED = "the file is incomplete or of another kind: download it again"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def _lfs_pointer(file: str) -> CheckpointError:
+    return CheckpointError(f"`{file}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
 
 
 def _absent(source: Source, message: str, hint: str) -> CheckpointError | SourceError:
@@ -248,9 +270,11 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     try:
         value = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
+        if raw.startswith(_LFS_POINTER):
+            raise _lfs_pointer(file) from error
         raise CheckpointError(f"`{file}` is not valid JSON", hint=_TRUNCATED) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"`{file}` is not a JSON object")
+        raise CheckpointError(f"`{file}` is not a JSON object", hint=_TRUNCATED)
     return value
 
 
@@ -291,11 +315,14 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
     for name in files:
         path = source.root / name
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with catch_warnings():
+                simplefilter("ignore")  # a protocol that torch would not have chosen; it loads or it doesn't
+                # the format of torch before 1.6 is no zip file and can't be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # torch raises many types here, none of which names the file
             raise CheckpointError(
-                f"`{name}` can't be loaded as plain tensors: {str(error).splitlines()[0]}",
-                hint="it may hold code or be in an old format: convert it to safetensors",
+                f"`{name}` can't be loaded as plain tensors: {said_by(error)}",
+                hint="it may be incomplete or hold code: convert it to safetensors",
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"`{name}` does not hold a dictionary of tensors")

@@ -412,8 +412,9 @@ def _check_ranges(values: dict[str, Any], problems: _Problems) -> None:
         problems.add(f"`lora_rank` must be at least 1, not {rank}")
     if dropout is not None and not 0 <= dropout < 1:
         problems.add(f"`lora_dropout` must be at least 0 and below 1, not {dropout}")
-    if seed is not None and seed < 0:
-        problems.add(f"`seed` must be at least 0, not {seed}")
+    if seed is not None and not 0 <= seed < 2**32:
+        # the bound is numpy's, which training scripts seed as well
+        problems.add(f"`seed` must be at least 0 and below 2^32, not {seed}")
     if values.get("lora_target_modules") == []:
         problems.add("`lora_target_modules` must name at least one layer")
     if values.get("max_shard_size") is not None:

@@ -20,6 +20,14 @@ class FtloadError(Exception):
         self.hint = hint
 
 
+def said_by(error: BaseException) -> str:
+    """What another library's exception says, in one line and without a full stop, to be part of a message."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].strip()}"
+    return first.rstrip(".")
+
+
 class UsageError(FtloadError):
     """A flag, a YAML key or a value that can't be used."""
 

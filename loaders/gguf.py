@@ -10,7 +10,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import CheckpointError, MissingRequirementError
+from .errors import CheckpointError, MissingRequirementError, said_by
 from .skeleton import quiet_transformers
 from .source import Source, resolve_source
 
@@ -40,9 +40,8 @@ def dequantise(source: Source, directory: Path) -> Source:
             )
             model.save_pretrained(directory)
     except (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"`{source.model}` can't be dequantised: {reason}",
+            f"`{source.model}` can't be dequantised: {said_by(error)}",
             hint="is it a whole GGUF file of a language model?",
         ) from error
     return replace(resolve_source(str(directory), None), model=source.model)

@@ -8,12 +8,16 @@ section 3 for double quantisation; bitsandbytes' `QuantState.as_dict(packed=True
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import Checkpoint, TensorMeta
 from .errors import CheckpointError
@@ -103,53 +107,173 @@ def stored_shapes(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], st
     }
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a piece of a weight that begins at a block: bfloat16 → codes (uint8, (n+1)//2), absmax (float32).
+class Encoder(Protocol):
+    """Quantises pieces of a weight that begin at a block."""
 
-    Raises `ValueError` for NaN and infinity, which would spoil the whole weight without a word.
-    """
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """bfloat16, float16 or float32 of any shape → codes (uint8, (n+1)//2), absmax (float32, one a block).
+
+        The codes may lie in memory that the next call from the same thread uses again. Raises `ValueError` for NaN and
+        infinity, which would spoil the whole weight without a word.
+        """
+        ...
+
+
+def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder compiled by numba: bit for bit what bitsandbytes computes on a CPU."""
+    import numpy as np
+    import torch
+
+    from . import nf4_kernel
+
+    flat = values.reshape(-1)
+    n = flat.numel()
+    whole = n // BLOCK * BLOCK
+    codes = _scratch((n + 1) // 2)
+    absmax = np.empty(-(-n // BLOCK), np.float32)
+    if flat.dtype == torch.bfloat16:
+        arguments = flat.view(torch.int16).numpy()[:whole], codes[: whole // 2], absmax, _bounds()
+        finite = nf4_kernel.encode_bfloat16(*arguments)
+    else:
+        arguments = flat[:whole].to(torch.float32).numpy(), codes[: whole // 2], absmax, _bounds()
+        finite = nf4_kernel.encode_float32(*arguments)
+    if whole < n:
+        rest = flat[whole:].to(torch.float32).numpy()
+        finite &= bool(np.isfinite(rest).all())
+        # bitsandbytes divides where a whole block is multiplied, and pads an odd end with a zero
+        absmax[-1] = max(np.abs(rest).max(), np.float32(1e-38))
+        scaled = np.append(rest / absmax[-1], np.zeros(n % 2, np.float32))
+        counts = np.searchsorted(_bounds()[:15], scaled).astype(np.uint8)
+        codes[whole // 2 :] = counts[::2] << 4 | counts[1::2]
+    if not finite:
+        raise ValueError("NaN or infinity")
+    return torch.from_numpy(codes), torch.from_numpy(absmax)
+
+
+def encode_with_bitsandbytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder where numba can't be used: bitsandbytes itself."""
     import torch
     from bitsandbytes.functional import quantize_4bit
 
     if not torch.isfinite(values).all():
         raise ValueError("NaN or infinity")
-    codes, state = quantize_4bit(
-        values.reshape(-1).contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
-    )
-    return codes.reshape(-1), state.absmax
+    flat = values.reshape(-1).contiguous()
+    codes, state = quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    return codes.reshape(-1).cpu(), state.absmax.cpu()
+
+
+def encode_on_gpu(values: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' CUDA kernel. Its thresholds differ from the CPU's by about one unit in the last place."""
+    return encode_with_bitsandbytes(values.to("cuda", non_blocking=True))
+
+
+def numba_problem() -> str | None:
+    """Why numba's encoder can't be used here; None when it can. Compiles it, unless it lies in numba's cache."""
+    import torch
+
+    try:
+        encode(torch.ones(BLOCK, dtype=torch.bfloat16))
+    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
+        return f"numba can't be used: {str(error).splitlines()[0] if str(error) else error!r}"
+    return None
 
 
 def compress_statistics(absmax: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
     """Double quantisation: absmax (float32, one a block) → suffix to tensor, everything but the codes.
 
-    `shape` is the logical shape of the weight, which the JSON state records.
+    `shape` is the logical shape of the weight, which the JSON state records. `absmax` is overwritten. From a million or
+    so blocks on, torch's mean depends on the number of its threads: to get the same bytes everywhere, set it to one.
     """
     import torch
-    from bitsandbytes.functional import quantize_blockwise
 
-    # from a million or so elements on, torch's mean depends on the number of threads
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        offset = absmax.mean()
-    finally:
-        torch.set_num_threads(threads)
-    codes, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    offset = absmax.mean()
+    codes, nested = _quantize_blockwise(absmax.sub_(offset))
     state = torch.frombuffer(bytearray(_state(shape, offset.item())), dtype=torch.uint8)
     return {
         ".absmax": codes,
-        ".nested_absmax": nested.absmax,
-        ".nested_quant_map": nested.code,
-        ".quant_map": _code_book(),
+        ".nested_absmax": nested,
+        ".nested_quant_map": dynamic_map(),
+        ".quant_map": torch.tensor(CODE_BOOK, dtype=torch.float32),
         STATE_SUFFIX: state,
     }
 
 
-@cache
-def _code_book() -> Tensor:
-    from bitsandbytes.functional import get_4bit_type
+CODE_BOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 values of NF4 (QLoRA, appendix E)."""
 
-    return get_4bit_type("nf4", device="cpu")
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which the blocks' maxima are stored.
+
+    Seven decades, each twice as finely divided as the one below, mirrored, and 0 and 1 (arXiv:1511.04561, as
+    bitsandbytes' `create_dynamic_map` computes it).
+    """
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def _bounds() -> Any:
+    """The 15 midpoints of the code book (float32), and a sixteenth number that nothing reaches."""
+    import numpy as np
+
+    values = np.array(CODE_BOOK, np.float32)
+    return np.append((values[:-1] + values[1:]) / np.float32(2), np.float32(2))
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> Any:
+    """Bytes for codes, the same for each call from a thread: fresh memory would have to be zeroed by the kernel."""
+    import numpy as np
+
+    if size > getattr(_local, "codes", np.empty(0, np.uint8)).size:
+        _local.codes = np.empty(size, np.uint8)
+    return _local.codes[:size]
+
+
+def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight-bit codes (uint8, n) and the blocks' maxima (float32) of float32 values, by bitsandbytes' own C function.
+
+    It is called without importing the package, which takes seconds; where its library can't be found, through it.
+    """
+    import torch
+
+    function = _library_function()
+    if function is None:
+        from bitsandbytes.functional import quantize_blockwise
+
+        codes, state = quantize_blockwise(values, code=dynamic_map(), blocksize=NESTED_BLOCK)
+        return codes, state.absmax
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (dynamic_map(), values, maxima, codes))
+    function(*pointers, ctypes.c_longlong(NESTED_BLOCK), ctypes.c_longlong(values.numel()))
+    return codes, maxima
+
+
+@cache
+def _library_function() -> Any | None:
+    spec = importlib.util.find_spec("bitsandbytes")
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        for path in Path(folder).glob("libbitsandbytes_cpu.*"):
+            try:
+                return ctypes.CDLL(str(path)).cquantize_blockwise_cpu_fp32
+            except (OSError, AttributeError):
+                continue
+    return None
 
 
 def _state(shape: tuple[int, ...], offset: float) -> bytes:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import open_checkpoint
+from .checkpoint import fetch_config, open_checkpoint
 from .environment import require
-from .errors import MissingRequirementError, OutputError
+from .errors import MissingRequirementError, OutputError, ResourceError
 from .gguf import dequantise
 from .lora import adapter_config
 from .model_card import model_card
@@ -29,6 +29,8 @@ from .stream import Progress, disk_errors, hash_file, sync_file, write_tensors
 from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source, save_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from .arguments import Arguments
 
 
@@ -79,6 +81,7 @@ def prepare(arguments: Arguments, progress: Progress) -> dict[str, Any]:
         stage = work / "output"
         with disk_errors(stage):
             stage.mkdir()
+            _check_space(prepared.plan, stage)
         report = _write(prepared, stage, timings, progress)
         _publish(stage, request)
     return report
@@ -100,6 +103,7 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
         source = resolve_source(request.model, request.revision)
         same = (name, revision) == (request.model, request.revision)
         tokenizer_source = source if same else resolve_source(name, revision)
+        _check_apart(request.output, source, tokenizer_source)
     decisions: list[Decision] = []
     if source.kind != "hub" and request.revision is not None:
         decisions.append(
@@ -109,6 +113,10 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
             )
         )  # fmt: skip
 
+    config = None
+    if source.kind != "gguf":
+        with timings.stage("config"):
+            config = _read_config(request, source)
     with timings.stage("tokenizer"):
         tokenizer_source.fetch(
             tokenizer_file_names(tokenizer_source.files, trust_remote_code=request.trust_remote_code)
@@ -128,14 +136,9 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
         with timings.stage("dequantise"):
             weights = dequantise(source, work / "gguf")
     with timings.stage("headers"):
-        code = [file.path for file in weights.files if file.path.endswith(".py")] if request.trust_remote_code else []
-        weights.fetch([*config_file_names(weights.files), *code])
         checkpoint = open_checkpoint(weights, allow_pickle=request.allow_pickle)
     with timings.stage("plan"):
-        root = _config_root(request, weights)
-        config, config_warnings = load_config(
-            root, overrides=request.config_overrides, trust_remote_code=request.trust_remote_code
-        )
+        config, config_warnings = config or _read_config(request, weights)
         skeleton = build_skeleton(
             checkpoint, config, trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"],
@@ -162,21 +165,50 @@ def check_strict(decisions: tuple[Decision, ...]) -> None:
         )
 
 
-def _config_root(request: Request, weights: Source) -> Path:
-    if request.config_name is None:
-        return weights.root
-    source = resolve_source(request.config_name, request.revision)
-    source.fetch(config_file_names(source.files))
-    return source.root
+def _read_config(request: Request, source: Source) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """The model's configuration, or the one of `--config_name`, and warnings; its code comes with it."""
+    fetch_config(source)
+    if request.trust_remote_code:
+        source.fetch(file.path for file in source.files if file.path.endswith(".py"))
+    root = source.root
+    if request.config_name is not None:
+        other = resolve_source(request.config_name, request.revision)
+        fetch_config(other)
+        root = other.root
+    return load_config(root, overrides=request.config_overrides, trust_remote_code=request.trust_remote_code)
 
 
 def _check_output(request: Request) -> None:
     output = request.output
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"`{output}` exists and is not a directory", hint="choose another --output_dir")
-    if output.exists() and any(output.iterdir()) and not request.overwrite:
-        raise OutputError(
-            f"`{output}` exists and is not empty", hint="choose another --output_dir, or pass --overwrite"
+    with disk_errors(output):
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise OutputError(f"`{output}` exists and is not a directory", hint="choose another --output_dir")
+        if output.exists() and any(output.iterdir()) and not request.overwrite:
+            raise OutputError(
+                f"`{output}` exists and is not empty", hint="choose another --output_dir, or pass --overwrite"
+            )
+
+
+def _check_apart(output: Path, source: Source, tokenizer_source: Source) -> None:
+    """An output is renamed into place as a whole: what stood there before, with all that is in it, is deleted."""
+    kept = {
+        "the model itself": source.root,
+        "the tokenizer itself": tokenizer_source.root,
+        "the current directory": Path.cwd(),
+        "your home": Path.home(),
+    }
+    for what, path in kept.items():
+        if path.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"`{output}` is or holds {what}", hint="choose another --output_dir")
+
+
+def _check_space(plan: Plan, directory: Path) -> None:
+    needed = sum(file.layout.size for file in plan.files)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ResourceError(
+            f"`{plan.request.output.parent}` has {free:,} bytes free, the tensors take {needed:,}",
+            hint="free some disk space, or choose another --output_dir",
         )
 
 
@@ -190,7 +222,7 @@ def _sibling_directory(output: Path) -> Iterator[Path]:
     try:
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{output.name}.ftload-", dir=output.parent))
+            work = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.ftload-", dir=output.parent))
         try:
             yield work
         finally:

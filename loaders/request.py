@@ -96,7 +96,12 @@ def resolve_request(arguments: Arguments) -> Request:
     ]
     if adapter_only and not (flat.use_lora or flat.use_qlora):
         raise UsageError(f"`--{adapter_only[0]}` is for adapters", hint="pass --use_lora or --use_qlora as well")
-    output = Path(flat.output_dir).expanduser().absolute()
+    try:
+        output = Path(flat.output_dir).expanduser().absolute()
+    except RuntimeError as error:  # `~name` of nobody
+        raise UsageError(f"`--output_dir` is `{flat.output_dir}`, whose home directory is not known") from error
+    if output.name == "..":
+        output = output.resolve()
     return Request(
         model=flat.model_name_or_path,
         revision=flat.model_revision,

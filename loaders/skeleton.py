@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .catalog import Component, LinearLayer, component_of
 from .checkpoint import DTYPE_CODES, ITEM_BYTES, Checkpoint, TensorMeta, rows_per_chunk
-from .errors import CheckpointError, FtloadError, MissingRequirementError
+from .errors import CheckpointError, FtloadError, MissingRequirementError, said_by
 from .nf4 import PackedTensor, find_packed
 
 if TYPE_CHECKING:
@@ -104,15 +104,21 @@ def load_config(
 
     Raises `CheckpointError` for an unknown or malformed configuration, and for code that was not allowed.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError, ImportError, RecursionError) as error:
+    except (
+        ValueError, KeyError, TypeError, OSError, AttributeError, ImportError, RecursionError, ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
+        hint = "is it a transformers model, and new enough a transformers?"
+        if overrides:
+            hint += " Is --additional_model_arguments right?"
         raise _remote_code_error(error, root) or CheckpointError(
-            f"`{root / 'config.json'}` can't be used: {_first_line(error)}",
-            hint="is it a transformers model, and new enough a transformers?",
+            f"`{root / 'config.json'}` can't be used: {said_by(error)}", hint=hint
         ) from error
     unknown = [name for name in overrides if not hasattr(config, name)]
     return config, tuple(f"`additional_model_arguments`: the configuration has no `{name}`" for name in unknown)
@@ -130,6 +136,7 @@ def build_skeleton(
 
     model_class = _model_class(checkpoint, config, trust_remote_code=trust_remote_code)
     packed = find_packed(checkpoint)
+    _check_quantization(checkpoint, config, packed)
     hidden = {meta.name for tensor in packed.values() for meta in tensor.parts if meta.name != tensor.name}
     state = {
         meta.name: torch.empty(_shape(meta, packed), dtype=torch.bfloat16, device="meta")
@@ -246,7 +253,7 @@ def _model_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
                 ),
             )
         except (OSError, ImportError, AttributeError) as error:
-            raise CheckpointError(f"the model's own code can't be used: {_first_line(error)}") from error
+            raise CheckpointError(f"the model's own code can't be used: {said_by(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     known = not architectures or any(name in causal or name in bare for name in architectures)
     if not native or not known:
@@ -261,6 +268,20 @@ def _model_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
+
+
+def _check_quantization(
+    checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
+) -> None:
+    """Refuse all stored forms of weights but NF4, whose tensors would only look missing and unexpected."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or packed:
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    raise CheckpointError(
+        f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
+        hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
+    )
 
 
 def _load_on_meta(
@@ -285,10 +306,10 @@ def _load_on_meta(
             )
             return loaded
     except ImportError as error:
-        raise MissingRequirementError(f"this model's code needs more: {_first_line(error)}") from error
+        raise MissingRequirementError(f"this model's code needs more: {said_by(error)}") from error
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"transformers can't build `{model_class.__name__}` from this configuration: {_first_line(error)}"
+            f"transformers can't build `{model_class.__name__}` from this configuration: {said_by(error)}"
         ) from error
 
 
@@ -524,7 +545,3 @@ def _remote_code_error(error: Exception, root: Path) -> FtloadError | None:
     if "trust_remote_code" in str(error):
         return CheckpointError(f"`{root}` needs code of its own", hint="pass --trust_remote_code if you trust it")
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

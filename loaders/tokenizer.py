@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_templates import TEMPLATES
 from .environment import installed_version
-from .errors import CheckpointError, FtloadError, MissingRequirementError, UsageError
+from .errors import CheckpointError, FtloadError, MissingRequirementError, UsageError, said_by
 from .request import Decision
 from .skeleton import quiet_transformers
 
@@ -509,7 +509,7 @@ _PACKAGES = {"*.model": ("sentencepiece", "protobuf"), "*.tiktoken": ("tiktoken"
 
 def _loading_error(error: Exception, root: Path, gguf_file: str | None) -> FtloadError:
     """Turn what transformers raised into words, with the file at fault where it can be told."""
-    reason = next(iter(str(error).strip().splitlines()), "")
+    reason = said_by(error)
     if "trust_remote_code" in str(error):
         return CheckpointError(
             f"the tokenizer in `{root}` needs code of its own", hint="pass --trust_remote_code if you trust it"
@@ -519,6 +519,7 @@ def _loading_error(error: Exception, root: Path, gguf_file: str | None) -> Ftloa
             return MissingRequirementError(
                 "reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'"
             )
+        reason = re.sub(r"\S*/" + re.escape(gguf_file), gguf_file, reason)  # the temporary directory that it lies in
         return CheckpointError(
             f"no tokenizer can be loaded from `{root / gguf_file}`: {type(error).__name__}: {reason}",
             hint="is it a whole GGUF file of a language model? --tokenizer_name_or_path takes the tokenizer from "

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint, open_checkpoint, rows_per_chunk
+from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint, rows_per_chunk
 from ftload.loaders.errors import CheckpointError
 from ftload.loaders.source import resolve_source
 from safetensors.torch import save_file
@@ -159,10 +159,10 @@ def test_pickles_need_a_flag_and_plain_tensors(tmp_path: Path) -> None:
 
 def test_what_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no `config\.json`"):
-        open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
+        fetch_config(resolve_source(str(tmp_path), None))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError) as raised:
-        open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
+        fetch_config(resolve_source(str(tmp_path), None))
     assert raised.value.hint == "this is an adapter: give the model that it was trained on"
     with pytest.raises(CheckpointError, match="holds no weights"):
         _open(tmp_path)

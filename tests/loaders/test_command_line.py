@@ -340,7 +340,8 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ("--lora_rank 0", "`lora_rank` must be at least 1, not 0"),
         ("--lora_dropout 1", "`lora_dropout` must be at least 0 and below 1, not 1.0"),
         ("--lora_dropout nan", "`lora_dropout` must be at least 0 and below 1, not nan"),
-        ("--seed -1", "`seed` must be at least 0, not -1"),
+        ("--seed -1", "`seed` must be at least 0 and below 2^32, not -1"),
+        ("--seed 4294967296", "`seed` must be at least 0 and below 2^32, not 4294967296"),
         ("--max_shard_size 5XB", "`max_shard_size`: `5XB` is not a size of at least one byte"),
         (
             "--use_lora run.yaml",

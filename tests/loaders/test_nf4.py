@@ -11,7 +11,10 @@ from ftload.loaders import nf4
 
 
 def _encode(weight: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
-    pieces = [nf4.encode(chunk) for chunk in weight.split(rows)]
+    pieces = []
+    for chunk in weight.split(rows):
+        codes, absmax = nf4.encode(chunk)
+        pieces.append((codes.clone(), absmax))
     codes = torch.cat([codes for codes, _ in pieces]).reshape(-1, 1)
     absmax = torch.cat([absmax for _, absmax in pieces])
     return {"": codes, **nf4.compress_statistics(absmax, tuple(weight.shape))}
