@@ -82,5 +82,5 @@ def _details(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         details.append(("liger", ", ".join(report["kernels"]["liger"]["applied"]) or "not supported"))
     timings = report["timings"]
     details.append(("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())))
-    details.append(("memory", f"{format_bytes(report['peak_rss_bytes'])} at the peak"))
+    details.append(("memory", f"{format_bytes(report['peak_anonymous_bytes'])} at the peak while writing"))
     return details

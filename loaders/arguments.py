@@ -3,7 +3,7 @@
 `FlatArguments` and `TokenizerConfig` carry the names, types and defaults of the two dataclasses that Open
 Instruct's SFT script parses its command line into, so that a training command line or YAML file can be handed
 to ftload unchanged; `OwnOptions` is what ftload adds. `command_line.py` parses into them and `cli/options.py`
-makes `--help` from them. The file is long because the contract has 97 flags.
+makes `--help` from them. The file is long because the contract has 98 flags.
 """
 
 # ruff: noqa: RUF009 - `field` below wraps dataclasses.field, which the rule can't see
@@ -199,6 +199,7 @@ class OwnOptions:
         None, ADAPTER, "Layers to adapt, by name; unset takes the usual seven, or the architecture's own"
     )
     max_shard_size: str = field("5GB", OUTPUT, "Largest weight file, e.g. 500MB or 2GiB")
+    max_memory: str = field("2GB", OUTPUT, "Memory for the tensors that are being worked on")
     allow_pickle: bool = field(False, MODEL, "Read .bin files where there is no safetensors file")
     quiet: bool = field(False, OUTPUT, "Show no progress and no closing table")
     debug: bool = field(False, OUTPUT, "Show a traceback with errors")

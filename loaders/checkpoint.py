@@ -48,8 +48,6 @@ TORCH_NAMES = {
 
 DTYPE_CODES = {name: code for code, name in TORCH_NAMES.items()}
 
-CHUNK_BYTES = 32 * 1024 * 1024
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMeta:
@@ -86,47 +84,41 @@ class Checkpoint:
     pickled: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """The memory-mapped tensors of `.bin` files; empty for safetensors."""
 
-    def chunks(self, tensor: TensorMeta, rows: int) -> Iterator[Tensor]:
-        """Yield the tensor `rows` rows (of its first dimension) at a time, in its stored dtype.
+    def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
+        """Yield the elements of a tensor in order, flat, at most `elements` at a time, in the stored dtype.
 
-        A tensor without dimensions comes as one chunk. The memory of a chunk may be reused for the next one.
+        With a `buffer`, each chunk lies in it and is gone when the next one is asked for.
         Raises `CheckpointError` when the file ends early.
         """
         import torch
 
         if tensor.name in self.pickled:
-            value = self.pickled[tensor.name]
-            yield from value.split(rows) if value.dim() and value.shape[0] else [value]
+            yield from self.pickled[tensor.name].reshape(-1).split(elements)
             return
         dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
-        if not tensor.nbytes:
-            yield torch.empty(tensor.shape, dtype=dtype)
-            return
-        row_shape = tensor.shape[1:]
-        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape else tensor.nbytes
+        size = elements * ITEM_BYTES[tensor.dtype]
         path = self.source.root / tensor.file
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(tensor.begin)
-                for first in range(tensor.begin, tensor.end, rows * row_bytes):
-                    buffer = bytearray(min(rows * row_bytes, tensor.end - first))
-                    _read_exactly(file.readinto, buffer, tensor)
-                    count = len(buffer) // row_bytes
-                    shape = (count, *row_shape) if tensor.shape else ()
-                    yield torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+                for begin in range(tensor.begin, tensor.end, size):
+                    count = min(size, tensor.end - begin)
+                    if buffer is None or len(buffer) < count:
+                        view = memoryview(bytearray(count))
+                    else:
+                        view = memoryview(buffer)[:count]
+                    _read_exactly(file.readinto, view, tensor)
+                    yield torch.frombuffer(view, dtype=dtype)
         except OSError as error:
             raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
 
     def read(self, tensor: TensorMeta) -> Tensor:
-        """The whole tensor, in its stored dtype."""
-        (value,) = self.chunks(tensor, max(1, tensor.shape[0] if tensor.shape else 1))
-        return value
+        """The whole tensor, in its stored dtype and shape."""
+        import torch
 
-
-def rows_per_chunk(shape: tuple[int, ...], item_bytes: int) -> int:
-    """How many rows of a tensor make a chunk of about `CHUNK_BYTES`; at least one."""
-    row_bytes = math.prod(shape[1:]) * item_bytes
-    return max(1, CHUNK_BYTES // max(1, row_bytes))
+        for value in self.chunks(tensor, max(1, tensor.parameters)):
+            return value.reshape(tensor.shape)
+        return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
 
 
 def fetch_config(source: Source) -> None:
@@ -278,8 +270,7 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     return value
 
 
-def _read_exactly(readinto: Callable[[memoryview], int | None], buffer: bytearray, tensor: TensorMeta) -> None:
-    view = memoryview(buffer)
+def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview, tensor: TensorMeta) -> None:
     while view:
         count = readinto(view)
         if not count:

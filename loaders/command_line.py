@@ -417,8 +417,8 @@ def _check_ranges(values: dict[str, Any], problems: _Problems) -> None:
         problems.add(f"`seed` must be at least 0 and below 2^32, not {seed}")
     if values.get("lora_target_modules") == []:
         problems.add("`lora_target_modules` must name at least one layer")
-    if values.get("max_shard_size") is not None:
+    for name in ("max_shard_size", "max_memory"):
         try:
-            parse_size(values["max_shard_size"])
+            parse_size(values.get(name, "1"))
         except UsageError as error:
-            problems.add(f"`max_shard_size`: {error.message}", error.hint)
+            problems.add(f"`{name}`: {error.message}", error.hint)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import MissingRequirementError
@@ -85,6 +88,32 @@ def liger_problem() -> str | None:
     except Exception as error:  # a broken Triton raises whatever it likes
         return f"liger-kernel does not import: {_first_line(error)}"
     return None
+
+
+class PeakMemory:
+    """The largest anonymous memory of this process while a `with` block runs, sampled a hundred times a second."""
+
+    def __init__(self) -> None:
+        self.anonymous_bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ftload-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        page = os.sysconf("SC_PAGESIZE")
+        while True:
+            # resident less shared: what file-backed pages do not explain (proc(5))
+            resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+            self.anonymous_bytes = max(self.anonymous_bytes, (int(resident) - int(shared)) * page)
+            if self._done.wait(0.01):
+                return
 
 
 def peak_memory_bytes() -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import gcd, prod, sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import nf4
 from .catalog import Component, LinearLayer
-from .checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, TensorMeta, rows_per_chunk
+from .checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, TensorMeta
 from .errors import CheckpointError
 from .skeleton import Conversion, ModelTensor
 
@@ -28,15 +30,42 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What operations read."""
+    """What operations read, and how much of it at once."""
 
     checkpoint: Checkpoint
+    chunk_bytes: int
+    encode: nf4.Encoder = nf4.encode
     new_rows: Mapping[str, Tensor] = field(default_factory=dict)
     """Rows for grown embeddings, by output name, where they were drawn beforehand."""
+    _local: threading.local = field(default_factory=threading.local)
+
+    def chunks(self, tensor: TensorMeta, *, multiple: int = 1) -> Iterator[Tensor]:
+        """Flat chunks of about `chunk_bytes`, of a multiple of so many elements; each is gone when the next comes."""
+        elements = max(1, self.chunk_bytes // ITEM_BYTES[tensor.dtype] // multiple) * multiple
+        # one buffer a thread: fresh memory would have to be zeroed, chunk after chunk
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = bytearray(self.chunk_bytes)
+        chunks = self.checkpoint.chunks(tensor, elements, self._local.buffer)
+        while True:
+            begin = time.perf_counter()
+            chunk = next(chunks, None)
+            self._local.seconds = getattr(self._local, "seconds", 0.0) + time.perf_counter() - begin
+            if chunk is None:
+                return
+            yield chunk
+
+    def take_seconds(self) -> float:
+        """The time that this thread has spent on reading chunks since it last asked."""
+        seconds, self._local.seconds = getattr(self._local, "seconds", 0.0), 0.0
+        return seconds
 
 
 class Operation(Protocol):
     """Makes one or more output tensors. Holds one chunk in memory, or one tensor where it must."""
+
+    def memory(self, chunk_bytes: int) -> int:
+        """The bytes that it allocates at most, at a time."""
+        ...
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, convert and write."""
@@ -88,9 +117,13 @@ class Cast:
     dtype: str
     """safetensors code."""
 
+    def memory(self, chunk_bytes: int) -> int:
+        """A chunk and, where the dtype differs, its cast."""
+        return min(chunk_bytes, self.source.nbytes) + _cast_bytes(self.source, self.dtype, chunk_bytes)
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, cast and write chunk by chunk."""
-        for chunk in inputs.checkpoint.chunks(self.source, _rows(self.source)):
+        for chunk in inputs.chunks(self.source):
             sink.write(self.name, chunk.to(_torch_dtype(self.dtype)))
 
 
@@ -100,10 +133,18 @@ class All:
 
     operations: tuple[Operation, ...]
 
+    def memory(self, chunk_bytes: int) -> int:
+        """As the largest of them."""
+        return max(operation.memory(chunk_bytes) for operation in self.operations)
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Run each."""
         for operation in self.operations:
             operation.run(inputs, sink)
+
+
+_ROWS_SUMMED = 64
+"""Rows that are added up before their sum is added to the total."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,23 +158,34 @@ class Grow:
     dtype: str
     new_rows: int
 
+    def memory(self, chunk_bytes: int) -> int:
+        """A chunk, its cast, its float32 copy, the running sums and the new rows."""
+        row = self._row
+        chunk = max(chunk_bytes // ITEM_BYTES[self.source.dtype], row * _ROWS_SUMMED)
+        return chunk * (ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.dtype] + 4) + row * (24 + 8 * self.new_rows)
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
-        """One pass; the mean is accumulated in float64, row after row, so that it is the same on every machine."""
+        """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads."""
         import torch
 
         total: Any = 0.0
-        for chunk in inputs.checkpoint.chunks(self.source, _rows(self.source)):
+        for chunk in inputs.chunks(self.source, multiple=self._row * _ROWS_SUMMED):
             values = chunk.to(_torch_dtype(self.dtype))
             sink.write(self.name, values)
-            # numpy adds along the first axis in order, whatever the number of threads
-            partial = values.to(torch.float32).numpy().sum(axis=0, dtype="float64")
-            total = total + partial
+            rows = values.to(torch.float32).reshape(-1, self._row)
+            for group in rows.split(_ROWS_SUMMED):
+                total = total + group.numpy().sum(axis=0, dtype="float64")
         if self.name in inputs.new_rows:
-            rows = inputs.new_rows[self.name]
+            new = inputs.new_rows[self.name]
         else:
             mean = torch.as_tensor(total / self.source.shape[0])
-            rows = mean.to(torch.float32).to(_torch_dtype(self.dtype)).expand(self.new_rows, *mean.shape)
-        sink.write(self.name, rows)
+            new = mean.to(torch.float32).to(_torch_dtype(self.dtype)).expand(self.new_rows, self._row)
+        sink.write(self.name, new)
+
+    @property
+    def _row(self) -> int:
+        """Elements in a row: 1 for a bias."""
+        return prod(self.source.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +197,19 @@ class Quantize:
     transposed: bool
     """GPT-2's Conv1D stores (in, out); bitsandbytes wants (out, in)."""
 
+    def memory(self, chunk_bytes: int) -> int:
+        """A chunk, its cast, its codes, and the blocks' maxima four times; the whole tensor if it is transposed."""
+        if self.transposed:
+            chunk_bytes = max(chunk_bytes, self.source.nbytes)
+        elements = min(chunk_bytes // ITEM_BYTES[self.source.dtype], self.source.parameters)
+        return (
+            chunk_bytes
+            + _cast_bytes(self.source, "BF16", chunk_bytes)
+            + elements // 2
+            + (2 * elements if self.transposed else 0)
+            + self.source.parameters // nf4.BLOCK * 4 * 4
+        )
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Encode chunk by chunk; the blocks' maxima (n/64 float32) are held until the end.
 
@@ -152,13 +217,15 @@ class Quantize:
         """
         import torch
 
-        shape = self.source.shape
-        rows = shape[0] if self.transposed else _rows(self.source, multiple=nf4.BLOCK)
+        shape = self.source.shape[::-1] if self.transposed else self.source.shape
+        if self.transposed:
+            chunks: Iterable[Tensor] = [inputs.checkpoint.read(self.source).T]
+        else:
+            chunks = inputs.chunks(self.source, multiple=nf4.BLOCK)
         maxima = []
-        for chunk in inputs.checkpoint.chunks(self.source, rows):
-            values = chunk.to(torch.bfloat16)
+        for chunk in chunks:
             try:
-                codes, absmax = nf4.encode(values.T if self.transposed else values)
+                codes, absmax = inputs.encode(chunk.to(torch.bfloat16))
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor `{self.source.name}` of `{self.source.file}` holds {error}",
@@ -166,8 +233,7 @@ class Quantize:
                 ) from error
             sink.write(self.name, codes)
             maxima.append(absmax)
-        logical = shape[::-1] if self.transposed else shape
-        for suffix, value in nf4.compress_statistics(torch.cat(maxima), logical).items():
+        for suffix, value in nf4.compress_statistics(torch.cat(maxima), shape).items():
             sink.write(self.name + suffix, value)
 
 
@@ -178,6 +244,11 @@ class Convert:
     conversion: Conversion
     sources: tuple[TensorMeta, ...]
     dtype: str
+
+    def memory(self, chunk_bytes: int) -> int:
+        """The largest source, all of them cast, and both steps of the conversion."""
+        cast = sum(meta.parameters for meta in self.sources) * ITEM_BYTES[self.dtype]
+        return max(meta.nbytes for meta in self.sources) + 3 * cast
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, cast as the loader would, convert, and write what comes out."""
@@ -202,6 +273,10 @@ class InitLora:
     rounded_to: str
     """safetensors code: PEFT moves a new adapter to its layer's dtype, and only then casts it to float32."""
 
+    def memory(self, chunk_bytes: int) -> int:
+        """A in float32 and rounded, and B twice."""
+        return self.rank * (self.layer.in_features * 12 + self.layer.out_features * 8)
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Draw A and write both."""
         import torch
@@ -214,12 +289,11 @@ class InitLora:
         sink.write(self.names[1], torch.zeros_like(b.weight))
 
 
-def _rows(tensor: TensorMeta, *, multiple: int = 1) -> int:
-    """Rows per chunk, so many that their elements are a multiple of `multiple`."""
-    rows = rows_per_chunk(tensor.shape, ITEM_BYTES[tensor.dtype])
-    row = max(1, tensor.parameters // max(1, tensor.shape[0])) if tensor.shape else 1
-    step = multiple // gcd(row, multiple)
-    return max(step, rows // step * step)
+def _cast_bytes(source: TensorMeta, dtype: str, chunk_bytes: int) -> int:
+    """Bytes of a chunk in another dtype; none where it is the same."""
+    if source.dtype == dtype:
+        return 0
+    return min(chunk_bytes // ITEM_BYTES[source.dtype], source.parameters) * ITEM_BYTES[dtype]
 
 
 def _torch_dtype(code: str) -> torch.dtype:

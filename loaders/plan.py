@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import nf4
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, ResourceError, UsageError
 from .layout import Layout, lay_out
 from .liger import liger_kernels
 from .lora import adapter_steps
@@ -62,6 +64,11 @@ class Plan:
     quantization_config: dict[str, Any] | None
     attention: Attention
     kernels: Kernels | None
+    encode: nf4.Encoder
+    workers: int
+    """Threads that carry out steps."""
+    chunk_bytes: int
+    """What a step reads at once."""
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
 
@@ -143,6 +150,10 @@ def make_plan(
             f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
             "only, and k-bit preparation makes them float32 in training"
         )
+    workers = len(os.sched_getaffinity(0))
+    chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
+    model_files = _shards(steps, request.max_shard_bytes) if base == "copy" else ()
+    _check_memory(request, model_files, adapter_file, chunk_bytes)
     return Plan(
         request=request,
         strategy=strategy,
@@ -150,15 +161,46 @@ def make_plan(
         skeleton=skeleton,
         steps=steps,
         base=base,
-        model_files=_shards(steps, request.max_shard_bytes) if base == "copy" else (),
+        model_files=model_files,
         adapter_file=adapter_file,
         targets=targets,
         quantization_config=quantization_config,
         attention=attention,
         kernels=kernels,
+        encode=_choose_encoder(decisions) if quantization_config is not None else nf4.encode,
+        workers=workers,
+        chunk_bytes=chunk_bytes,
         decisions=tuple(decisions),
         warnings=tuple(warnings),
     )
+
+
+_CHUNK_BYTES = 4 * 1024 * 1024
+"""Small enough to stay in a processor's cache between reading, encoding and writing."""
+_LEAST_CHUNK_BYTES = 64 * 1024
+
+
+def _check_memory(
+    request: Request, model_files: tuple[OutputFile, ...], adapter_file: OutputFile | None, chunk_bytes: int
+) -> None:
+    files = model_files if adapter_file is None else (*model_files, adapter_file)
+    for file in files:
+        for step in file.steps:
+            need = step.operation.memory(chunk_bytes)
+            if need > request.max_memory_bytes:
+                raise ResourceError(
+                    f"tensor `{step.outputs[0].name}` needs {need:,} bytes at once, `--max_memory` allows "
+                    f"{request.max_memory_bytes:,}",
+                    hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
+                )
+
+
+def _choose_encoder(decisions: list[Decision]) -> nf4.Encoder:
+    problem = nf4.numba_problem()
+    if problem is None:
+        return nf4.encode
+    decisions.append(Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem))
+    return nf4.encode_with_bitsandbytes
 
 
 def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:

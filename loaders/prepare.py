@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from .gguf import dequantise
 from .lora import adapter_config
 from .model_card import model_card
 from .plan import Plan, make_plan
-from .report import REPORT_FILE, adapter_base, build_report
+from .report import REPORT_FILE, adapter_base, build_report, data_bytes
 from .request import Decision, Request, resolve_request
 from .skeleton import build_skeleton, load_config, load_generation_config, quiet_transformers
 from .source import Source, config_file_names, resolve_source, tokenizer_file_names
@@ -240,7 +240,7 @@ def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress
         with timings.stage("fetch"):
             plan.checkpoint.source.fetch(plan.checkpoint.weight_files)
     with timings.stage("write"):
-        write_tensors(plan, stage, progress)
+        written = write_tensors(plan, stage, progress)
     with timings.stage("save"), disk_errors(stage):
         with quiet_transformers():
             save_tokenizer(prepared.tokenizer, stage)
@@ -259,7 +259,7 @@ def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress
         if len(plan.model_files) > 1:
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with timings.stage("hash"), disk_errors(stage):
-        files = [_file_entry(path, stage) for path in sorted(stage.rglob("*")) if path.is_file()]
+        files = [_file_entry(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
     used = [file.path for file in source.files if file.path in _used_files(prepared)]
     report = build_report(
         plan,
@@ -271,10 +271,13 @@ def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress
         decisions=prepared.decisions,
         files=files,
         timings=timings.seconds,
+        written=written,
     )
     with disk_errors(stage):
         (stage / "README.md").write_text(model_card(report), encoding="utf-8")
-        report["files"] = sorted([*files, _file_entry(stage / "README.md", stage)], key=lambda entry: entry["path"])
+        report["files"] = sorted(
+            [*files, _file_entry(stage / "README.md", stage, written.hashes)], key=lambda entry: entry["path"]
+        )
         for path in stage.rglob("*"):
             sync_file(path)
         _write_json(stage / REPORT_FILE, report)
@@ -321,7 +324,7 @@ def _index(plan: Plan) -> dict[str, Any]:
     return {
         "metadata": {
             "total_parameters": sum(output.parameters for _, output in outputs.values()),
-            "total_size": sum(output.nbytes for _, output in outputs.values() if not output.variable),
+            "total_size": data_bytes(output for _, output in outputs.values()),
         },
         "weight_map": {name: outputs[name][0] for name in sorted(outputs)},
     }
@@ -331,12 +334,9 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _file_entry(path: Path, root: Path) -> dict[str, Any]:
-    return {
-        "path": path.relative_to(root).as_posix(),
-        "bytes": path.stat().st_size,
-        "sha256": hash_file(path),
-    }
+def _file_entry(path: Path, root: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    name = path.relative_to(root).as_posix()
+    return {"path": name, "bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
 
 
 def _publish(stage: Path, request: Request) -> None:

@@ -7,18 +7,21 @@ two to a byte where weights are packed, tied weights once, the adapter included,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import DTYPE_CODES, ITEM_BYTES
 from .environment import ftload_version, peak_memory_bytes, versions
+from .nf4 import STATE_SUFFIX
 from .operations import OutputTensor
 from .plan import Plan
 
 if TYPE_CHECKING:
     from .arguments import Arguments
     from .source import Source
+    from .stream import Written
 
 SCHEMA_VERSION = "1"
 REPORT_FILE = "ftload_report.json"
@@ -35,6 +38,7 @@ def build_report(
     decisions: Iterable[Any],
     files: list[dict[str, Any]],
     timings: Mapping[str, float],
+    written: Written,
 ) -> dict[str, Any]:
     """The report as JSON values. `source_files` are those that were used, `files` those that were written."""
     known = {file.path: file for file in source.files}
@@ -79,6 +83,9 @@ def build_report(
         "files": files,
         "versions": versions(),
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
+        "work": {kind: round(seconds, 3) for kind, seconds in written.seconds.items()},
+        "memory_budget_bytes": plan.request.max_memory_bytes,
+        "peak_anonymous_bytes": written.peak_anonymous_bytes,
         "peak_rss_bytes": peak_memory_bytes(),
     }
 
@@ -95,7 +102,7 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
     total = base + sum(tensor.parameters for tensor in adapter)
     trainable = sum(tensor.parameters for tensor in adapter) if plan.strategy.has_adapter else total
     in_training = [
-        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in loaded),
+        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in _merged(plan, loaded)),
         *adapter,
     ]
     return {
@@ -108,11 +115,30 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
         "by_component": {
             component: {
                 "parameters": sum(tensor.parameters for tensor in tensors),
-                "bytes": sum(tensor.nbytes for tensor in tensors if not tensor.variable),
+                "bytes": data_bytes(tensors),
             }
             for component, tensors in _by(stored, "component").items()
         },
     }
+
+
+def data_bytes(tensors: Iterable[OutputTensor]) -> int:
+    """The bytes of tensors' data, the JSON states of 4-bit weights aside."""
+    return sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(STATE_SUFFIX))
+
+
+def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> Iterator[OutputTensor]:
+    """`tensors` as the model holds them: those that loading merges into one parameter, as one."""
+    parameters = {tensor.name: tensor.parameter for tensor in plan.skeleton.tensors}
+    merged: dict[str, OutputTensor] = {}
+    for tensor in tensors:
+        name = parameters.get(tensor.name, tensor.name)
+        other = merged.get(name)
+        if other is not None:
+            elements = prod(other.shape) + prod(tensor.shape)
+            tensor = dataclasses.replace(other, shape=(elements,), parameters=other.parameters + tensor.parameters)
+        merged[name] = tensor
+    yield from merged.values()
 
 
 def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
@@ -127,7 +153,7 @@ def _group(tensors: list[OutputTensor]) -> dict[str, dict[str, int]]:
             # a 4-bit weight is one tensor, whatever it is stored in
             "tensors": sum(1 for tensor in group if dtype != "nf4" or tensor.parameters),
             "parameters": sum(tensor.parameters for tensor in group),
-            "bytes": sum(tensor.nbytes for tensor in group if not tensor.variable),
+            "bytes": data_bytes(group),
         }
         for dtype, group in _by(tensors, "counted_as").items()
     }

@@ -51,6 +51,8 @@ class Request:
     output: Path
     overwrite: bool
     max_shard_bytes: int
+    max_memory_bytes: int
+    """For the tensors that are being worked on; the interpreter and its libraries come on top."""
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
 
@@ -123,6 +125,7 @@ def resolve_request(arguments: Arguments) -> Request:
         output=output,
         overwrite=own.overwrite,
         max_shard_bytes=parse_size(own.max_shard_size),
+        max_memory_bytes=parse_size(own.max_memory),
         decisions=tuple(decisions),
         warnings=training_warnings(flat),
     )

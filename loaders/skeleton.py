@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from .catalog import Component, LinearLayer, component_of
-from .checkpoint import DTYPE_CODES, ITEM_BYTES, Checkpoint, TensorMeta, rows_per_chunk
+from .checkpoint import DTYPE_CODES, Checkpoint, TensorMeta
 from .errors import CheckpointError, FtloadError, MissingRequirementError, said_by
 from .nf4 import PackedTensor, find_packed
 
@@ -111,7 +111,14 @@ def load_config(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
     except (
-        ValueError, KeyError, TypeError, OSError, AttributeError, ImportError, RecursionError, ZeroDivisionError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+        ZeroDivisionError,
         StrictDataclassError,
     ) as error:
         hint = "is it a transformers model, and new enough a transformers?"
@@ -270,9 +277,7 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _check_quantization(
-    checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
-) -> None:
+def _check_quantization(checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]) -> None:
     """Refuse all stored forms of weights but NF4, whose tensors would only look missing and unexpected."""
     stored = getattr(config, "quantization_config", None)
     if stored is None or packed:
@@ -511,6 +516,10 @@ def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
     return f"{names[id(model.get_input_embeddings())]}.weight", head
 
 
+_COMPARED_AT_ONCE = 4 * 1024 * 1024
+"""Elements of two tensors that are in memory when they are compared."""
+
+
 def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: list[_Group]) -> list[str]:
     """Where the configuration ties two parameters and the checkpoint holds both: tie them if they are equal.
 
@@ -526,8 +535,9 @@ def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: 
         dtype = model.get_parameter(origin).dtype
         first, second = sources[target], sources[origin]
         checkpoint.source.fetch({first.file, second.file})
-        rows = rows_per_chunk(first.shape, max(ITEM_BYTES[first.dtype], ITEM_BYTES[second.dtype]))
-        pairs = zip(checkpoint.chunks(first, rows), checkpoint.chunks(second, rows), strict=True)
+        pairs = zip(
+            checkpoint.chunks(first, _COMPARED_AT_ONCE), checkpoint.chunks(second, _COMPARED_AT_ONCE), strict=True
+        )
         equal = first.shape == second.shape and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
         if equal:
             parent, _, leaf = target.rpartition(".")

@@ -1,4 +1,9 @@
-"""Executing a plan: every output file is written once, tensor by tensor, each at its place."""
+"""Executing a plan: every output tensor is made once and put in its place, several at a time, in bounded memory.
+
+A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps,
+largest first; reading, encoding and writing all release the interpreter's lock, so that one worker's reading overlaps
+another's encoding. A step begins when what it allocates at most fits into the budget beside those that are running.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,18 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .checkpoint import TORCH_NAMES, Checkpoint, read_header
+from .environment import PeakMemory
 from .errors import FtloadError, OutputError, ResourceError, VerificationError
-from .operations import Grow, Inputs
+from .operations import Grow, Inputs, Step
 from .plan import OutputFile, Plan
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, *, bytes: int, tensors: int) -> None:
-        """This much more has been written."""
+        """This much more has been written. Called from several threads, one at a time."""
         ...
 
 
@@ -52,10 +62,23 @@ class Silent:
         """Say nothing."""
 
 
-def write_tensors(plan: Plan, directory: Path, progress: Progress) -> None:
-    """Write all safetensors files of `plan` into `directory` and check that they are what was planned.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What execution has to tell."""
 
-    Random numbers are drawn in the reference's order: seed, new embedding rows, adapter.
+    hashes: Mapping[str, str]
+    """sha256 of each file, by its path."""
+    seconds: Mapping[str, float]
+    """What the workers spent their time on, added up over all of them: reading, converting, writing, hashing."""
+    peak_anonymous_bytes: int
+    """The largest anonymous memory of the process, libraries included, sampled while it wrote."""
+
+
+def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
+    """Write all safetensors files of `plan` into `directory`, check that they are what was planned, and hash them.
+
+    Random numbers are drawn in the reference's order: seed, new embedding rows,
+    adapter.
     """
     import torch
 
@@ -63,17 +86,25 @@ def write_tensors(plan: Plan, directory: Path, progress: Progress) -> None:
         bytes=sum(file.layout.size for file in plan.files),
         tensors=sum(len(step.outputs) for file in plan.files for step in file.steps),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.request.seed)
-        new_rows: Mapping[str, Tensor] = {}
-        if plan.grown and plan.request.embedding_init == "reference":
-            new_rows = _draw_new_rows(plan.skeleton, plan.checkpoint, plan.grown)
-        inputs = Inputs(checkpoint=plan.checkpoint, new_rows=new_rows)
-        # the adapter first: its draws follow those of the embeddings
-        for file in reversed(plan.files):
-            _write_file(file, directory, inputs, progress)
-    for file in plan.files:
-        _check_written(file, directory)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the threads; and sums come out alike on every machine
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.request.seed)
+            new_rows: Mapping[str, Tensor] = {}
+            if plan.grown and plan.request.embedding_init == "reference":
+                new_rows = _draw_new_rows(plan.skeleton, plan.checkpoint, plan.grown)
+            inputs = Inputs(
+                checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=plan.encode, new_rows=new_rows
+            )
+            with PeakMemory() as peak:
+                execution = _Execution(plan, directory, inputs, progress)
+                execution.run()
+            return Written(
+                hashes=execution.hashes, seconds=execution.seconds, peak_anonymous_bytes=peak.anonymous_bytes
+            )
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -107,18 +138,113 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+class _Execution:
+    """One run over all steps of a plan."""
+
+    def __init__(self, plan: Plan, directory: Path, inputs: Inputs, progress: Progress) -> None:
+        self._plan = plan
+        self._directory = directory
+        self._inputs = inputs
+        self._progress = progress
+        self._free = threading.Condition()
+        self._free_bytes = plan.request.max_memory_bytes
+        self._stopped = threading.Event()
+        self.hashes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {"read": 0.0, "convert": 0.0, "write": 0.0, "hash": 0.0}
+
+    def run(self) -> None:
+        """Take the steps to workers; the first error stops all of them."""
+        writers = [_FileWriter(file, self._directory, self._advance) for file in self._plan.files]
+        with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
+            try:
+                tasks = sorted(self._tasks(writers), key=lambda task: -task[0])
+                done, _ = wait(
+                    [pool.submit(self._run, writer, steps) for _, writer, steps in tasks], return_when=FIRST_EXCEPTION
+                )
+                for future in done:
+                    future.result()
+            finally:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+                for writer in writers:
+                    writer.abandon()
+
+    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[int, _FileWriter, tuple[Step, ...]]]:
+        """What a worker takes at a time, and its bytes."""
+        for writer in writers:
+            steps = writer.file.steps
+            if writer.file is self._plan.adapter_file:
+                # its layers' random numbers must be drawn one after another
+                yield sum(step.nbytes for step in steps), writer, steps
+            else:
+                yield from ((step.nbytes, writer, (step,)) for step in steps)
+
+    def _run(self, writer: _FileWriter, steps: tuple[Step, ...]) -> None:
+        with disk_errors(writer.path):
+            for step in steps:
+                with self._reserved(step.operation.memory(self._inputs.chunk_bytes)):
+                    begin = time.perf_counter()
+                    step.operation.run(self._inputs, writer)
+                    whole = time.perf_counter() - begin
+                read, write = self._inputs.take_seconds(), writer.take_seconds()
+                self._spent(read=read, write=write, convert=whole - read - write)
+                self._advance(0, tensors=len(step.outputs))
+            if writer.finished(len(steps)):
+                begin = time.perf_counter()
+                writer.close()
+                _check_written(writer.file, writer.path)
+                closed = time.perf_counter()
+                self.hashes[writer.file.path] = hash_file(writer.path)
+                self._spent(write=closed - begin, hash=time.perf_counter() - closed)
+
+    def _spent(self, **seconds: float) -> None:
+        with self._free:
+            for kind, value in seconds.items():
+                self.seconds[kind] += value
+
+    @contextlib.contextmanager
+    def _reserved(self, need: int) -> Iterator[None]:
+        """Wait until so many bytes of the budget are free, and hold them."""
+        with self._free:
+            self._free.wait_for(lambda: self._free_bytes >= need)
+            self._free_bytes -= need
+        try:
+            yield
+        finally:
+            with self._free:
+                self._free_bytes += need
+                self._free.notify_all()
+
+    def _advance(self, count: int, tensors: int = 0) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+        with self._free:
+            self._progress.advance(bytes=count, tensors=tensors)
+
+
+class _Stopped(Exception):
+    """Another worker failed; its error is the one that counts."""
+
+
 class _FileWriter:
     """A sink that puts each tensor's bytes where the layout wants them."""
 
-    def __init__(self, descriptor: int, file: OutputFile, advance: Callable[[int], None]) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: OutputFile, directory: Path, advance: Callable[[int], None]) -> None:
+        self.file = file
+        self.path = directory / file.path
+        self._advance = advance
         self._positions = file.layout.offsets()
         self._ends = {tensor.name: self._positions[tensor.name] + tensor.nbytes for tensor in file.layout.fixed}
         self._states: dict[str, bytes] = {tensor.name: b"" for tensor in file.layout.variable}
-        self._file = file
-        self._advance = advance
+        self._missing = len(file.steps)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        with disk_errors(self.path):
+            self.path.parent.mkdir(exist_ok=True)
+            self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, name: str, values: Tensor) -> None:
+        """Append to a tensor; each tensor is written by one thread."""
         import torch
 
         data = memoryview(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -128,44 +254,49 @@ class _FileWriter:
             position = self._positions[name]
             if position + len(data) > self._ends[name]:
                 raise VerificationError(f"tensor `{name}` came out larger than planned")
-            _write_at(self._descriptor, data, position)
+            begin = time.perf_counter()
+            self._write_at(data, position)
+            self._local.seconds = getattr(self._local, "seconds", 0.0) + time.perf_counter() - begin
             self._positions[name] = position + len(data)
         self._advance(len(data))
 
+    def take_seconds(self) -> float:
+        """The time that this thread has spent on writing since it last asked."""
+        seconds, self._local.seconds = getattr(self._local, "seconds", 0.0), 0.0
+        return seconds
+
+    def finished(self, steps: int) -> bool:
+        """Count steps as done; whether they were the last ones."""
+        with self._lock:
+            self._missing -= steps
+            return self._missing == 0
+
     def close(self) -> None:
+        """Write the header and make the file durable."""
         short = [name for name, end in self._ends.items() if self._positions[name] != end]
         if short:
             raise VerificationError(f"tensor `{short[0]}` came out smaller than planned")
-        _write_at(self._descriptor, memoryview(self._file.layout.head(self._states)), 0)
+        self._write_at(memoryview(self.file.layout.head(self._states)), 0)
+        assert self._descriptor is not None
         os.fsync(self._descriptor)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _write_at(self, data: memoryview, position: int) -> None:
+        assert self._descriptor is not None
+        while data:
+            count = os.pwrite(self._descriptor, data, position)
+            data = data[count:]
+            position += count
 
 
-def _write_file(file: OutputFile, directory: Path, inputs: Inputs, progress: Progress) -> None:
-    path = directory / file.path
-    with disk_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with disk_errors(path):
-            writer = _FileWriter(descriptor, file, lambda count: progress.advance(bytes=count, tensors=0))
-            for step in file.steps:
-                step.operation.run(inputs, writer)
-                progress.advance(bytes=0, tensors=len(step.outputs))
-            writer.close()
-    finally:
-        os.close(descriptor)
-
-
-def _write_at(descriptor: int, data: memoryview, position: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, position)
-        data = data[count:]
-        position += count
-
-
-def _check_written(file: OutputFile, directory: Path) -> None:
+def _check_written(file: OutputFile, path: Path) -> None:
     """Read the header back: names, dtypes, shapes and the size must be the planned ones."""
-    path = directory / file.path
     size = path.stat().st_size
 
     def read(begin: int, end: int) -> bytes:
@@ -186,7 +317,7 @@ def _check_written(file: OutputFile, directory: Path) -> None:
 def _draw_new_rows(skeleton: Skeleton, checkpoint: Checkpoint, grown: tuple[Grow, ...]) -> dict[str, Tensor]:
     """transformers' own mean-resizing, on a model that holds nothing but its embeddings.
 
-    It needs the old matrix in float32 and its covariance: this, unlike all else, is not bounded by a chunk.
+    It needs the old matrix in float32 and its covariance: this, unlike all else, is not bounded by the budget.
     """
     from copy import deepcopy
 

@@ -1,12 +1,9 @@
-"""A tiny Llama for the tests of commands, made once, and the checks that all of them share."""
+"""A tiny Llama for the tests of commands, made once."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,15 +27,3 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(llama: Path, tmp_path: Path) -> Path:
     """A copy of it to break or change."""
     return Path(shutil.copytree(llama, tmp_path / "source" / "model"))
-
-
-@pytest.fixture
-def prepare(ftload: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """Run `ftload prepare` with `--json`, which must succeed; returns the report."""
-
-    def run(model: str | Path, output: Path, *flags: str | Path) -> dict[str, Any]:
-        result = ftload("prepare", "--model", model, "--output_dir", output, "--lora_rank", "8", "--json", *flags)
-        assert (result.code, result.err) == (0, "")
-        return json.loads(result.out)
-
-    return run

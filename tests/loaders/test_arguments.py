@@ -61,11 +61,12 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("embedding_init", "str", "mean", ("mean", "reference")),
         ("lora_target_modules", "list[str] | None", None, ()),
         ("max_shard_size", "str", "5GB", ()),
+        ("max_memory", "str", "2GB", ()),
         ("allow_pickle", "bool", False, ()),
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 97
+    assert len(all_flags()) == 98
 
 
 def test_every_flag_has_a_panel_and_one_sentence_of_help() -> None:

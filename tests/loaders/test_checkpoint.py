@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint, rows_per_chunk
+from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint
 from ftload.loaders.errors import CheckpointError
 from ftload.loaders.source import resolve_source
 from safetensors.torch import save_file
@@ -47,9 +47,10 @@ def test_headers_and_values_of_one_file(tmp_path: Path) -> None:
     }
     for name, value in TENSORS.items():
         assert torch.equal(checkpoint.read(checkpoint.tensors[name]), value)
-    chunks = [chunk.clone() for chunk in checkpoint.chunks(checkpoint.tensors["a"], 2)]
-    assert [tuple(chunk.shape) for chunk in chunks] == [(2, 4), (1, 4)]
-    assert torch.equal(torch.cat(chunks), TENSORS["a"])
+    for buffer in (None, bytearray(20), bytearray(8)):
+        chunks = [chunk.clone() for chunk in checkpoint.chunks(checkpoint.tensors["a"], 5, buffer)]
+        assert [tuple(chunk.shape) for chunk in chunks] == [(5,), (5,), (2,)]
+        assert torch.equal(torch.cat(chunks).reshape(3, 4), TENSORS["a"])
 
 
 def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
@@ -166,9 +167,3 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
     assert raised.value.hint == "this is an adapter: give the model that it was trained on"
     with pytest.raises(CheckpointError, match="holds no weights"):
         _open(tmp_path)
-
-
-def test_chunks_are_about_32_mib() -> None:
-    assert rows_per_chunk((100, 1024), 4) == 8192
-    assert rows_per_chunk((10,), 2) == 16 * 1024 * 1024
-    assert rows_per_chunk((3, 2**30), 4) == 1

@@ -559,6 +559,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "lora_dropout": st.floats(0, 1, exclude_max=True),
     "seed": st.integers(0, 2**64),
     "max_shard_size": st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["KB", "MiB", "GB"])),
+    "max_memory": st.sampled_from(["64MB", "2GB"]),
 }
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
@@ -624,4 +625,4 @@ def test_any_words_give_arguments_or_a_usage_error(words: list[str]) -> None:
     except UsageError as error:
         assert error.message.isprintable()
     else:
-        assert len(arguments.origins) == 97
+        assert len(arguments.origins) == 98

@@ -51,3 +51,9 @@ def run_reference(
         target_modules=targets or REFERENCE_TARGETS,
     )
     get_peft_model(model, config).save_pretrained(output / "adapter", save_embedding_layers=False)
+
+
+if __name__ == "__main__":
+    import sys
+
+    run_reference(Path(sys.argv[1]), Path(sys.argv[2]), strategy=sys.argv[3], tokenizer_size=0, rank=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,9 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as an ordinary bfloat16 checkpoint, converted by transformers alone; once, as it takes 25 s."""
-    # the parent is common to the worker processes of one run
-    shared = tmp_path_factory.getbasetemp().parent
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # which the workers of one run have in common
     finished = shared / "smollm2"
     with FileLock(shared / "smollm2.lock"):
         if not finished.exists():

@@ -41,16 +41,12 @@ LINEAR = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
 """Parameters of those layers."""
 
 PROMPTS = ["What is the capital of France?", "Name three primary colours."]
-CONVERSATIONS = [
-    [
-        {"role": "user", "content": "Why is the sky blue?"},
-        {"role": "assistant", "content": "Air scatters blue light from the sun more than it scatters red light."},
-    ],
-    [
-        {"role": "user", "content": "What do bees make?"},
-        {"role": "assistant", "content": "Honey."},
-    ],
+CONVERSATION = [
+    {"role": "system", "content": "Answer."},
+    {"role": "user", "content": "What do bees make?"},
+    {"role": "assistant", "content": "Bees make honey."},
 ]
+"""Short: without bfloat16 instructions a token takes 0.2 s forward and back."""
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +75,8 @@ def test_qlora_from_gguf_equals_the_reference(
 ) -> None:
     """transformers can't dequantise a GGUF file and quantise it in one call: the reference starts from its own copy."""
     out = tmp_path / "out"
-    result = ftload(
-        "prepare", "--model", smollm2_gguf, "--use-qlora", "--output_dir", out, "--embedding_init", "reference", "--json"
-    )  # fmt: skip
+    words = ["--use-qlora", "--embedding_init", "reference", "--output_dir", out, "--json"]
+    result = ftload("prepare", "--model", smollm2_gguf, *words)
     assert result.code == 0, result.err
     run_reference(smollm2, tmp_path / "reference", strategy="qlora", tokenizer_size=ROWS + 1, rank=64)
     assert_same_tensors(out, tmp_path / "reference")
@@ -191,52 +186,45 @@ def test_embeddings_grow_by_eight_rows_of_the_mean_and_stay_tied(
 
 
 @pytest.mark.parametrize("strategy", ["standard", "lora", "qlora"])
-def test_a_training_step(prepared: dict[str, Path], smollm2: Path, strategy: str) -> None:
+def test_training_starts_with_gradients_on_exactly_the_trainable_parameters(
+    prepared: dict[str, Path], smollm2: Path, strategy: str
+) -> None:
     directory = prepared[strategy]
     model, tokenizer = load_prepared(directory)
     batch = training_batch(tokenizer).to(model.device)
     assert (batch["input_ids"] == ROWS).sum() == (batch["labels"] == -100).sum() > 0
     torch.manual_seed(0)
     loss = model(**batch).loss
-    assert math.isfinite(loss.item())
-    assert loss.item() == pytest.approx(original_loss(smollm2, batch), rel=0.15 if strategy == "qlora" else 0.01)
     loss.backward()
+    assert math.isfinite(loss.item())
+    assert loss.item() == pytest.approx(expected_loss(smollm2, directory, batch), rel=0.02)
 
     # what trains is what is in the file that training starts from
     stored = set(read_tensors(directory if strategy == "standard" else directory / "adapter"))
-    assert stored_names(name for name, value in model.named_parameters() if value.requires_grad) == stored
-    assert stored_names(name for name, value in model.named_parameters() if value.grad is not None) == stored
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    assert {saved_name(name) for name in trainable} == stored
+    assert {saved_name(name) for name in gradients} == stored
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    # B starts at zero, so A's first gradient is exactly zero, and B's is not
-    assert {name for name, gradient in gradients.items() if not gradient.any()} == {
-        name for name in gradients if "lora_A" in name
-    }
+    # B starts at zero, so A's first gradient is exactly zero
+    first = {name for name in trainable if "lora_A" not in name}
+    assert {name for name, gradient in gradients.items() if gradient.any()} == first
+    if strategy == "standard":
+        return
 
-
-@pytest.mark.parametrize("strategy", ["lora", "qlora"])
-def test_b_moves_with_the_first_step_and_a_with_the_second(prepared: dict[str, Path], strategy: str) -> None:
-    directory = prepared[strategy]
-    model, tokenizer = load_prepared(directory)
-    batch = training_batch(tokenizer).to(model.device)
-    adapter = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    start = {name: value.detach().clone() for name, value in adapter.items()}
-    assert len(start) == 2 * 7 * 30
-    assert {value.dtype for value in start.values()} == {torch.float32}
+    assert len(trainable) == 2 * len(first) == 2 * 7 * 30
+    assert {value.dtype for value in trainable.values()} == {torch.float32}
+    start = {name: value.detach().clone() for name, value in trainable.items()}
     # weight decay would move A at once
-    optimizer = torch.optim.AdamW(adapter.values(), lr=1e-3, weight_decay=0.0)
-    torch.manual_seed(0)
-    losses = []
-    moved = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        moved.append({name for name, value in adapter.items() if not torch.equal(value.detach(), start[name])})
-    assert moved == [{name for name in start if "lora_B" in name}, set(start)]
-    assert losses[1] < losses[0]
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.0)
+    optimizer.step()
+    assert changed(trainable, start) == first
+    optimizer.zero_grad()
+    second_loss = model(**batch).loss
+    second_loss.backward()
+    optimizer.step()
+    assert changed(trainable, start) == set(trainable)
+    assert second_loss.item() < loss.item()
     assert_base_is_untouched(model, directory)
 
 
@@ -280,11 +268,10 @@ def test_standard_says_what_the_original_says(prepared: dict[str, Path], smollm2
 
 def test_qlora_says_something(prepared: dict[str, Path]) -> None:
     model, tokenizer = load_prepared(prepared["qlora"])
-    for prompt in PROMPTS:
-        text, scores = greedy(model, tokenizer, prompt)
-        assert len(text.split()) > 1
-        assert scores.shape[1] == ROWS + 8
-        assert scores.isfinite().all()
+    text, scores = greedy(model, tokenizer, PROMPTS[0])
+    assert len(text.split()) > 1
+    assert scores.shape[1] == ROWS + 8
+    assert scores.isfinite().all()
 
 
 def read_report(directory: Path) -> dict[str, Any]:
@@ -387,26 +374,41 @@ def component_of(name: str) -> str:
     return next(component for word, component in words.items() if word in name)
 
 
-def stored_names(live: Iterator[str]) -> set[str]:
+def saved_name(live: str) -> str:
     """PEFT writes the one adapter's weights without its name."""
-    return {name.replace(".default.", ".") for name in live}
+    return live.replace(".default.", ".")
+
+
+def changed(values: dict[str, torch.nn.Parameter], start: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in values.items() if not torch.equal(value.detach(), start[name])}
 
 
 def training_batch(tokenizer: Any) -> Any:
-    """Two conversations of different length, as tokens and as labels that leave out the padding."""
-    batch = tokenizer.apply_chat_template(CONVERSATIONS, padding=True, return_dict=True, return_tensors="pt")
+    """A conversation and some padding, as tokens and as labels that leave out the padding."""
+    batch = tokenizer.apply_chat_template(
+        [CONVERSATION], padding="max_length", max_length=32, return_dict=True, return_tensors="pt"
+    )
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return batch
 
 
-def original_loss(checkpoint: Path, batch: Any) -> float:
+def expected_loss(checkpoint: Path, directory: Path, batch: Any) -> float:
+    """The original's loss in float32; for a 4-bit base, that of the weights which bitsandbytes decodes from it."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(batch["input_ids"].device)
-    # it has no row for the pad token; what stands there is masked
-    tokens = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    stored = read_tensors(directory)
+    suffix = ".quant_state.bitsandbytes__nf4"
+    for name in [key.removesuffix(suffix) for key in stored if key.endswith(suffix)]:
+        parts = {key: value for key, value in stored.items() if key.startswith(f"{name}.")}
+        decoded = dequantize_4bit(stored[name], QuantState.from_dict(parts, device=torch.device("cpu")))
+        model.get_parameter(name).data.copy_(decoded)
+    # there is no row for the pad token; what stands in its place is masked
+    batch = {name: value.cpu() for name, value in batch.items()}
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
     with torch.no_grad():
-        return model(**{**batch, "input_ids": tokens}).loss.item()
+        return model(**batch).loss.item()
 
 
 def assert_base_is_untouched(model: Any, directory: Path) -> None:

@@ -1,0 +1,48 @@
+"""Running `ftload prepare` where fixtures of a wider scope can, and looking at what it wrote without ftload's help."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = {"standard": [], "liger": ["--use_liger_kernel"], "lora": ["--use_lora"], "qlora": ["--use_qlora"]}
+"""What chooses each strategy."""
+
+
+def prepare(model: str | Path, output: Path, *flags: str | Path) -> dict[str, Any]:
+    """Run `ftload prepare --json` in this process, which must succeed; returns the report from stdout."""
+    from ftload.cli.app import main
+
+    words = ["--model", model, "--output_dir", output, "--lora_rank", "8", "--json", *flags]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", ["ftload", "prepare", *map(str, words)])
+        with pytest.raises(SystemExit) as raised:
+            main()
+    assert not raised.value.code, out.getvalue()
+    return json.loads(out.getvalue())
+
+
+def headers(directory: Path) -> dict[str, dict[str, Any]]:
+    """Name to dtype, shape and data of every tensor in a directory's safetensors files."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__")
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry.pop("data_offsets"))
+            tensors[name] = {**entry, "data": data[begin:end]}
+    return tensors
+
+
+def list_files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}

@@ -1,0 +1,142 @@
+"""`load_prepared`: what it gives is what the report says, and it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ftload.loaders import load_prepared
+from ftload.loaders.errors import CheckpointError
+
+from ..cli.runs import FLAGS, prepare
+from ..parity.models import write_model
+from ..tokenizers import write_llama
+
+TARGETS = {
+    "gpt2": {"c_attn": 2, "c_proj": 4, "c_fc": 2},
+    "gpt_neox": {"query_key_value": 2, "dense": 2, "dense_h_to_4h": 2, "dense_4h_to_h": 2},
+    "phi3": {"qkv_proj": 2, "o_proj": 2, "gate_up_proj": 2, "down_proj": 2},
+    "mixtral": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama") / "model"
+    write_model(directory, "llama", vocab_size=144, dtype="bfloat16")
+    write_llama(directory)
+    return directory
+
+
+def load(directory: Path) -> tuple[Any, Any, list[str]]:
+    """The model, the tokenizer, and what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, tokenizer = load_prepared(directory)
+    return model, tokenizer, [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
+def train_one_step(model: Any, tokenizer: Any) -> None:
+    """A finite loss, gradients on exactly the trainable parameters, and all of them can change."""
+    batch = tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt").to(model.device)
+    assert model.training
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    assert math.isfinite(loss.item())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+            # an adapter's B is zero at first, and with it the gradient of A
+            assert parameter.grad.any() != (".lora_A." in name), name
+
+
+def count(model: Any) -> tuple[dict[str, dict[str, int]], int]:
+    """Parameters by dtype, 4-bit ones unpacked, as the report's `in_training`; and how many are trainable."""
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
+    trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        row = rows["nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")]
+        number = parameter.numel() if state is None else math.prod(state.shape)
+        row["tensors"] += 1
+        row["parameters"] += number
+        row["bytes"] += parameter.nbytes
+        if state is not None:
+            parts = (state.absmax, state.code, state.state2.absmax, state.state2.code)
+            row["bytes"] += sum(part.nbytes for part in parts)
+        trainable += number if parameter.requires_grad else 0
+    return {dtype: dict(row) for dtype, row in rows.items()}, trainable
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("strategy", FLAGS)
+def test_each_strategy_trains_after_a_move(llama: Path, tmp_path: Path, strategy: str, checkpointing: bool) -> None:
+    flags = [*FLAGS[strategy], *(["--gradient_checkpointing"] if checkpointing else [])]
+    report = prepare(llama, tmp_path / "out", *flags)
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "out", moved)
+    model, tokenizer, warned = load(moved)
+    in_training, trainable = count(model)
+    assert in_training == report["parameters"]["in_training"]
+    assert trainable == report["parameters"]["trainable"]
+    assert sum(row["parameters"] for row in in_training.values()) == report["parameters"]["total"]
+    assert model.is_gradient_checkpointing is checkpointing
+    assert len(tokenizer) == report["tokenizer"]["size"]
+    assert tokenizer.pad_token == "<pad>"
+    if strategy == "liger" and not torch.cuda.is_available():
+        assert "Liger kernels are not applied: Liger's Triton kernels need a GPU, and there is none" in warned
+    if not torch.cuda.is_available():
+        assert "attention is sdpa: FlashAttention needs a GPU, and there is none" in warned
+    train_one_step(model, tokenizer)
+
+
+@pytest.mark.parametrize("flag", ["--use_lora", "--use_qlora"])
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_adapters_of_other_architectures_train(tmp_path: Path, architecture: str, flag: str) -> None:
+    write_model(tmp_path / "source", architecture, vocab_size=144, dtype="bfloat16")
+    write_llama(tmp_path / "source")
+    report = prepare(tmp_path / "source", tmp_path / "out", flag)
+    assert report["adapter"]["targets"] == TARGETS[architecture]
+    model, tokenizer, _ = load(tmp_path / "out")
+    in_training, trainable = count(model)
+    assert in_training == report["parameters"]["in_training"]
+    assert trainable == report["parameters"]["trainable"] == report["adapter"]["parameters"]
+    train_one_step(model, tokenizer)
+
+
+def test_attention_is_eager_where_it_was_asked_for(llama: Path, tmp_path: Path) -> None:
+    report = prepare(llama, tmp_path / "out", "--no_use_flash_attn")
+    assert report["attention"] == {"requested": "eager", "effective": "eager", "reason": None}
+    assert not [decision for decision in report["decisions"] if decision["what"] == "attention"]
+    model, _, warned = load(tmp_path / "out")
+    assert model.config._attn_implementation == "eager"
+    assert warned == []
+
+
+def test_a_resized_model_trains_on_its_new_token(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", "llama_tied", vocab_size=128, dtype="float32")
+    write_llama(tmp_path / "source")
+    report = prepare(tmp_path / "source", tmp_path / "out", "--use_qlora")
+    model, tokenizer, _ = load(tmp_path / "out")
+    assert model.get_input_embeddings().weight.shape == (136, 64)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert count(model)[0] == report["parameters"]["in_training"]
+    train_one_step(model, tokenizer)
+
+
+def test_what_was_not_prepared(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no `ftload_report\.json`"):
+        load_prepared(tmp_path)
+    for text in ("{", "[]", json.dumps({"schema_version": "99"})):
+        (tmp_path / "ftload_report.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"ftload_report\.json` (can't be read|is not a report of schema)"):
+            load_prepared(tmp_path)
