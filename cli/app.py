@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,9 @@ def main() -> NoReturn:
     # for errors in the flags themselves: a command configures the output again once it has read them
     OUTPUT.configure(as_json="--json" in words, quiet="--quiet" in words, debug="--debug" in words)
     signal.signal(signal.SIGTERM, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not end the run
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()

@@ -32,7 +32,7 @@ class Output:
     def report(self, report: Mapping[str, Any], directory: str) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
         if self._as_json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
+            print(json.dumps(report, indent=2))
         elif not self._quiet:
             from .summary import print_summary
 
@@ -54,8 +54,8 @@ class Output:
                 "message": failure.message,
                 "hint": failure.hint,
             }
-            print(json.dumps({"error": error}, ensure_ascii=False))
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+            print(json.dumps({"error": error}))
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print(f"[bold red]error:[/] {escape(failure.message)}")
         if failure.hint:
             console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")

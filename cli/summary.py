@@ -12,9 +12,9 @@ from rich.table import Table
 
 def print_summary(report: Mapping[str, Any], directory: str) -> None:
     """Print it to stdout; in a pipe without colours, as wide as it needs to be."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, emoji=False, width=160)
     parameters = report["parameters"]
     size = sum(file["bytes"] for file in report["files"])
     console.print(

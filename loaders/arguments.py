@@ -186,8 +186,8 @@ class OwnOptions:
     base: str = field(
         "auto",
         OUTPUT,
-        "Copy a base that LoRA leaves as it is, or point the adapter at it",
-        choices=("auto", "copy", "reference"),
+        "Copy or hard-link a base that stays as it is, or point the adapter at it; auto does the least",
+        choices=("auto", "copy", "link", "reference"),
     )
     embedding_init: str = field(
         "mean",

@@ -120,13 +120,13 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
             "the experts are fused into 3-D parameters, which linear adapters can't reach: attention alone is trained"
         )
     elif asked is not None:
-        reason = "these are the linear layers of its blocks"
+        reason = f"the linear layers of its blocks are {' '.join(patterns)}"
     else:
         reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
     decision = Decision(
         what="lora_targets",
         requested=" ".join(asked or REFERENCE_TARGETS),
-        effective=" ".join(patterns),
+        effective=ALL_LINEAR if asked is not None and not fused_experts else " ".join(patterns),
         reason=reason,
     )
     return Targets(patterns=patterns, layers=chosen, hits=_hits(layers, patterns), decisions=(decision,))

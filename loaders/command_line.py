@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -407,9 +408,11 @@ def _plain(node: yaml.Node) -> Any:
 
 def _check_ranges(values: dict[str, Any], problems: _Problems) -> None:
     """Refuse values of the right type that nothing can be prepared with; here a bad value is None."""
-    rank, dropout, seed = (values.get(name) for name in ("lora_rank", "lora_dropout", "seed"))
+    rank, alpha, dropout, seed = (values.get(f) for f in ("lora_rank", "lora_alpha", "lora_dropout", "seed"))
     if rank is not None and rank < 1:
         problems.add(f"`lora_rank` must be at least 1, not {rank}")
+    if alpha is not None and not math.isfinite(alpha):
+        problems.add(f"`lora_alpha` must be a finite number, not {alpha}")
     if dropout is not None and not 0 <= dropout < 1:
         problems.add(f"`lora_dropout` must be at least 0 and below 1, not {dropout}")
     if seed is not None and not 0 <= seed < 2**32:

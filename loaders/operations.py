@@ -117,6 +117,11 @@ class Cast:
     dtype: str
     """safetensors code."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether name and bytes stay the same."""
+        return (self.name, self.dtype) == (self.source.name, self.source.dtype)
+
     def memory(self, chunk_bytes: int) -> int:
         """A chunk and, where the dtype differs, its cast."""
         return min(chunk_bytes, self.source.nbytes) + _cast_bytes(self.source, self.dtype, chunk_bytes)

@@ -17,7 +17,7 @@ from .errors import CheckpointError, ResourceError, UsageError
 from .layout import Layout, lay_out
 from .liger import liger_kernels
 from .lora import adapter_steps
-from .operations import Grow, OutputTensor, Step, plain_step
+from .operations import Cast, Grow, OutputTensor, Step, plain_step
 from .request import Decision, Request
 from .skeleton import ModelTensor, Skeleton
 
@@ -34,7 +34,10 @@ class OutputFile:
     path: str
     """Relative to the output directory."""
     steps: tuple[Step, ...]
-    layout: Layout
+    layout: Layout | None
+    """None for a file of the checkpoint that is taken over whole."""
+    size: int
+    """In bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +155,14 @@ def make_plan(
         )
     workers = len(os.sched_getaffinity(0))
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
-    model_files = _shards(steps, request.max_shard_bytes) if base == "copy" else ()
+    model_files: tuple[OutputFile, ...] = ()
+    if base == "copy":
+        model_files = _unchanged_files(checkpoint, steps, request.max_shard_bytes)
+        if not model_files:
+            model_files = _shards(steps, request.max_shard_bytes)
+            if request.base == "link":
+                reason = "its tensors or their division into files change"
+                decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     _check_memory(request, model_files, adapter_file, chunk_bytes)
     return Plan(
         request=request,
@@ -240,7 +250,7 @@ def _choose_base(
     if not strategy.has_adapter:
         return "copy"
     changes = _changes(request, strategy, checkpoint, skeleton)
-    if request.base == "copy" or (request.base == "auto" and changes):
+    if request.base in ("copy", "link") or (request.base == "auto" and changes):
         return "copy"
     unusable = [change for change in changes if not change.startswith("dtype")]
     if unusable:
@@ -337,5 +347,27 @@ def _shards(steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
     )
 
 
+def _unchanged_files(checkpoint: Checkpoint, steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
+    """The checkpoint's own files, where every tensor in them is to be written as it is; else none."""
+    kept = {
+        step.operation.source.name: step
+        for step in steps
+        if isinstance(step.operation, Cast) and step.operation.changes_nothing
+    }
+    if checkpoint.pickled or len(kept) != len(steps) or kept.keys() != checkpoint.tensors.keys():
+        return ()
+    sizes = {file.path: file.bytes for file in checkpoint.source.files}
+    if len(checkpoint.weight_files) > 1 and max(sizes[name] for name in checkpoint.weight_files) > max_bytes:
+        return ()
+    by_file: dict[str, list[Step]] = {name: [] for name in checkpoint.weight_files}
+    for name, step in kept.items():
+        by_file[checkpoint.tensors[name].file].append(step)
+    return tuple(
+        OutputFile(path=name, steps=tuple(by_file[name]), layout=None, size=sizes[name])
+        for name in checkpoint.weight_files
+    )
+
+
 def _output_file(path: str, steps: tuple[Step, ...]) -> OutputFile:
-    return OutputFile(path=path, steps=steps, layout=lay_out(output for step in steps for output in step.outputs))
+    layout = lay_out(output for step in steps for output in step.outputs)
+    return OutputFile(path=path, steps=steps, layout=layout, size=layout.size)

@@ -168,6 +168,7 @@ def check_strict(decisions: tuple[Decision, ...]) -> None:
 def _read_config(request: Request, source: Source) -> tuple[PretrainedConfig, tuple[str, ...]]:
     """The model's configuration, or the one of `--config_name`, and warnings; its code comes with it."""
     fetch_config(source)
+    load_generation_config(source.root)  # written much later: an error must come now
     if request.trust_remote_code:
         source.fetch(file.path for file in source.files if file.path.endswith(".py"))
     root = source.root
@@ -203,7 +204,7 @@ def _check_apart(output: Path, source: Source, tokenizer_source: Source) -> None
 
 
 def _check_space(plan: Plan, directory: Path) -> None:
-    needed = sum(file.layout.size for file in plan.files)
+    needed = sum(file.size for file in plan.files)
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ResourceError(
@@ -256,7 +257,7 @@ def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress
                 revision=source.commit if plan.base == "reference" else None,
             )
             _write_json(stage / "adapter" / "adapter_config.json", config)
-        if len(plan.model_files) > 1:
+        if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with timings.stage("hash"), disk_errors(stage):
         files = [_file_entry(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .report import REPORT_FILE, SCHEMA_VERSION
 from .skeleton import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_prepared(
@@ -32,7 +33,6 @@ def load_prepared(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     directory = Path(directory).expanduser().absolute()
     report = _read_report(directory)
@@ -46,9 +46,9 @@ def load_prepared(
     checkpointing = report["gradient_checkpointing"]
     with quiet_transformers():
         config = AutoConfig.from_pretrained(**base, trust_remote_code=trust_remote_code)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
         attention = resolve_attention(
-            model_class, use_flash_attn=report["attention"]["requested"] == "flash_attention_2"
+            _model_class(config, base, trust_remote_code=trust_remote_code),
+            use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
         model = AutoModelForCausalLM.from_pretrained(
             **base,
@@ -83,6 +83,18 @@ def load_prepared(
         model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
     model.train()
     return model, tokenizer
+
+
+def _model_class(config: PretrainedConfig, base: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
+    """The class that `AutoModelForCausalLM` will choose."""
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if remote is not None and trust_remote_code:
+        return get_class_from_dynamic_module(remote, **base)
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
 
 
 def _keep_weights_in_place(model: PreTrainedModel) -> None:

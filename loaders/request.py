@@ -64,6 +64,10 @@ def resolve_request(arguments: Arguments) -> Request:
     flat, own = arguments.flat, arguments.own
     if not flat.model_name_or_path:
         raise UsageError("no model is given", hint="pass --model with a hub id, a directory or a .gguf file")
+    for flag, value in (("--model", flat.model_name_or_path), ("--output_dir", flat.output_dir)):
+        if not value.isascii() and value != value.encode(errors="replace").decode():
+            # the report, the configuration and the adapter are UTF-8 and name both
+            raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
     decisions = []
     if flat.use_qlora and not flat.use_lora:
         asked = "true" if arguments.origins["use_lora"] == "default" else "false"

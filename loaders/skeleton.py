@@ -198,7 +198,10 @@ def build_skeleton(
 
 
 def load_generation_config(root: Path) -> GenerationConfig:
-    """The generation settings as `from_pretrained` finds them: their own file, else what `config.json` still holds."""
+    """The generation settings as `from_pretrained` finds them: their own file, else what `config.json` still holds.
+
+    Raises `CheckpointError` for values of the wrong type.
+    """
     from transformers import GenerationConfig
 
     with quiet_transformers():
@@ -206,6 +209,11 @@ def load_generation_config(root: Path) -> GenerationConfig:
             return GenerationConfig.from_pretrained(root)
         except OSError:
             return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
+                hint="correct it, or delete it: training does without",
+            ) from error
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from .errors import CheckpointError, FtloadError, ResourceError, SourceError, UsageError
+from .errors import CheckpointError, FtloadError, ResourceError, SourceError, UsageError, said_by
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -204,7 +204,7 @@ def resolve_source(model: str, revision: str | None) -> Source:
         if path.is_file():
             return _resolve_file(model, revision, path.parent.resolve() / path.name)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else said_by(error)
         raise SourceError(f"can't read `{_masked(model)}`: {reason}") from error
     if _looks_like_path(model):
         hint = "check the path; a repository on the hub is given as `organisation/name`"

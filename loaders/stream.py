@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import TORCH_NAMES, Checkpoint, read_header
 from .environment import PeakMemory
 from .errors import FtloadError, OutputError, ResourceError, VerificationError
+from .file_copy import FileCopy
+from .layout import Layout
 from .operations import Grow, Inputs, Step
 from .plan import OutputFile, Plan
 
@@ -83,7 +85,7 @@ def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
     import torch
 
     progress.expect(
-        bytes=sum(file.layout.size for file in plan.files),
+        bytes=sum(file.size for file in plan.files),
         tensors=sum(len(step.outputs) for file in plan.files for step in file.steps),
     )
     threads = torch.get_num_threads()
@@ -154,13 +156,15 @@ class _Execution:
 
     def run(self) -> None:
         """Take the steps to workers; the first error stops all of them."""
-        writers = [_FileWriter(file, self._directory, self._advance) for file in self._plan.files]
+        writers = [
+            _FileWriter(file, file.layout, self._directory, self._advance)
+            for file in self._plan.files
+            if file.layout is not None
+        ]
+        tasks = [*self._copies(), *sorted(self._tasks(writers), key=lambda task: -task[0])]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
             try:
-                tasks = sorted(self._tasks(writers), key=lambda task: -task[0])
-                done, _ = wait(
-                    [pool.submit(self._run, writer, steps) for _, writer, steps in tasks], return_when=FIRST_EXCEPTION
-                )
+                done, _ = wait([pool.submit(run, *arguments) for _, run, *arguments in tasks], None, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
             finally:
@@ -169,15 +173,41 @@ class _Execution:
                 for writer in writers:
                     writer.abandon()
 
-    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[int, _FileWriter, tuple[Step, ...]]]:
-        """What a worker takes at a time, and its bytes."""
+    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[int, Callable[..., None], Any, Any]]:
+        """What a worker takes at a time: its bytes, a function and its arguments."""
         for writer in writers:
             steps = writer.file.steps
             if writer.file is self._plan.adapter_file:
                 # its layers' random numbers must be drawn one after another
-                yield sum(step.nbytes for step in steps), writer, steps
+                yield sum(step.nbytes for step in steps), self._run, writer, steps
             else:
-                yield from ((step.nbytes, writer, (step,)) for step in steps)
+                yield from ((step.nbytes, self._run, writer, (step,)) for step in steps)
+
+    def _copies(self) -> Iterator[tuple[int, Callable[..., None], Any, Any]]:
+        """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
+        for file in self._plan.files:
+            if file.layout is None:
+                source = self._plan.checkpoint.source.root / file.path
+                copy = FileCopy(source, self._directory / file.path, file.size, self._advance)
+                yield file.size, self._copy, file, copy
+                yield file.size, self._hash, file, copy
+
+    def _copy(self, file: OutputFile, copy: FileCopy) -> None:
+        begin = time.perf_counter()
+        with disk_errors(copy.target):
+            if self._plan.request.base == "link":
+                copy.link()
+            else:
+                copy.copy()
+            _check_written(file, copy.target)
+        self._spent(write=time.perf_counter() - begin)
+        self._advance(0, tensors=len(file.steps))
+
+    def _hash(self, file: OutputFile, copy: FileCopy) -> None:
+        begin = time.perf_counter()
+        with disk_errors(copy.target):
+            self.hashes[file.path] = copy.hash()
+        self._spent(hash=time.perf_counter() - begin)
 
     def _run(self, writer: _FileWriter, steps: tuple[Step, ...]) -> None:
         with disk_errors(writer.path):
@@ -229,13 +259,14 @@ class _Stopped(Exception):
 class _FileWriter:
     """A sink that puts each tensor's bytes where the layout wants them."""
 
-    def __init__(self, file: OutputFile, directory: Path, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: OutputFile, layout: Layout, directory: Path, advance: Callable[[int], None]) -> None:
         self.file = file
+        self._layout = layout
         self.path = directory / file.path
         self._advance = advance
-        self._positions = file.layout.offsets()
-        self._ends = {tensor.name: self._positions[tensor.name] + tensor.nbytes for tensor in file.layout.fixed}
-        self._states: dict[str, bytes] = {tensor.name: b"" for tensor in file.layout.variable}
+        self._positions = layout.offsets()
+        self._ends = {tensor.name: self._positions[tensor.name] + tensor.nbytes for tensor in layout.fixed}
+        self._states: dict[str, bytes] = {tensor.name: b"" for tensor in layout.variable}
         self._missing = len(file.steps)
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -276,7 +307,7 @@ class _FileWriter:
         short = [name for name, end in self._ends.items() if self._positions[name] != end]
         if short:
             raise VerificationError(f"tensor `{short[0]}` came out smaller than planned")
-        self._write_at(memoryview(self.file.layout.head(self._states)), 0)
+        self._write_at(memoryview(self._layout.head(self._states)), 0)
         assert self._descriptor is not None
         os.fsync(self._descriptor)
         self.abandon()
@@ -306,7 +337,7 @@ def _check_written(file: OutputFile, path: Path) -> None:
 
     written = {meta.name: meta for meta in read_header(file.path, size, read)}
     planned = {tensor.name: tensor for step in file.steps for tensor in step.outputs}
-    if size != file.layout.size or written.keys() != planned.keys():
+    if size != file.size or written.keys() != planned.keys():
         raise VerificationError(f"`{file.path}` is not what was planned")
     for name, tensor in planned.items():
         found = written[name]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +237,26 @@ def test_for_people(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
 
+def test_names_are_shown_as_they_are(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / ":warning:[bold]"
+    result = ftload("prepare", "--model", llama, "--output_dir", out)
+    assert result.out.splitlines()[0].startswith(f"{llama} → {out} (standard, ")
+
+
+def test_all_linear_is_as_requested(llama: Path, tmp_path: Path) -> None:
+    flags = ["--use_lora", "--lora_target_modules", "all-linear", "--no_use_flash_attn", "--strict"]
+    assert sum(prepare(llama, tmp_path / "out", *flags)["adapter"]["targets"].values()) == 14
+
+
+def test_an_output_that_knows_no_arrows(llama: Path, tmp_path: Path) -> None:
+    words = ["--model", str(llama), "--output_dir", "öut"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "ftload.cli", "prepare", *words]
+    process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert f"{llama} \\u2192 \\xf6ut (standard, " in process.stdout
+
+
 def test_yaml_and_flags(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         f"model_name_or_path: {llama}\nuse_lora: true\nlora_rank: 4\nlora_alpha: 32\nlearning_rate: 1e-5\n"
@@ -247,5 +270,5 @@ def test_yaml_and_flags(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
     assert report["arguments"]["learning_rate"] == {"value": 1e-5, "origin": "yaml"}
     assert report["arguments"]["lora_dropout"] == {"value": 0.1, "origin": "default"}
     assert (report["adapter"]["r"], report["adapter"]["alpha"]) == (16, 32)
-    shapes = {tuple(entry["shape"])[0] for name, entry in headers(tmp_path / "out/adapter").items() if "_A" in name}
-    assert shapes == {16}
+    ranks = {entry["shape"][0] for name, entry in headers(tmp_path / "out/adapter").items() if "_A" in name}
+    assert ranks == {16}

@@ -57,7 +57,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("json", "bool", False, ()),
         ("strict", "bool", False, ()),
         ("overwrite", "bool", False, ()),
-        ("base", "str", "auto", ("auto", "copy", "reference")),
+        ("base", "str", "auto", ("auto", "copy", "link", "reference")),
         ("embedding_init", "str", "mean", ("mean", "reference")),
         ("lora_target_modules", "list[str] | None", None, ()),
         ("max_shard_size", "str", "5GB", ()),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -131,6 +134,47 @@ def test_a_resized_model_trains_on_its_new_token(tmp_path: Path) -> None:
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert count(model)[0] == report["parameters"]["in_training"]
     train_one_step(model, tokenizer)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+USE_OWN_CODE = """
+import sys, warnings
+from pathlib import Path
+from ftload.loaders import load_prepared
+from tests.cli.runs import prepare
+
+prepare(sys.argv[1], Path(sys.argv[2]), "--use_qlora", "--trust_remote_code")
+with warnings.catch_warnings(record=True) as caught:
+    model, _ = load_prepared(sys.argv[2], trust_remote_code=True)
+print(type(model.get_base_model()).__name__, *(str(w.message) for w in caught if "attention" in str(w.message)))
+"""
+
+
+def test_a_model_with_code_of_its_own(llama: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "own"))
+    (source / "own.py").write_text(OWN_CODE)
+    config = json.loads((source / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (source / "config.json").write_text(json.dumps(config))
+    # the code is copied to HF_HOME, which is read when huggingface_hub is imported
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", USE_OWN_CODE, str(source), str(tmp_path / "out")]
+    process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    name, _, warned = process.stdout.strip().partition(" ")
+    assert name == "OwnForCausalLM"
+    if not torch.cuda.is_available():
+        assert warned == "attention is sdpa: FlashAttention needs a GPU, and there is none"
 
 
 def test_what_was_not_prepared(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ PROMPTS = ["What is the capital of France?", "Name three primary colours."]
 CONVERSATION = [
     {"role": "system", "content": "Answer."},
     {"role": "user", "content": "What do bees make?"},
-    {"role": "assistant", "content": "Bees make honey."},
+    {"role": "assistant", "content": "Honey."},
 ]
 """Short: without bfloat16 instructions a token takes 0.2 s forward and back."""
 
@@ -386,7 +386,7 @@ def changed(values: dict[str, torch.nn.Parameter], start: dict[str, torch.Tensor
 def training_batch(tokenizer: Any) -> Any:
     """A conversation and some padding, as tokens and as labels that leave out the padding."""
     batch = tokenizer.apply_chat_template(
-        [CONVERSATION], padding="max_length", max_length=32, return_dict=True, return_tensors="pt"
+        [CONVERSATION], padding="max_length", max_length=28, return_dict=True, return_tensors="pt"
     )
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return batch

@@ -1,0 +1,111 @@
+"""Taking over a whole file: linked, cloned or copied by the kernel, and hashed while it is copied."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import CheckpointError
+
+_FICLONE = 0x40049409
+"""The ioctl that makes one file share another's blocks (ioctl_ficlone(2)): btrfs, XFS, bcachefs …"""
+_PIECE_BYTES = 16 * 1024 * 1024
+
+
+class FileCopy:
+    """A copy of one file, and its hash, for two threads: one copies, the other follows and reads what was written."""
+
+    def __init__(self, source: Path, target: Path, size: int, advance: Callable[[int], None]) -> None:
+        self.target = target
+        self._source = source
+        self._size = size
+        self._advance = advance
+        self._copied = 0
+        self._failed = False
+        self._changed = threading.Condition()
+
+    def link(self) -> None:
+        """Make the target a second name of the source file itself; where that can't be done, copy it."""
+        try:
+            os.link(self._source.resolve(), self.target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                self._fail()
+                raise
+            self.copy()
+            return
+        self._copied_until(self._size)
+
+    def copy(self) -> None:
+        """Clone the file where the file system can, else let the kernel copy it; then make it durable.
+
+        Raises `CheckpointError` when the source turns out to be shorter than its listing.
+        """
+        try:
+            with self._source.open("rb") as source, self.target.open("xb") as target:
+                if _clone(source.fileno(), target.fileno()):
+                    self._copied_until(self._size)
+                while self._copied < self._size:
+                    count = self._copy_piece(source.fileno(), target.fileno())
+                    self._copied_until(self._copied + count)
+                os.fsync(target.fileno())
+        except BaseException:
+            self._fail()
+            raise
+
+    def hash(self) -> str:
+        """The sha256 of the target, read as far as it is written; empty when the copy failed."""
+        digest = hashlib.sha256()
+        position = 0
+        buffer = bytearray(1024 * 1024)
+        while position < self._size:
+            with self._changed:
+                self._changed.wait_for(lambda begin=position: self._failed or self._copied > begin)
+                if self._failed:
+                    return ""
+                until = self._copied
+            with self.target.open("rb", buffering=0) as target:
+                target.seek(position)
+                while position < until:
+                    count = target.readinto(memoryview(buffer)[: until - position])
+                    digest.update(memoryview(buffer)[:count])
+                    position += count
+        return digest.hexdigest()
+
+    def _copy_piece(self, source: int, target: int) -> int:
+        begin = self._copied
+        count = min(_PIECE_BYTES, self._size - begin)
+        try:
+            copied = os.copy_file_range(source, target, count, begin, begin)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            copied = os.pwrite(target, os.pread(source, count, begin), begin)
+        if not copied:
+            raise CheckpointError(f"`{self._source}` became shorter while it was copied")
+        return copied
+
+    def _copied_until(self, position: int) -> None:
+        self._advance(position - self._copied)
+        with self._changed:
+            self._copied = position
+            self._changed.notify_all()
+
+    def _fail(self) -> None:
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        # every file system that can't has another way to say so; copying will tell of what is really wrong
+        return False
+    return True
