@@ -348,7 +348,7 @@ def _shards(steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
 
 
 def _unchanged_files(checkpoint: Checkpoint, steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
-    """The checkpoint's own files, where every tensor in them is to be written as it is; else none."""
+    """The checkpoint's own files, where every tensor in them is to be written as it is and none is too large; else none."""
     kept = {
         step.operation.source.name: step
         for step in steps
@@ -357,7 +357,7 @@ def _unchanged_files(checkpoint: Checkpoint, steps: tuple[Step, ...], max_bytes:
     if checkpoint.pickled or len(kept) != len(steps) or kept.keys() != checkpoint.tensors.keys():
         return ()
     sizes = {file.path: file.bytes for file in checkpoint.source.files}
-    if len(checkpoint.weight_files) > 1 and max(sizes[name] for name in checkpoint.weight_files) > max_bytes:
+    if max(sizes[name] for name in checkpoint.weight_files) > max_bytes:
         return ()
     by_file: dict[str, list[Step]] = {name: [] for name in checkpoint.weight_files}
     for name, step in kept.items():
