@@ -13,7 +13,7 @@ import typer
 
 from .errors import Interrupted, explain
 from .options import FlagsCommand
-from .output import OUTPUT
+from .output import OUTPUT, is_first_process
 from .prepare import prepare
 
 app = typer.Typer(
@@ -47,7 +47,8 @@ def main() -> NoReturn:
     """Run the command line and exit with a code of the contract (see the README)."""
     words = {word.replace("_", "-").removesuffix("=true") for word in sys.argv[1:]}
     # for errors in the flags themselves: a command configures the output again once it has read them
-    OUTPUT.configure(as_json="--json" in words, quiet="--quiet" in words, debug="--debug" in words)
+    as_json = "--json" in words and is_first_process()
+    OUTPUT.configure(as_json=as_json, quiet="--quiet" in words, debug="--debug" in words)
     signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

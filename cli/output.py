@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,6 +73,11 @@ class Output:
 
         with _bar(Console(stderr=True)) as bar:
             yield _Shown(bar)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that speaks (torchrun's `RANK`)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 OUTPUT = Output()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .output import OUTPUT
+from .output import OUTPUT, is_first_process
 
 
 def prepare(ctx: typer.Context) -> None:
@@ -13,7 +13,11 @@ def prepare(ctx: typer.Context) -> None:
     from ..loaders.prepare import prepare as run
 
     arguments = parse_arguments(ctx.obj)
-    OUTPUT.configure(as_json=arguments.own.json, quiet=arguments.own.quiet, debug=arguments.own.debug)
+    first = is_first_process()
+    OUTPUT.configure(
+        as_json=arguments.own.json and first, quiet=arguments.own.quiet or not first, debug=arguments.own.debug
+    )
     with OUTPUT.progress() as progress:
         report = run(arguments, progress)
-    OUTPUT.report(report, arguments.flat.output_dir)
+    if report is not None:
+        OUTPUT.report(report, arguments.flat.output_dir)

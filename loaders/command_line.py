@@ -123,10 +123,10 @@ class _BadValue(ValueError):
     """A value that its flag can't take; the message says what it is instead."""
 
 
-def _shown(text: str) -> str:
+def _shown(text: str, most: int = 80) -> str:
     """Return `text` fit for one line of a message: printable, short, without credentials."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in mask_credentials(text))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _is_flag(word: str) -> bool:
@@ -274,7 +274,7 @@ def _read_yaml(name: str, problems: _Problems) -> dict[str, Any]:
             f"name the model with `--model {_shown(name)}`" if looks_like_model else None,
         )
         return {}
-    shown = f"`{_shown(name)}`"
+    shown = f"`{_shown(name, 1000)}`"  # a path that is cut can't be found
     text = _read_text(name, shown)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -1,13 +1,19 @@
-"""What this machine and Python environment have; each question is answered by trying, not by looking for a package."""
+"""What this machine and Python environment have; each question is answered by trying, not by looking for a package.
+
+And transformers kept quiet, whoever calls it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +94,23 @@ def liger_problem() -> str | None:
     except Exception as error:  # a broken Triton raises whatever it likes
         return f"liger-kernel does not import: {_first_line(error)}"
     return None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and log lines off stderr; what matters in them is checked and reported here."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class PeakMemory:

@@ -10,8 +10,8 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+from .environment import quiet_transformers
 from .errors import CheckpointError, MissingRequirementError, said_by
-from .skeleton import quiet_transformers
 from .source import Source, resolve_source
 
 

@@ -62,7 +62,9 @@ def find_packed(checkpoint: Checkpoint) -> dict[str, PackedTensor]:
     packed = {}
     for name, state in checkpoint.tensors.items():
         if _OTHER_STATE in name and not name.endswith(STATE_SUFFIX):
-            raise CheckpointError(f"tensor `{name}`: only NF4 is supported among 4-bit formats")
+            raise CheckpointError(
+                f"tensor `{name}`: only NF4 is supported among 4-bit formats", hint="start from the 16-bit model"
+            )
         if not name.endswith(STATE_SUFFIX):
             continue
         weight = name.removesuffix(STATE_SUFFIX)
@@ -126,7 +128,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
 
     from . import nf4_kernel
 
-    flat = values.reshape(-1)
+    flat = values.detach().reshape(-1).contiguous()
     n = flat.numel()
     whole = n // BLOCK * BLOCK
     codes = _scratch((n + 1) // 2)
@@ -137,16 +139,15 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     else:
         arguments = flat[:whole].to(torch.float32).numpy(), codes[: whole // 2], absmax, _bounds()
         finite = nf4_kernel.encode_float32(*arguments)
+    rest = flat[whole:].to(torch.float32).numpy()
+    if not (finite and np.isfinite(rest).all()):
+        raise ValueError("NaN or infinity")
     if whole < n:
-        rest = flat[whole:].to(torch.float32).numpy()
-        finite &= bool(np.isfinite(rest).all())
         # bitsandbytes divides where a whole block is multiplied, and pads an odd end with a zero
         absmax[-1] = max(np.abs(rest).max(), np.float32(1e-38))
         scaled = np.append(rest / absmax[-1], np.zeros(n % 2, np.float32))
         counts = np.searchsorted(_bounds()[:15], scaled).astype(np.uint8)
         codes[whole // 2 :] = counts[::2] << 4 | counts[1::2]
-    if not finite:
-        raise ValueError("NaN or infinity")
     return torch.from_numpy(codes), torch.from_numpy(absmax)
 
 

@@ -52,9 +52,8 @@ def encode_bfloat16(bits, codes, absmax, bounds):
         absmax[block] = largest
         scale = np.float32(1.0) / max(largest, np.float32(1e-38))
         for k in range(16):
-            # dividing and cutting off come within two steps of the threshold, from either side of zero
+            # dividing and cutting off come within a step of the threshold, either side: the tests try every maximum
             key = _key(np.float32(bounds[k] / scale).view(np.int32) >> np.int32(16)) + np.int32(1)
-            key -= _above(key, scale, bounds[k])
             key -= _above(key, scale, bounds[k])
             key -= _above(key, scale, bounds[k])
             t[k] = key

@@ -13,7 +13,7 @@ from . import nf4
 from .catalog import Component, LinearLayer
 from .checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, TensorMeta
 from .errors import CheckpointError
-from .skeleton import Conversion, ModelTensor
+from .tensor_map import Conversion, ModelTensor
 
 if TYPE_CHECKING:
     import torch

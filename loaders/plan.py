@@ -9,35 +9,22 @@ from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import nf4
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
 from .errors import CheckpointError, ResourceError, UsageError
-from .layout import Layout, lay_out
 from .liger import liger_kernels
 from .lora import adapter_steps
-from .operations import Cast, Grow, OutputTensor, Step, plain_step
+from .operations import Grow, OutputTensor, Quantize, Step, plain_step
+from .output_files import OutputFile, divide, output_file, unchanged_files
 from .request import Decision, Request
-from .skeleton import ModelTensor, Skeleton
+from .skeleton import Skeleton
+from .tensor_map import ModelTensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .strategy import Strategy
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OutputFile:
-    """One safetensors file: what is written into it, and where."""
-
-    path: str
-    """Relative to the output directory."""
-    steps: tuple[Step, ...]
-    layout: Layout | None
-    """None for a file of the checkpoint that is taken over whole."""
-    size: int
-    """In bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +54,6 @@ class Plan:
     quantization_config: dict[str, Any] | None
     attention: Attention
     kernels: Kernels | None
-    encode: nf4.Encoder
     workers: int
     """Threads that carry out steps."""
     chunk_bytes: int
@@ -79,6 +65,11 @@ class Plan:
     def files(self) -> tuple[OutputFile, ...]:
         """Every safetensors file."""
         return self.model_files if self.adapter_file is None else (*self.model_files, self.adapter_file)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether weights are quantised."""
+        return any(isinstance(step.operation, Quantize) for step in self.steps)
 
     @property
     def grown(self) -> tuple[Grow, ...]:
@@ -133,7 +124,7 @@ def make_plan(
             layer.name: _adapter_dtype(layer, strategy, skeleton, four_bit, quantization_config)
             for layer in targets.layers
         }
-        adapter_file = _output_file(
+        adapter_file = output_file(
             "adapter/adapter_model.safetensors", adapter_steps(targets, rank=request.lora_rank, dtypes=dtypes)
         )
 
@@ -157,9 +148,9 @@ def make_plan(
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":
-        model_files = _unchanged_files(checkpoint, steps, request.max_shard_bytes)
+        model_files = unchanged_files(checkpoint, steps, request.max_shard_bytes)
         if not model_files:
-            model_files = _shards(steps, request.max_shard_bytes)
+            model_files = divide(steps, request.max_shard_bytes)
             if request.base == "link":
                 reason = "its tensors or their division into files change"
                 decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
@@ -177,7 +168,6 @@ def make_plan(
         quantization_config=quantization_config,
         attention=attention,
         kernels=kernels,
-        encode=_choose_encoder(decisions) if quantization_config is not None else nf4.encode,
         workers=workers,
         chunk_bytes=chunk_bytes,
         decisions=tuple(decisions),
@@ -203,14 +193,6 @@ def _check_memory(
                     f"{request.max_memory_bytes:,}",
                     hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
                 )
-
-
-def _choose_encoder(decisions: list[Decision]) -> nf4.Encoder:
-    problem = nf4.numba_problem()
-    if problem is None:
-        return nf4.encode
-    decisions.append(Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem))
-    return nf4.encode_with_bitsandbytes
 
 
 def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:
@@ -328,46 +310,3 @@ def _kernels(skeleton: Skeleton, decisions: list[Decision]) -> Kernels:
     if reason is not None:
         decisions.append(Decision(what="use_liger_kernel", requested="true", effective="false", reason=reason))
     return Kernels(supported=bool(applied), applied=applied, reason=reason)
-
-
-def _shards(steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
-    shards: list[list[Step]] = [[]]
-    size = 0
-    for step in steps:
-        if shards[-1] and size + step.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(step)
-        size += step.nbytes
-    if len(shards) == 1:
-        return (_output_file("model.safetensors", tuple(steps)),)
-    return tuple(
-        _output_file(f"model-{number:05d}-of-{len(shards):05d}.safetensors", tuple(shard))
-        for number, shard in enumerate(shards, start=1)
-    )
-
-
-def _unchanged_files(checkpoint: Checkpoint, steps: tuple[Step, ...], max_bytes: int) -> tuple[OutputFile, ...]:
-    """The checkpoint's own files, where every tensor in them is to be written as it is and none is too large; else none."""
-    kept = {
-        step.operation.source.name: step
-        for step in steps
-        if isinstance(step.operation, Cast) and step.operation.changes_nothing
-    }
-    if checkpoint.pickled or len(kept) != len(steps) or kept.keys() != checkpoint.tensors.keys():
-        return ()
-    sizes = {file.path: file.bytes for file in checkpoint.source.files}
-    if max(sizes[name] for name in checkpoint.weight_files) > max_bytes:
-        return ()
-    by_file: dict[str, list[Step]] = {name: [] for name in checkpoint.weight_files}
-    for name, step in kept.items():
-        by_file[checkpoint.tensors[name].file].append(step)
-    return tuple(
-        OutputFile(path=name, steps=tuple(by_file[name]), layout=None, size=sizes[name])
-        for name in checkpoint.weight_files
-    )
-
-
-def _output_file(path: str, steps: tuple[Step, ...]) -> OutputFile:
-    layout = lay_out(output for step in steps for output in step.outputs)
-    return OutputFile(path=path, steps=steps, layout=layout, size=layout.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -13,19 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import nf4
 from .checkpoint import fetch_config, open_checkpoint
-from .environment import require
+from .environment import quiet_transformers, require
 from .errors import MissingRequirementError, OutputError, ResourceError
 from .gguf import dequantise
 from .lora import adapter_config
 from .model_card import model_card
+from .model_config import load_config, load_generation_config
 from .plan import Plan, make_plan
+from .processes import Processes, join_processes
 from .report import REPORT_FILE, adapter_base, build_report, data_bytes
 from .request import Decision, Request, resolve_request
-from .skeleton import build_skeleton, load_config, load_generation_config, quiet_transformers
+from .skeleton import build_skeleton
 from .source import Source, config_file_names, resolve_source, tokenizer_file_names
 from .strategy import STRATEGIES
-from .stream import Progress, disk_errors, hash_file, sync_file, write_tensors
+from .stream import Progress, Written, disk_errors, hash_file, sync_file, write_tensors
 from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source, save_tokenizer
 
 if TYPE_CHECKING:
@@ -65,25 +69,38 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(arguments: Arguments, progress: Progress) -> dict[str, Any]:
+def prepare(arguments: Arguments, progress: Progress) -> dict[str, Any] | None:
     """Plan and write the output directory; returns the report that was written into it.
 
+    Of several processes (see `processes.py`) each writes its share; all but the first return None.
     Raises `FtloadError` for whatever a user can mend; then nothing is left behind.
     """
     timings = Timings(progress)
     request = resolve_request(arguments)
-    _check_output(request)
-    with contextlib.ExitStack() as stack:
-        work = stack.enter_context(_sibling_directory(request.output))
-        prepared = make_ready(arguments, request, work, timings)
-        if arguments.own.strict:
-            check_strict(prepared.decisions)
-        stage = work / "output"
-        with disk_errors(stage):
-            stage.mkdir()
-            _check_space(prepared.plan, stage)
-        report = _write(prepared, stage, timings, progress)
-        _publish(stage, request)
+    processes = join_processes()
+    report = None
+    with processes.failing_together():
+        _check_output(request)
+        with _sibling_directory(request.output) as work:
+            prepared = make_ready(arguments, request, work, timings)
+            encode = nf4.encode
+            if prepared.plan.encodes:
+                # not part of the plan: importing numba takes a while, and nothing that is planned depends on it
+                encode, decisions = _choose_encoder()
+                prepared = dataclasses.replace(prepared, decisions=(*prepared.decisions, *decisions))
+            if arguments.own.strict:
+                check_strict(prepared.decisions)
+            stage = work / "output"
+            with disk_errors(stage):
+                stage.mkdir()
+                _check_space(prepared.plan, stage)
+            stage = processes.agree_on(stage)
+            share = _write_weights(prepared.plan, processes, encode, stage, timings, progress)
+            written = Written.all_of(processes.gather("written", dataclasses.asdict(share)))
+            if processes.rank == 0:
+                report = _finish(prepared, written, stage, timings)
+                _publish(stage, request)
+            processes.gather("published", True)
     return report
 
 
@@ -154,6 +171,14 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
     )
 
 
+def _choose_encoder() -> tuple[nf4.Encoder, tuple[Decision, ...]]:
+    problem = nf4.numba_problem()
+    if problem is None:
+        return nf4.encode, ()
+    decision = Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem)
+    return nf4.encode_with_bitsandbytes, (decision,)
+
+
 def check_strict(decisions: tuple[Decision, ...]) -> None:
     """Raise `MissingRequirementError` when anything is done otherwise than it was asked for."""
     other = [decision for decision in decisions if decision.effective != decision.requested]
@@ -184,9 +209,16 @@ def _check_output(request: Request) -> None:
     with disk_errors(output):
         if output.is_symlink() or (output.exists() and not output.is_dir()):
             raise OutputError(f"`{output}` exists and is not a directory", hint="choose another --output_dir")
-        if output.exists() and any(output.iterdir()) and not request.overwrite:
+        if not output.exists() or not any(output.iterdir()):
+            return
+        if not request.overwrite:
             raise OutputError(
                 f"`{output}` exists and is not empty", hint="choose another --output_dir, or pass --overwrite"
+            )
+        if not (output / REPORT_FILE).exists():
+            raise OutputError(
+                f"`{output}` was not written by ftload: it holds no `{REPORT_FILE}`",
+                hint="--overwrite deletes only what ftload wrote: remove the directory yourself",
             )
 
 
@@ -208,7 +240,7 @@ def _check_space(plan: Plan, directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ResourceError(
-            f"`{plan.request.output.parent}` has {free:,} bytes free, the tensors take {needed:,}",
+            f"`{plan.request.output.parent}` has {free / 1e9:.1f} GB free, the tensors take {needed / 1e9:.1f} GB",
             hint="free some disk space, or choose another --output_dir",
         )
 
@@ -234,14 +266,19 @@ def _sibling_directory(output: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _write(prepared: Prepared, stage: Path, timings: Timings, progress: Progress) -> dict[str, Any]:
-    plan, source = prepared.plan, prepared.source
-    reads_weights = bool(plan.model_files)
-    if reads_weights:
+def _write_weights(
+    plan: Plan, processes: Processes, encode: nf4.Encoder, stage: Path, timings: Timings, progress: Progress
+) -> Written:
+    if plan.model_files:
         with timings.stage("fetch"):
             plan.checkpoint.source.fetch(plan.checkpoint.weight_files)
     with timings.stage("write"):
-        written = write_tensors(plan, stage, progress)
+        return write_tensors(plan, processes.share(plan.files), encode, stage, progress)
+
+
+def _finish(prepared: Prepared, written: Written, stage: Path, timings: Timings) -> dict[str, Any]:
+    """Everything beside the weights, the report last."""
+    plan, source = prepared.plan, prepared.source
     with timings.stage("save"), disk_errors(stage):
         with quiet_transformers():
             save_tokenizer(prepared.tokenizer, stage)

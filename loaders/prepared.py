@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .environment import liger_problem, resolve_attention
+from .environment import liger_problem, quiet_transformers, resolve_attention
 from .errors import CheckpointError
 from .liger import apply_liger
 from .report import REPORT_FILE, SCHEMA_VERSION
-from .skeleton import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import Any
 from . import nf4
 from .lora import Lora
 from .operations import All, Cast, OutputTensor, Quantize, Step, plain_step
-from .skeleton import ModelTensor
+from .tensor_map import ModelTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

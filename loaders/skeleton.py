@@ -1,76 +1,26 @@
-"""The model without its weights: which stored tensor becomes which parameter, and what will be saved under which name.
+"""The model without its weights.
 
 transformers itself loads the checkpoint's *headers* into a model on the `meta` device, so that what it renames, drops,
-ties, keeps in float32 or finds missing is its own answer, for every architecture that it knows. The names that
-`save_pretrained` would write come from the same conversion mapping, reversed.
+ties, keeps in float32 or finds missing is its own answer, for every architecture that it knows.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from .catalog import Component, LinearLayer, component_of
-from .checkpoint import DTYPE_CODES, Checkpoint, TensorMeta
-from .errors import CheckpointError, FtloadError, MissingRequirementError, said_by
+from .catalog import LinearLayer, component_of
+from .checkpoint import Checkpoint, TensorMeta
+from .environment import quiet_transformers
+from .errors import CheckpointError, MissingRequirementError, said_by
 from .nf4 import PackedTensor, find_packed
+from .tensor_map import Group, ModelTensor, SavedModel, map_tensors, saved_tensors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Conversion:
-    """Stored tensors that transformers merges or splits on loading."""
-
-    model: PreTrainedModel
-    converter: Any
-    parameter: str
-    sources: tuple[tuple[str, str], ...]
-    """Stored name and the converter's pattern that it matched, in transformers' order."""
-
-    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Load and save in one go: stored names to values, then saved names to values."""
-        return _revert(self.model, self.load(values))
-
-    def load(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored names to values, then parameter names to values."""
-        converter = deepcopy(self.converter)
-        for name, pattern in self.sources:
-            converter.add_tensor(self.parameter, name, pattern, values[name])
-        loaded = converter.convert(self.parameter, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in loaded.items()}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ModelTensor:
-    """One tensor that the prepared model is made of, under the name that it is saved by."""
-
-    name: str
-    parameter: str
-    """The model's own name for what it is, or is a part of."""
-    buffer: bool
-    """Part of the state, but not a parameter."""
-    shape: tuple[int, ...]
-    """As saved, after resizing; the logical shape for a tensor that is or will be 4-bit."""
-    dtype: str
-    """The safetensors code that the reference loads it with: BF16, or F32 where the architecture keeps it so."""
-    component: Component
-    sources: tuple[TensorMeta, ...]
-    linear: LinearLayer | None = None
-    """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
-    rows_before: int | None = None
-    """Rows in the checkpoint, where resizing adds some."""
-    conversion: Conversion | None = None
-    packed: PackedTensor | None = None
-    """Set when the checkpoint already holds it in 4 bits."""
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,40 +47,6 @@ class Skeleton:
         return self.model.config
 
 
-def load_config(
-    root: Path, *, overrides: Mapping[str, Any], trust_remote_code: bool
-) -> tuple[PretrainedConfig, tuple[str, ...]]:
-    """Read a `config.json` through transformers and apply `overrides`; the second value is warnings.
-
-    Raises `CheckpointError` for an unknown or malformed configuration, and for code that was not allowed.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        OSError,
-        AttributeError,
-        ImportError,
-        RecursionError,
-        ZeroDivisionError,
-        StrictDataclassError,
-    ) as error:
-        hint = "is it a transformers model, and new enough a transformers?"
-        if overrides:
-            hint += " Is --additional_model_arguments right?"
-        raise _remote_code_error(error, root) or CheckpointError(
-            f"`{root / 'config.json'}` can't be used: {said_by(error)}", hint=hint
-        ) from error
-    unknown = [name for name in overrides if not hasattr(config, name)]
-    return config, tuple(f"`additional_model_arguments`: the configuration has no `{name}`" for name in unknown)
-
-
 def build_skeleton(
     checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool, tokenizer_size: int
 ) -> Skeleton:
@@ -152,14 +68,14 @@ def build_skeleton(
     }
     model, info = _load_on_meta(model_class, config, state)
     _check_keys(checkpoint, model, info, packed)
-    mapping, dropped = _map_tensors(checkpoint, model, state)
+    mapping, dropped = map_tensors(checkpoint, model, state)
     warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
 
     quantisable = _quantisable_modules(model_class, config)
     warnings += _tie_equal_weights(checkpoint, model, mapping)
     embedding, head = _embedding_names(model)
-    before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    rows_before = before[embedding][0]
+    shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    rows_before = shapes_before[embedding][0]
     rows_after = max(rows_before, -(-tokenizer_size // 8) * 8) if tokenizer_size > rows_before else rows_before
     if rows_after > rows_before:
         with quiet_transformers():
@@ -167,21 +83,26 @@ def build_skeleton(
     with quiet_transformers():
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-        saved = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        saved_state = remove_tied_weights_from_state_dict(model.state_dict(), model)
     for name in model._keys_to_ignore_on_save or ():
-        saved.pop(name, None)
+        saved_state.pop(name, None)
 
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     head_module = head.removesuffix(".weight") if head else None
     layers = tuple(_linear_layers(model, classes, head_module))
-    by_weight = {f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable}
-    tensors: list[ModelTensor] = []
-    for group in mapping:
-        tensors += _saved_tensors(checkpoint, model, group, saved, before, by_weight, packed, classes, head_module)
+    saved = SavedModel(
+        model=model,
+        state=saved_state,
+        shapes_before=shapes_before,
+        quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
+        packed=packed,
+        classes=classes,
+        head=head_module,
+    )
     tied = head is not None and model.get_parameter(head) is model.get_parameter(embedding)
     return Skeleton(
         model=model,
-        tensors=tuple(tensors),
+        tensors=tuple(tensor for group in mapping for tensor in saved_tensors(group, saved)),
         layers=layers,
         fused_experts=tuple(
             name
@@ -195,51 +116,6 @@ def build_skeleton(
         tied=tied,
         warnings=tuple(warnings),
     )
-
-
-def load_generation_config(root: Path) -> GenerationConfig:
-    """The generation settings as `from_pretrained` finds them: their own file, else what `config.json` still holds.
-
-    Raises `CheckpointError` for values of the wrong type.
-    """
-    from transformers import GenerationConfig
-
-    with quiet_transformers():
-        try:
-            return GenerationConfig.from_pretrained(root)
-        except OSError:
-            return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
-                hint="correct it, or delete it: training does without",
-            ) from error
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and log lines off stderr; what matters in them is checked and reported here."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Group:
-    """What becomes one parameter, or goes through one converter."""
-
-    parameters: tuple[str, ...]
-    sources: tuple[TensorMeta, ...]
-    conversion: Conversion | None
 
 
 def _model_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -359,120 +235,6 @@ def _more(items: Any) -> str:
     return f" and {len(items) - 1} more" if len(items) > 1 else ""
 
 
-def _map_tensors(
-    checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
-) -> tuple[list[_Group], list[str]]:
-    """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    parameters = model.state_dict()
-    prefix = model.base_model_prefix
-    found: dict[str, list[tuple[str, str | None]]] = {}
-    dropped = []
-    for name in sorted(state, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if target in parameters:
-            found.setdefault(target, []).append((name, pattern))
-        else:
-            dropped.append(name)
-    groups = []
-    order = {name: position for position, name in enumerate(parameters)}
-    for target in sorted(found, key=order.__getitem__):
-        metas = tuple(checkpoint.tensors[name] for name, _ in found[target])
-        patterns = [(name, pattern) for name, pattern in found[target] if pattern is not None]
-        if not patterns:
-            # from_pretrained keeps the first where several names lead to one parameter
-            groups.append(_Group(parameters=(target,), sources=metas[:1], conversion=None))
-            continue
-        conversion = Conversion(
-            model=model, converter=by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
-        )
-        loaded = conversion.load(state)
-        groups.append(_Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
-    return groups, dropped
-
-
-def _saved_tensors(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    group: _Group,
-    saved: Mapping[str, Tensor],
-    before: Mapping[str, tuple[int, ...]],
-    by_weight: Mapping[str, LinearLayer],
-    packed: Mapping[str, PackedTensor],
-    classes: Mapping[str, str],
-    head: str | None,
-) -> list[ModelTensor]:
-    """What `save_pretrained` makes of one group; nothing where the parameter is tied to another or never saved."""
-    import torch
-
-    kept = {name: saved[name] for name in group.parameters if name in saved}
-    if not kept:
-        return []
-    parameter = group.parameters[0]
-    buffer = not isinstance(model.get_parameter_or_buffer(parameter), torch.nn.Parameter)
-    component = component_of(parameter, classes, head=head)
-    dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
-    if group.conversion is not None:
-        stored = {meta.name: torch.empty(meta.shape, device="meta") for meta in group.sources}
-        outputs = {name: tuple(value.shape) for name, value in group.conversion.run(stored).items()}
-        layers = [by_weight[name] for name in kept if name in by_weight]
-        unchanged = outputs == {meta.name: meta.shape for meta in group.sources}
-        if not unchanged:
-            if layers:
-                raise CheckpointError(
-                    f"tensor `{group.sources[0].name}` is merged or split on loading into linear layers, "
-                    "which ftload can't stream in this layout",
-                    hint="load the model with transformers and save it again",
-                )
-            return [
-                ModelTensor(
-                    name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-                    sources=group.sources, conversion=group.conversion,
-                )
-                for name, shape in outputs.items()
-            ]  # fmt: skip
-        # a converter and its reverse cancel out when they give back every name and shape
-        return [
-            ModelTensor(
-                name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
-                component=component, sources=(meta,),
-            )
-            for meta in group.sources
-        ]  # fmt: skip
-    (name,) = _revert(model, {parameter: saved[parameter]})
-    shape = tuple(saved[parameter].shape)
-    source = group.sources[0]
-    rows_before = None
-    if shape != before[parameter]:
-        if shape[1:] != before[parameter][1:]:
-            raise CheckpointError(f"resizing the embeddings changes `{parameter}` in a way that ftload can't follow")
-        rows_before = before[parameter][0]
-    if not source.dtype.startswith(("F", "BF")):
-        dtype = source.dtype if source.name not in packed else dtype
-    elif packed:
-        dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
-    return [
-        ModelTensor(
-            name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-            sources=(source,), linear=by_weight.get(parameter), rows_before=rows_before, packed=packed.get(source.name),
-        )
-    ]  # fmt: skip
-
-
-def _revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, values)
-
-
 def _quantisable_modules(model_class: type[PreTrainedModel], config: PretrainedConfig) -> frozenset[str]:
     """The modules that transformers' own bitsandbytes quantiser would replace.
 
@@ -528,7 +290,7 @@ _COMPARED_AT_ONCE = 4 * 1024 * 1024
 """Elements of two tensors that are in memory when they are compared."""
 
 
-def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: list[_Group]) -> list[str]:
+def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: list[Group]) -> list[str]:
     """Where the configuration ties two parameters and the checkpoint holds both: tie them if they are equal.
 
     This is the one question whose answer is in the weights themselves, and only such checkpoints raise it.
@@ -557,9 +319,3 @@ def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: 
                 "untied, as transformers does"
             )
     return warnings
-
-
-def _remote_code_error(error: Exception, root: Path) -> FtloadError | None:
-    if "trust_remote_code" in str(error):
-        return CheckpointError(f"`{root}` needs code of its own", hint="pass --trust_remote_code if you trust it")
-    return None

@@ -1,32 +1,24 @@
 """Where a model comes from: a local directory, a repository on a hub, or a GGUF file.
 
 All that talks to a hub is in this file, through huggingface_hub, which honours `HF_TOKEN`, `HF_HOME`,
-`HF_ENDPOINT` and `HF_HUB_OFFLINE` itself. Its errors become `FtloadError`s here, where the repository and the
-file are known; no message shows a token or the credentials of a URL.
+`HF_ENDPOINT` and `HF_HUB_OFFLINE` itself; hub_errors.py wraps each call, with the repository and the file.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
 import re
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import CheckpointError, FtloadError, ResourceError, SourceError, UsageError, said_by
+from .errors import CheckpointError, SourceError, UsageError, said_by
+from .hub_errors import check_endpoint, hub_errors, is_outage, masked, not_a_hub, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
-
-T = TypeVar("T")
 
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one sub-folder that a tokenizer is made of; all others are left alone."""
@@ -37,9 +29,6 @@ TOKENIZER_PATTERNS = (
 
 MAX_SIDE_FILE_BYTES = 16 * 1024 * 1024
 """A JSON file that is larger and not the tokenizer's own is a log or data, not configuration."""
-
-RETRY_AFTER_SECONDS = (1, 2)
-RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +122,8 @@ class Source:
             count(-arrived)
             hf_hub_download(self.model, file.path, revision=self.commit, tqdm_class=_progress_class(count))
 
-        with _hub_errors(self.model, self.commit, file.path):
-            _with_retries(get)
+        with hub_errors(self.model, self.commit, file.path):
+            with_retries(get)
         count(file.bytes - arrived)  # what another commit has in the cache too did not travel
         size = (self.root / file.path).stat().st_size
         if size != file.bytes:
@@ -184,8 +173,8 @@ class Source:
                         break
                 return bytes(data[skip : skip + end - begin])
 
-        with _hub_errors(self.model, self.commit, name):
-            return _with_retries(get)
+        with hub_errors(self.model, self.commit, name):
+            return with_retries(get)
 
 
 def resolve_source(model: str, revision: str | None) -> Source:
@@ -205,10 +194,10 @@ def resolve_source(model: str, revision: str | None) -> Source:
             return _resolve_file(model, revision, path.parent.resolve() / path.name)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
         reason = error.strerror if isinstance(error, OSError) else said_by(error)
-        raise SourceError(f"can't read `{_masked(model)}`: {reason}") from error
+        raise SourceError(f"can't read `{masked(model)}`: {reason}") from error
     if _looks_like_path(model):
         hint = "check the path; a repository on the hub is given as `organisation/name`"
-        raise SourceError(f"`{_masked(model)}` does not exist", hint=hint)
+        raise SourceError(f"`{masked(model)}` does not exist", hint=hint)
     return _resolve_hub(model, revision)
 
 
@@ -267,7 +256,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _resolve_hub(model: str, revision: str | None) -> Source:
-    _check_endpoint()
+    check_endpoint()
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
@@ -277,10 +266,10 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
         return HfApi().model_info(model, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
     try:
-        with _hub_errors(model, revision):
-            info = _with_retries(ask)
+        with hub_errors(model, revision):
+            info = with_retries(ask)
     except SourceError as error:
-        cached = _resolve_cached(model, revision, error) if _is_outage(error.__cause__) else None
+        cached = _resolve_cached(model, revision, error) if is_outage(error.__cause__) else None
         if cached is None:
             raise
         return cached
@@ -288,10 +277,10 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
         hint = "give an existing directory, a .gguf file, or a repository as `organisation/name`"
         raise SourceError(f"`{model}` does not exist, and can't be a repository's name", hint=hint) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _not_a_hub() from error
+        raise not_a_hub() from error
     siblings = info.siblings or []
     if not re.fullmatch("[0-9a-f]{40}", info.sha or "") or any(file.size is None for file in siblings):
-        raise _not_a_hub()
+        raise not_a_hub()
     files = [
         SourceFile(path=file.rfilename, bytes=file.size or 0, sha256=file.lfs.sha256 if file.lfs else None)
         for file in siblings
@@ -330,164 +319,6 @@ def _resolve_cached(model: str, revision: str | None, reason: SourceError) -> So
         from_cache=True,
         notes=() if chosen else (note,),
     )
-
-
-def _check_endpoint() -> None:
-    """Raise `UsageError` for an `HF_ENDPOINT` with which huggingface_hub could not even be imported."""
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if not endpoint:
-        return
-    try:
-        url = urlsplit(endpoint)
-        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:  # the port is no number
-        is_url = False
-    if not is_url:
-        raise UsageError(f"`HF_ENDPOINT` is `{_masked(endpoint)}`, which is not an http(s) URL")
-
-
-def _with_retries(call: Callable[[], T]) -> T:
-    """`call()`, tried again where the hub or the line to it fails for a moment."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for seconds in RETRY_AFTER_SECONDS:
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in RETRIED_STATUSES:
-                raise
-        except _http_error() as error:
-            # nobody there: a person without network should not wait for it
-            if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-                raise
-        time.sleep(seconds)
-    return call()
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Around every call of huggingface_hub: translate what it raises, and keep it from printing.
-
-    Its warnings hold whole URLs, and each failure that matters is raised as well.
-    """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    if level == logging.WARNING:  # its default; anything else was asked for
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except (_http_error(), OSError) as error:
-        raise _translate(error, model, revision, file) from error
-    except (RuntimeError, ValueError) as error:
-        if file is None:
-            raise
-        # hf_xet's failures are RuntimeErrors; a file too large for plain HTTP is a ValueError
-        raise _download_error(error, file) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _translate(error: Exception, model: str, revision: str | None, file: str | None) -> FtloadError:
-    """The library's error in one line, the most specific kind first."""
-    from huggingface_hub import constants, errors
-
-    endpoint = _masked(constants.ENDPOINT)
-    if isinstance(error, errors.GatedRepoError):
-        hint = "accept the conditions on the model's page, then set `HF_TOKEN`"
-        if _token():
-            hint = "log in with the token's account and accept the conditions on the model's page"
-        return SourceError(f"`{model}` is gated", hint=hint)
-    if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "check the spelling, and set `HF_TOKEN` if it is private"
-        if _token():
-            hint = "check the spelling, and that the token may read it"
-        return SourceError(f"`{model}` is neither a directory nor on the hub, or it is private", hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return SourceError(f"`{model}` has no revision `{revision or 'main'}`", hint="give a branch, a tag or a commit")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return SourceError(f"`{model}` has no file `{file}` at `{revision or 'main'}`")
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return _translate(error.__cause__, model, revision, file)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        what = f"`{file}` of `{model}`" if file else f"`{model}`, revision `{revision or 'main'}`,"
-        return SourceError(
-            f"{what} is not in the cache, and the hub is switched off",
-            hint="unset `HF_HUB_OFFLINE`, or set `HF_HOME` to the cache that holds it",
-        )
-    if isinstance(error, errors.FileMetadataError):
-        return _not_a_hub()
-    if isinstance(error, errors.HfHubHTTPError):
-        status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
-        said = f" ({_first_line(error.server_message)})" if error.server_message else ""
-        hint = "try again later"
-        if error.response.status_code in (401, 403):
-            hint = "check `HF_TOKEN`: it must be valid and allowed to read the model"
-        of = f"`{file}` of `{model}`" if file else f"`{model}`"
-        return SourceError(f"the hub answers `{status}` for {of}{said}", hint=hint)
-    if isinstance(error, OSError):
-        return _download_error(error, file or model)
-    hint = "check the network and `HF_ENDPOINT`; `HF_HUB_OFFLINE=1` uses the cache alone"
-    if file and not type(error).__name__.startswith("Connect"):
-        return _download_error(error, file)
-    return SourceError(f"can't reach the hub at `{endpoint}`: {_first_line(error)}", hint=hint)
-
-
-def _download_error(error: Exception, file: str) -> FtloadError:
-    from huggingface_hub import constants
-
-    text = str(error)
-    hint = f"the cache is `{constants.HF_HUB_CACHE}`; `HF_HOME` moves it"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
-        return ResourceError(f"no space left on the disk to download `{file}`", hint=hint)
-    # the cache: what the library says of itself carries no path
-    if isinstance(error, OSError) and error.filename:
-        return SourceError(f"can't use `{error.filename}`: {error.strerror}", hint=hint)
-    again = "run the same command again: files that are complete are kept"
-    return SourceError(f"the download of `{file}` failed: {_first_line(error)}", hint=again)
-
-
-def _not_a_hub() -> SourceError:
-    from huggingface_hub import constants
-
-    hint = "check `HF_ENDPOINT`, proxy and network: a login page may be answering"
-    return SourceError(f"`{_masked(constants.ENDPOINT)}` does not answer like a hub", hint=hint)
-
-
-def _http_error() -> type[Exception]:
-    """The base of all that the HTTP library raises: httpx's for huggingface_hub 1, httpx2's for 2."""
-    from huggingface_hub import errors
-
-    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    """Whether the hub gave no answer, as opposed to saying no."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRIED_STATUSES
-    return isinstance(error, (_http_error(), OfflineModeIsEnabled))
-
-
-def _first_line(error: object) -> str:
-    """What an error of the library says, without anything secret that it may repeat."""
-    lines = str(error).strip().splitlines()
-    line = _masked(lines[0] if lines else type(error).__name__)
-    token = _token()
-    return line.replace(token, "***") if token else line
-
-
-def _masked(url: str) -> str:
-    return re.sub(r"(?<=://)[^/\s@]+@", "***@", url)
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    try:
-        return get_token()
-    except OSError:  # it may be in a file
-        return None
 
 
 def _progress_class(on_progress: Callable[[int], None]) -> type[Any]:

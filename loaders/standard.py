@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .operations import Step, plain_step
-from .skeleton import ModelTensor
+from .tensor_map import ModelTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

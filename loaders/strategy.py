@@ -8,8 +8,8 @@ from .liger import Liger
 from .lora import Lora
 from .operations import Step
 from .qlora import Qlora
-from .skeleton import ModelTensor
 from .standard import Standard
+from .tensor_map import ModelTensor
 
 
 class Strategy(Protocol):

@@ -13,19 +13,21 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import TORCH_NAMES, Checkpoint, read_header
-from .environment import PeakMemory
+from .environment import PeakMemory, quiet_transformers
 from .errors import FtloadError, OutputError, ResourceError, VerificationError
 from .file_copy import FileCopy
 from .layout import Layout
+from .nf4 import Encoder
 from .operations import Grow, Inputs, Step
-from .plan import OutputFile, Plan
+from .output_files import OutputFile
+from .plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +77,21 @@ class Written:
     peak_anonymous_bytes: int
     """The largest anonymous memory of the process, libraries included, sampled while it wrote."""
 
+    @classmethod
+    def all_of(cls, shares: Iterable[Mapping[str, Any]]) -> Written:
+        """The shares of several processes (as dictionaries) together; the peak is that of the largest process."""
+        shares = list(shares)
+        return cls(
+            hashes={path: digest for share in shares for path, digest in share["hashes"].items()},
+            seconds={kind: sum(share["seconds"][kind] for share in shares) for kind in shares[0]["seconds"]},
+            peak_anonymous_bytes=max(share["peak_anonymous_bytes"] for share in shares),
+        )
 
-def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
-    """Write all safetensors files of `plan` into `directory`, check that they are what was planned, and hash them.
+
+def write_tensors(
+    plan: Plan, files: tuple[OutputFile, ...], encode: Encoder, directory: Path, progress: Progress
+) -> Written:
+    """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
     Random numbers are drawn in the reference's order: seed, new embedding rows,
     adapter.
@@ -85,8 +99,8 @@ def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
     import torch
 
     progress.expect(
-        bytes=sum(file.size for file in plan.files),
-        tensors=sum(len(step.outputs) for file in plan.files for step in file.steps),
+        bytes=sum(file.size for file in files),
+        tensors=sum(len(step.outputs) for file in files for step in file.steps),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the threads; and sums come out alike on every machine
@@ -96,11 +110,9 @@ def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
             new_rows: Mapping[str, Tensor] = {}
             if plan.grown and plan.request.embedding_init == "reference":
                 new_rows = _draw_new_rows(plan.skeleton, plan.checkpoint, plan.grown)
-            inputs = Inputs(
-                checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=plan.encode, new_rows=new_rows
-            )
+            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode, new_rows=new_rows)
             with PeakMemory() as peak:
-                execution = _Execution(plan, directory, inputs, progress)
+                execution = _Execution(plan, files, directory, inputs, progress)
                 execution.run()
             return Written(
                 hashes=execution.hashes, seconds=execution.seconds, peak_anonymous_bytes=peak.anonymous_bytes
@@ -109,16 +121,22 @@ def write_tensors(plan: Plan, directory: Path, progress: Progress) -> Written:
         torch.set_num_threads(threads)
 
 
+_WRONG_PLACE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
+     errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ENOTEMPTY)
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Name the file when writing fails: `ResourceError` for a full or failing disk, `OutputError` for permissions."""
+    """Name the file when writing fails: `OutputError` where the place is wrong, `ResourceError` where the disk is."""
     try:
         yield
     except FtloadError:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _WRONG_PLACE:
             raise OutputError(f"can't write `{path}`: {reason}", hint="choose another --output_dir") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"can't write `{path}`: {reason}", hint="free some disk space") from error
@@ -143,8 +161,11 @@ def sync_file(path: Path) -> None:
 class _Execution:
     """One run over all steps of a plan."""
 
-    def __init__(self, plan: Plan, directory: Path, inputs: Inputs, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, files: tuple[OutputFile, ...], directory: Path, inputs: Inputs, progress: Progress
+    ) -> None:
         self._plan = plan
+        self._files = files
         self._directory = directory
         self._inputs = inputs
         self._progress = progress
@@ -158,7 +179,7 @@ class _Execution:
         """Take the steps to workers; the first error stops all of them."""
         writers = [
             _FileWriter(file, file.layout, self._directory, self._advance)
-            for file in self._plan.files
+            for file in self._files
             if file.layout is not None
         ]
         tasks = [*self._copies(), *sorted(self._tasks(writers), key=lambda task: -task[0])]
@@ -185,7 +206,7 @@ class _Execution:
 
     def _copies(self) -> Iterator[tuple[int, Callable[..., None], Any, Any]]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
-        for file in self._plan.files:
+        for file in self._files:
             if file.layout is None:
                 source = self._plan.checkpoint.source.root / file.path
                 copy = FileCopy(source, self._directory / file.path, file.size, self._advance)
@@ -353,8 +374,6 @@ def _draw_new_rows(skeleton: Skeleton, checkpoint: Checkpoint, grown: tuple[Grow
     from copy import deepcopy
 
     import torch
-
-    from .skeleton import quiet_transformers
 
     model = deepcopy(skeleton.model)
     for grow in grown:

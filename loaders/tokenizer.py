@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat_templates import TEMPLATES
-from .environment import installed_version
-from .errors import CheckpointError, FtloadError, MissingRequirementError, UsageError, said_by
+from .environment import quiet_transformers
+from .errors import UsageError
 from .request import Decision
-from .skeleton import quiet_transformers
+from .tokenizer_loading import TokenizerKind, kind_of, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,17 +67,6 @@ class _Options:
     template: str | None
     """Value of `--chat_template_name`."""
     add_bos: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
-    """What a tokenizer is, as far as the functions tell tokenizers apart."""
-
-    is_llama: bool
-    is_gpt_neox: bool
-    is_fast: bool
-    words: str
-    """For people: the kind, and what shows it."""
 
 
 def resolve_tokenizer_source(
@@ -142,8 +130,8 @@ def prepare_tokenizer(
         function=get_tokenizer_fn, name=name, use_fast=use_fast, template=chat_template_name, add_bos=add_bos
     )
     with quiet_transformers():
-        tokenizer = _load(root, use_fast=use_fast, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
-        kind = _kind_of(tokenizer, root if gguf_file is None else None)
+        tokenizer = load_tokenizer(root, use_fast=use_fast, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+        kind = kind_of(tokenizer, root if gguf_file is None else None)
         return make_ready(tokenizer, kind, options)
 
 
@@ -160,7 +148,7 @@ def save_tokenizer(prepared: PreparedTokenizer, directory: Path) -> tuple[str, .
 # the four functions
 
 
-def _simple_v1(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options) -> PreparedTokenizer:
+def _simple_v1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: _Options) -> PreparedTokenizer:
     reason = f"`{options.function}` leaves the chat template as it was loaded"
     decisions = [_branch(options, kind, "left as loaded")]
     if options.template is not None:
@@ -174,7 +162,7 @@ def _simple_v1(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Option
     return _finish(tokenizer, kind, options, None, decisions, [])
 
 
-def _tulu_v1(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options) -> PreparedTokenizer:
+def _tulu_v1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: _Options) -> PreparedTokenizer:
     if kind.is_llama:
         wanted: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": PAD}
         lacking = sorted(set(wanted.values()) - tokenizer.get_vocab().keys())
@@ -195,11 +183,11 @@ def _tulu_v1(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options)
     return _with_template(tokenizer, kind, options, [_branch(options, kind, done)], unknown_is_own=True)
 
 
-def _tulu_v2_1(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options) -> PreparedTokenizer:
+def _tulu_v2_1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: _Options) -> PreparedTokenizer:
     return _tulu_v2(tokenizer, kind, options, needs_add_bos=True)
 
 
-def _tulu_v2_2(tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options) -> PreparedTokenizer:
+def _tulu_v2_2(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: _Options) -> PreparedTokenizer:
     # a template is a name or a file: the directories that lead to a file don't name it
     template_is_olmo = options.template is not None and "olmo" in Path(options.template).name.lower()
     if "olmo" in options.name.lower():
@@ -226,7 +214,7 @@ def _check_olmo(options: _Options, *, template_is_olmo: bool) -> None:
 
 
 def _tulu_v2(
-    tokenizer: PreTrainedTokenizerBase, kind: _Kind, options: _Options, *, needs_add_bos: bool
+    tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: _Options, *, needs_add_bos: bool
 ) -> PreparedTokenizer:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         done = _kept_pad(tokenizer)
@@ -247,7 +235,7 @@ def _tulu_v2(
 
 DEFAULT_FUNCTION = "get_tokenizer_tulu_v2_2"
 
-_FUNCTIONS: dict[str, Callable[[PreTrainedTokenizerBase, _Kind, _Options], PreparedTokenizer]] = {
+_FUNCTIONS: dict[str, Callable[[PreTrainedTokenizerBase, TokenizerKind, _Options], PreparedTokenizer]] = {
     "get_tokenizer_simple_v1": _simple_v1,
     "get_tokenizer_tulu_v1": _tulu_v1,
     "get_tokenizer_tulu_v2_1": _tulu_v2_1,
@@ -286,7 +274,7 @@ def _kept_pad(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the pad token stays `{tokenizer.pad_token}`"
 
 
-def _branch(options: _Options, kind: _Kind, done: str) -> Decision:
+def _branch(options: _Options, kind: TokenizerKind, done: str) -> Decision:
     # nothing is done otherwise than asked: it is there to say which branch of the function was taken
     return Decision(
         what="get_tokenizer_fn",
@@ -298,7 +286,7 @@ def _branch(options: _Options, kind: _Kind, done: str) -> Decision:
 
 def _with_template(
     tokenizer: PreTrainedTokenizerBase,
-    kind: _Kind,
+    kind: TokenizerKind,
     options: _Options,
     decisions: list[Decision],
     *,
@@ -354,7 +342,7 @@ _BEGINS_WITH_BOS = re.compile(r"\s*(\{#.*?#\}\s*)*\{\{[-+]?\s*bos_token\b", re.D
 """A template whose first output, comments aside, is `bos_token`."""
 
 
-def _add_bos(tokenizer: PreTrainedTokenizerBase, kind: _Kind) -> list[str]:
+def _add_bos(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind) -> list[str]:
     """Prefix the chat template, or each of several, with the bos token. Returns warnings."""
     bos: Any = tokenizer.bos_token
     own = tokenizer.chat_template
@@ -403,7 +391,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
 
 def _finish(
     tokenizer: PreTrainedTokenizerBase,
-    kind: _Kind,
+    kind: TokenizerKind,
     options: _Options,
     template: str | None,
     decisions: list[Decision],
@@ -433,145 +421,3 @@ def _template_hash(template: str | dict[str, str] | None) -> str | None:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# loading
-
-
-def _load(root: Path, *, use_fast: bool, trust_remote_code: bool, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        # `trust_remote_code` is never left out: without it, transformers asks on stdin
-        if gguf_file is None:
-            tokenizer = AutoTokenizer.from_pretrained(root, use_fast=use_fast, trust_remote_code=trust_remote_code)
-        else:
-            # in a directory of its own: transformers mixes a tokenizer.json that lies beside the file into it
-            with tempfile.TemporaryDirectory() as alone:
-                (Path(alone) / gguf_file).symlink_to((root / gguf_file).resolve())
-                tokenizer = AutoTokenizer.from_pretrained(
-                    alone, gguf_file=gguf_file, use_fast=use_fast, trust_remote_code=False
-                )
-    except Exception as error:  # `tokenizers` raises plain Exception, and remote code raises what it likes
-        raise _loading_error(error, root, gguf_file) from error
-    if tokenizer.is_fast:
-        # where files are missing, transformers makes up a tokenizer that knows its special tokens and nothing else
-        special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-        if not tokenizer.get_vocab().keys() - special:
-            raise _no_tokenizer(root)
-    for key in ("is_local", "local_files_only"):
-        # how it was loaded, not what it is: it would be saved, and differ between a hub and a directory
-        tokenizer.init_kwargs.pop(key, None)
-    return tokenizer
-
-
-def _kind_of(tokenizer: PreTrainedTokenizerBase, root: Path | None) -> _Kind:
-    """Tell what a tokenizer is from its class, or else from the class that the configurations in `root` name."""
-    classes = [cls.__name__ for cls in type(tokenizer).__mro__]
-    shown = [(name, "class") for name in classes]
-    for file in ("tokenizer_config.json", "config.json"):
-        declared = _declared_class(root / file) if root is not None else None
-        if declared is not None:
-            shown.append((declared, f"`tokenizer_class` in {file}"))
-    for family, known in (("Llama", "LlamaTokenizer"), ("GPT-NeoX", "GPTNeoXTokenizer")):
-        for name, where in shown:
-            if name.removesuffix("Fast") == known:
-                return _Kind(
-                    is_llama=family == "Llama",
-                    is_gpt_neox=family == "GPT-NeoX",
-                    is_fast=bool(tokenizer.is_fast),
-                    words=f"{family} tokenizer ({where} `{name}`)",
-                )
-    speed = "fast" if tokenizer.is_fast else "slow"
-    return _Kind(
-        is_llama=False,
-        is_gpt_neox=False,
-        is_fast=bool(tokenizer.is_fast),
-        words=f"{speed} tokenizer (class `{classes[0]}`)",
-    )
-
-
-def _declared_class(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    declared = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
-    return declared if isinstance(declared, str) else None
-
-
-_JSON_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "config.json",
-)  # fmt: skip
-_VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "*.tiktoken", "*vocab*", "tekken.json", "*.py")
-_PACKAGES = {"*.model": ("sentencepiece", "protobuf"), "*.tiktoken": ("tiktoken",)}
-"""What transformers needs to convert vocabularies of other libraries."""
-
-
-def _loading_error(error: Exception, root: Path, gguf_file: str | None) -> FtloadError:
-    """Turn what transformers raised into words, with the file at fault where it can be told."""
-    reason = said_by(error)
-    if "trust_remote_code" in str(error):
-        return CheckpointError(
-            f"the tokenizer in `{root}` needs code of its own", hint="pass --trust_remote_code if you trust it"
-        )
-    if gguf_file is not None:
-        if installed_version("gguf") is None:
-            return MissingRequirementError(
-                "reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'"
-            )
-        reason = re.sub(r"\S*/" + re.escape(gguf_file), gguf_file, reason)  # the temporary directory that it lies in
-        return CheckpointError(
-            f"no tokenizer can be loaded from `{root / gguf_file}`: {type(error).__name__}: {reason}",
-            hint="is it a whole GGUF file of a language model? --tokenizer_name_or_path takes the tokenizer from "
-            "elsewhere",
-        )
-    if isinstance(error, ImportError):
-        return MissingRequirementError(
-            f"the tokenizer in `{root}` needs a package that is not installed: {reason}",
-            hint=f"pip install {error.name}" if error.name else None,
-        )
-    broken = _broken_json(root)
-    if broken is not None:
-        return broken
-    if not any(path for pattern in _VOCABULARY_PATTERNS for path in root.glob(pattern)):
-        return _no_tokenizer(root)
-    if not (root / "tokenizer.json").is_file():
-        for pattern, packages in _PACKAGES.items():
-            missing = [package for package in packages if installed_version(package) is None]
-            for path in sorted(root.glob(pattern)):
-                if missing:
-                    return MissingRequirementError(
-                        f"reading `{path}` needs {' and '.join(f'`{package}`' for package in missing)}",
-                        hint=f"pip install {' '.join(missing)}",
-                    )
-    return CheckpointError(
-        f"no tokenizer can be loaded from `{root}`: {type(error).__name__}: {reason}",
-        hint="are its files whole, and transformers new enough? --tokenizer_name_or_path takes it from elsewhere",
-    )
-
-
-def _broken_json(root: Path) -> FtloadError | None:
-    for path in (root / name for name in _JSON_FILES):
-        try:
-            text = path.read_text(encoding="utf-8")
-            if text.startswith("version https://git-lfs"):
-                message = f"`{path}` is a Git LFS pointer, not the file itself"
-                return CheckpointError(message, hint="run `git lfs pull`")
-            if isinstance(json.loads(text), dict):
-                continue
-            problem = "it is no JSON object"
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return CheckpointError(f"can't read `{path}`: {error.strerror}")
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
-        return CheckpointError(f"`{path}` can't be used: {problem}", hint="download the tokenizer again")
-    return None
-
-
-def _no_tokenizer(root: Path) -> FtloadError:
-    return CheckpointError(
-        f"`{root}` holds no tokenizer",
-        hint="it needs tokenizer.json, tokenizer.model or the like; --tokenizer_name_or_path takes it from elsewhere",
-    )

@@ -255,7 +255,8 @@ CASES = {
     "FP8": Case(spoil=spoil_fp8, culprit="is already quantised (`fp8`)", hint="16-bit"),
     "8-bit": Case(spoil=spoil_8_bit, culprit="is already quantised (`bitsandbytes`)", hint="16-bit"),
     "FP4": Case(
-        spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: only NF4 is supported", hint=None
+        spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: only NF4 is supported",
+        hint="16-bit model",
     ),
     "no tokenizer": Case(
         spoil=remove("tokenizer.json", "tokenizer_config.json"), culprit="/model` holds no tokenizer",

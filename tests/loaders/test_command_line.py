@@ -325,7 +325,7 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ("--no_use_lora=true", "`--no_use_lora` takes no value, but `true` follows it"),
         ("--no-use-lora false", "`--no-use-lora` takes no value, but `false` follows it"),
         ("--dataset_cache_mode disk", "`--dataset_cache_mode` takes one of hf, local, not `disk`"),
-        ("--base=link", "`--base` takes one of auto, copy, reference, not `link`"),
+        ("--base=move", "`--base` takes one of auto, copy, link, reference, not `move`"),
         ("--dataset_mixer [1]", "`--dataset_mixer` takes a JSON object, not `[1]`"),
         ("--dataset_mixer x", "`--dataset_mixer` takes a JSON object, not `x`"),
         (
@@ -556,8 +556,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 RANGES: dict[str, st.SearchStrategy[Any]] = {
     "lora_rank": st.integers(1, 4096),
+    "lora_alpha": st.floats(allow_nan=False, allow_infinity=False),
     "lora_dropout": st.floats(0, 1, exclude_max=True),
-    "seed": st.integers(0, 2**64),
+    "seed": st.integers(0, 2**32 - 1),
     "max_shard_size": st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["KB", "MiB", "GB"])),
     "max_memory": st.sampled_from(["64MB", "2GB"]),
 }

@@ -1,0 +1,73 @@
+"""The model's configuration and generation settings, read as transformers reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .environment import quiet_transformers
+from .errors import CheckpointError, FtloadError, said_by
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import GenerationConfig, PretrainedConfig
+
+
+def load_config(
+    root: Path, *, overrides: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """Read a `config.json` through transformers and apply `overrides`; the second value is warnings.
+
+    Raises `CheckpointError` for an unknown or malformed configuration, and for code that was not allowed.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
+        hint = "is it a transformers model, and new enough a transformers?"
+        if overrides:
+            hint += " Is --additional_model_arguments right?"
+        raise _remote_code_error(error, root) or CheckpointError(
+            f"`{root / 'config.json'}` can't be used: {said_by(error)}", hint=hint
+        ) from error
+    unknown = [name for name in overrides if not hasattr(config, name)]
+    return config, tuple(f"`additional_model_arguments`: the configuration has no `{name}`" for name in unknown)
+
+
+def load_generation_config(root: Path) -> GenerationConfig:
+    """The generation settings as `from_pretrained` finds them: their own file, else what `config.json` still holds.
+
+    Raises `CheckpointError` for values of the wrong type.
+    """
+    from transformers import GenerationConfig
+
+    with quiet_transformers():
+        try:
+            return GenerationConfig.from_pretrained(root)
+        except OSError:
+            return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
+                hint="correct it, or delete it: training does without",
+            ) from error
+
+
+def _remote_code_error(error: Exception, root: Path) -> FtloadError | None:
+    if "trust_remote_code" in str(error):
+        return CheckpointError(f"`{root}` needs code of its own", hint="pass --trust_remote_code if you trust it")
+    return None

@@ -1,0 +1,120 @@
+"""Several processes that prepare one output together, as `torchrun` starts them.
+
+Every process plans on its own and comes to the same plan; each writes some of its files into one staging directory, and
+the first, rank 0, does the rest. They talk through the key-value store that torch.distributed's rendezvous gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FtloadError
+from .output_files import OutputFile
+
+_POLL_SECONDS = 0.05
+_FAREWELL_SECONDS = 30
+"""How long rank 0 waits for the others, which may have been killed, once it has nothing more to do."""
+
+
+class OtherProcessError(FtloadError):
+    """Another process failed; its code and kind become those of this one."""
+
+    def __init__(self, rank: int, failure: dict[str, Any]) -> None:
+        super().__init__(f"process {rank} failed: {failure['message']}", hint=failure["hint"])
+        self.code = failure["code"]
+        self.kind = failure["kind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those that work together; on its own, it is all there are."""
+
+    rank: int = 0
+    count: int = 1
+    store: Any = None
+    """A torch.distributed `Store`; None for a process on its own."""
+
+    def share(self, files: Iterable[OutputFile]) -> tuple[OutputFile, ...]:
+        """The files that this process writes: largest first, each to the process with the least to do so far."""
+        loads = [0] * self.count
+        mine = []
+        for file in sorted(files, key=lambda file: (-file.size, file.path)):
+            rank = loads.index(min(loads))
+            loads[rank] += file.size
+            if rank == self.rank:
+                mine.append(file)
+        return tuple(mine)
+
+    def agree_on(self, directory: Path) -> Path:
+        """The directory that rank 0 names, for all."""
+        if self.rank == 0:
+            self._tell("directory", str(directory))
+        return Path(self._hear("directory")) if self.count > 1 else directory
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Every process's value (of JSON), in order of rank, for all; nobody goes on before everybody has told his."""
+        if self.count == 1:
+            return [value]
+        self._tell(f"{what} {self.rank}", value)
+        return [self._hear(f"{what} {rank}") for rank in range(self.count)]
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let the others know if this process fails, so that none of them waits for it."""
+        try:
+            yield
+        except OtherProcessError:
+            raise
+        except BaseException as error:
+            known = isinstance(error, FtloadError)
+            failure = {
+                "code": error.code if known else FtloadError.code,
+                "kind": error.kind if known else FtloadError.kind,
+                "message": error.message if known else f"{type(error).__name__}: {error}",
+                "hint": error.hint if known else None,
+            }
+            self._tell("failure", {"rank": self.rank, **failure})
+            raise
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Rank 0 goes last: without torchrun it is the one that holds the store."""
+        if self.rank:
+            self._tell(f"left {self.rank}", True)
+        elif self.store is not None:
+            deadline = time.monotonic() + _FAREWELL_SECONDS
+            others = [f"left {rank}" for rank in range(1, self.count)]
+            while not self.store.check(others) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+
+    def _tell(self, key: str, value: Any) -> None:
+        if self.store is not None:
+            self.store.set(key, json.dumps(value))
+
+    def _hear(self, key: str) -> Any:
+        while not self.store.check([key]):
+            if self.store.check(["failure"]):
+                failure = json.loads(self.store.get("failure"))
+                raise OtherProcessError(failure["rank"], failure)
+            time.sleep(_POLL_SECONDS)
+        return json.loads(self.store.get(key))
+
+
+def join_processes() -> Processes:
+    """The processes of a `torchrun`, by its environment (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`)."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Processes()
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://"))
+    return Processes(rank=rank, count=count, store=PrefixStore("ftload", store))

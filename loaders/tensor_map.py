@@ -1,0 +1,200 @@
+"""Which stored tensor becomes which parameter, and what will be saved under which name.
+
+Renaming, merging and splitting on loading are transformers' conversion mapping; the names that `save_pretrained` would
+write come from the same mapping, reversed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .catalog import Component, LinearLayer, component_of
+from .checkpoint import DTYPE_CODES, Checkpoint, TensorMeta
+from .errors import CheckpointError
+from .nf4 import PackedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conversion:
+    """Stored tensors that transformers merges or splits on loading."""
+
+    model: PreTrainedModel
+    converter: Any
+    parameter: str
+    sources: tuple[tuple[str, str], ...]
+    """Stored name and the converter's pattern that it matched, in transformers' order."""
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Load and save in one go: stored names to values, then saved names to values."""
+        return _revert(self.model, self.load(values))
+
+    def load(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored names to values, then parameter names to values."""
+        converter = deepcopy(self.converter)
+        for name, pattern in self.sources:
+            converter.add_tensor(self.parameter, name, pattern, values[name])
+        loaded = converter.convert(self.parameter, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in loaded.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelTensor:
+    """One tensor that the prepared model is made of, under the name that it is saved by."""
+
+    name: str
+    parameter: str
+    """The model's own name for what it is, or is a part of."""
+    buffer: bool
+    """Part of the state, but not a parameter."""
+    shape: tuple[int, ...]
+    """As saved, after resizing; the logical shape for a tensor that is or will be 4-bit."""
+    dtype: str
+    """The safetensors code that the reference loads it with: BF16, or F32 where the architecture keeps it so."""
+    component: Component
+    sources: tuple[TensorMeta, ...]
+    linear: LinearLayer | None = None
+    """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
+    rows_before: int | None = None
+    """Rows in the checkpoint, where resizing adds some."""
+    conversion: Conversion | None = None
+    packed: PackedTensor | None = None
+    """Set when the checkpoint already holds it in 4 bits."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """What becomes one parameter, or goes through one converter."""
+
+    parameters: tuple[str, ...]
+    sources: tuple[TensorMeta, ...]
+    conversion: Conversion | None
+
+
+def map_tensors(
+    checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
+) -> tuple[list[Group], list[str]]:
+    """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    dropped = []
+    for name in sorted(state, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if target in parameters:
+            found.setdefault(target, []).append((name, pattern))
+        else:
+            dropped.append(name)
+    groups = []
+    order = {name: position for position, name in enumerate(parameters)}
+    for target in sorted(found, key=order.__getitem__):
+        metas = tuple(checkpoint.tensors[name] for name, _ in found[target])
+        patterns = [(name, pattern) for name, pattern in found[target] if pattern is not None]
+        if not patterns:
+            # from_pretrained keeps the first where several names lead to one parameter
+            groups.append(Group(parameters=(target,), sources=metas[:1], conversion=None))
+            continue
+        conversion = Conversion(
+            model=model, converter=by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
+        )
+        loaded = conversion.load(state)
+        groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
+    return groups, dropped
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedModel:
+    """The model as it will be saved, resized and tied, and what it was before."""
+
+    model: PreTrainedModel
+    state: Mapping[str, Tensor]
+    """What `save_pretrained` would write, by the model's own names."""
+    shapes_before: Mapping[str, tuple[int, ...]]
+    """Of all parameters and buffers, before the embeddings were resized."""
+    quantisable: Mapping[str, LinearLayer]
+    """The linear layers that bitsandbytes would quantise, by the names of their weights."""
+    packed: Mapping[str, PackedTensor]
+    """What the checkpoint holds in 4 bits, by stored name."""
+    classes: Mapping[str, str]
+    """Module names to class names."""
+    head: str | None
+    """The module of the output embedding."""
+
+
+def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
+    """What `save_pretrained` makes of one group; nothing where the parameter is tied to another or never saved.
+
+    Raises `CheckpointError` for linear layers that are merged or split, and for resizing that changes more than rows.
+    """
+    import torch
+
+    kept = {name: saved.state[name] for name in group.parameters if name in saved.state}
+    if not kept:
+        return []
+    parameter = group.parameters[0]
+    buffer = not isinstance(saved.model.get_parameter_or_buffer(parameter), torch.nn.Parameter)
+    component = component_of(parameter, saved.classes, head=saved.head)
+    dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
+    if group.conversion is not None:
+        stored = {meta.name: torch.empty(meta.shape, device="meta") for meta in group.sources}
+        outputs = {name: tuple(value.shape) for name, value in group.conversion.run(stored).items()}
+        unchanged = outputs == {meta.name: meta.shape for meta in group.sources}
+        if not unchanged:
+            if any(name in saved.quantisable for name in kept):
+                raise CheckpointError(
+                    f"tensor `{group.sources[0].name}` is merged or split on loading into linear layers, "
+                    "which ftload can't stream in this layout",
+                    hint="load the model with transformers and save it again",
+                )
+            return [
+                ModelTensor(
+                    name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
+                    sources=group.sources, conversion=group.conversion,
+                )
+                for name, shape in outputs.items()
+            ]  # fmt: skip
+        # a converter and its reverse cancel out when they give back every name and shape
+        return [
+            ModelTensor(
+                name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
+                component=component, sources=(meta,),
+            )
+            for meta in group.sources
+        ]  # fmt: skip
+    (name,) = _revert(saved.model, {parameter: saved.state[parameter]})
+    shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
+    if shape[1:] != before[1:]:
+        raise CheckpointError(f"resizing the embeddings changes `{parameter}` in a way that ftload can't follow")
+    source = group.sources[0]
+    if not source.dtype.startswith(("F", "BF")):
+        dtype = source.dtype if source.name not in saved.packed else dtype
+    elif saved.packed:
+        dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
+    return [
+        ModelTensor(
+            name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
+            sources=(source,), linear=saved.quantisable.get(parameter),
+            rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+        )
+    ]  # fmt: skip
+
+
+def _revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, values)

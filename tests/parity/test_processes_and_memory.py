@@ -1,0 +1,102 @@
+"""The bytes are the same for every number of processes and every memory budget; any failure fails all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.errors import ResourceError
+from ftload.loaders.prepare import prepare
+from ftload.loaders.stream import Silent
+
+from ..tokenizers import write_llama
+from .models import write_model
+
+FLAGS = ["--use_qlora", "--lora_rank", "8", "--max_shard_size", "30KB", "--embedding_init", "reference", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("source")
+    write_model(directory, "llama", vocab_size=128, dtype="bfloat16", shards=True)
+    write_llama(directory, vocab_size=128)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def hashes(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("one") / "out"
+    prepare(parse_arguments(["--model", str(source), "--output_dir", str(out), *FLAGS]), Silent())
+    return hash_all(out)
+
+
+def hash_all(directory: Path) -> dict[str, str]:
+    """sha256 of every file but the report and what names the output's own path."""
+    differing = {"ftload_report.json", "adapter/adapter_config.json"}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in differing
+    }
+
+
+def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> list[subprocess.Popen[str]]:
+    """The processes as `torchrun --nproc-per-node` starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        environment = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "ftload.cli", "prepare", *map(str, words)]
+        if rank == spoilt_rank:
+            command += ["--max_memory", "1KB"]
+        processes.append(
+            subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    return processes
+
+
+def test_three_processes_write_what_one_writes(source: Path, hashes: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processes = start(3, "--model", source, "--output_dir", out, *FLAGS, "--json")
+    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, _, code in results] == [0, 0, 0], results
+    assert [bool(stdout) for stdout, _, _ in results] == [True, False, False]
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert hash_all(out) == hashes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_one_process_that_fails_fails_all_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    processes = start(2, "--model", source, "--output_dir", tmp_path / "out", *FLAGS, spoilt_rank=1)
+    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, _, code in results] == [6, 6], results
+    assert results[0][1].startswith("error: process 1 failed: tensor `")
+    assert results[1][1].startswith("error: tensor `")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("budget", ["64MB", "1MB"])
+def test_every_budget_gives_the_same_bytes(source: Path, hashes: dict[str, str], tmp_path: Path, budget: str) -> None:
+    words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), *FLAGS, "--max_memory", budget]
+    report = prepare(parse_arguments(words), Silent())
+    assert report is not None
+    assert report["memory_budget_bytes"] == int(budget[:-2]) * 10**6
+    assert hash_all(tmp_path / "out") == hashes
+
+
+def test_a_budget_that_one_tensor_exceeds_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+    words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), *FLAGS, "--max_memory", "10KB"]
+    with pytest.raises(ResourceError, match=r"tensor `.*` needs .* bytes at once, `--max_memory` allows 10,000"):
+        prepare(parse_arguments(words), Silent())
+    assert list(tmp_path.iterdir()) == []
