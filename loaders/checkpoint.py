@@ -323,6 +323,6 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
             code = DTYPE_CODES.get(str(value.dtype).removeprefix("torch."))
             if code is None:
                 raise CheckpointError(f"`{name}`: tensor `{key}` has the dtype `{value.dtype}`")
-            pickled[key] = value
+            pickled[key] = value.detach()
             tensors[key] = TensorMeta(name=key, shape=tuple(value.shape), dtype=code, file=name, begin=0, end=0)
     return Checkpoint(source=source, tensors=tensors, weight_files=files, pickled=pickled)

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, TensorMeta
 from .environment import quiet_transformers
 from .errors import CheckpointError, MissingRequirementError, said_by
 from .nf4 import PackedTensor, find_packed
-from .tensor_map import Group, ModelTensor, SavedModel, map_tensors, saved_tensors
+from .tensor_map import Group, ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,7 @@ def build_skeleton(
     saved = SavedModel(
         model=model,
         state=saved_state,
+        names=saved_names(model, mapping, saved_state),
         shapes_before=shapes_before,
         quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
         packed=packed,

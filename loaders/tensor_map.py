@@ -6,7 +6,7 @@ write come from the same mapping, reversed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,6 +124,8 @@ class SavedModel:
     model: PreTrainedModel
     state: Mapping[str, Tensor]
     """What `save_pretrained` would write, by the model's own names."""
+    names: Mapping[str, str]
+    """The name that each parameter is saved by, unless it goes through a converter."""
     shapes_before: Mapping[str, tuple[int, ...]]
     """Of all parameters and buffers, before the embeddings were resized."""
     quantisable: Mapping[str, LinearLayer]
@@ -176,22 +178,29 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             )
             for meta in group.sources
         ]  # fmt: skip
-    (name,) = _revert(saved.model, {parameter: saved.state[parameter]})
     shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
     if shape[1:] != before[1:]:
         raise CheckpointError(f"resizing the embeddings changes `{parameter}` in a way that ftload can't follow")
     source = group.sources[0]
-    if not source.dtype.startswith(("F", "BF")):
-        dtype = source.dtype if source.name not in saved.packed else dtype
-    elif saved.packed:
+    if saved.packed:
         dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
     return [
         ModelTensor(
-            name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-            sources=(source,), linear=saved.quantisable.get(parameter),
+            name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
+            component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
         )
     ]  # fmt: skip
+
+
+def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name that each parameter of `state` is saved by, those that go through a converter left out."""
+    plain = {
+        name: state[name] for group in groups if group.conversion is None for name in group.parameters if name in state
+    }
+    # renaming hands the very same tensors on, so that one call answers for all of them
+    names = {id(value): name for name, value in _revert(model, plain).items()}
+    return {parameter: names[id(value)] for parameter, value in plain.items()}
 
 
 def _revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
