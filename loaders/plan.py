@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
-from .errors import CheckpointError, ResourceError, UsageError
+from .errors import ResourceError, UsageError
 from .liger import liger_kernels
 from .lora import adapter_steps
 from .operations import Grow, OutputTensor, Quantize, Step, plain_step
@@ -22,8 +22,6 @@ from .skeleton import Skeleton
 from .tensor_map import ModelTensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from .strategy import Strategy
 
 
@@ -100,14 +98,11 @@ class Plan:
             yield from step.outputs
 
 
-def make_plan(
-    request: Request, strategy: Strategy, checkpoint: Checkpoint, config: PretrainedConfig, skeleton: Skeleton
-) -> Plan:
+def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
     """Decide everything. Raises the error that executing the plan would run into, before anything is written."""
     decisions = list(request.decisions)
     warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
-    packed = any(tensor.packed is not None for tensor in skeleton.tensors)
-    quantization_config = _stored_quantization(checkpoint, config, packed=packed) or strategy.quantization_config()
+    quantization_config = skeleton.stored_quantization or strategy.quantization_config()
     steps = tuple(_steps(strategy, skeleton.tensors))
     base = _choose_base(request, strategy, checkpoint, skeleton, decisions)
 
@@ -200,26 +195,6 @@ def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]
     for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
         siblings = tuple(group)
         yield plain_step(siblings) if siblings[0].conversion is not None else strategy.step(siblings[0])
-
-
-def _stored_quantization(checkpoint: Checkpoint, config: PretrainedConfig, *, packed: bool) -> dict[str, Any] | None:
-    """The checkpoint's own `quantization_config`; an error unless it is NF4."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        if packed:
-            raise CheckpointError(
-                f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
-            )
-        return None
-    if not isinstance(stored, dict):
-        stored = stored.to_dict()
-    method = stored.get("quant_method")
-    if not (packed and method == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
-        raise CheckpointError(
-            f"`{checkpoint.source.model}` is already quantised (`{method}`)",
-            hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
-        )
-    return dict(stored)
 
 
 def _choose_base(

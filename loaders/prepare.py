@@ -160,7 +160,7 @@ def make_ready(arguments: Arguments, request: Request, work: Path, timings: Timi
             checkpoint, config, trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"],
         )  # fmt: skip
-        plan = make_plan(request, strategy, checkpoint, config, skeleton)
+        plan = make_plan(request, strategy, checkpoint, skeleton)
     return Prepared(
         arguments=arguments,
         source=source,

@@ -39,6 +39,8 @@ class Skeleton:
     rows_before: int
     rows_after: int
     tied: bool
+    stored_quantization: dict[str, Any] | None
+    """The `quantization_config` of a checkpoint that holds 4-bit tensors."""
     warnings: tuple[str, ...]
 
     @property
@@ -59,7 +61,7 @@ def build_skeleton(
 
     model_class = _model_class(checkpoint, config, trust_remote_code=trust_remote_code)
     packed = find_packed(checkpoint)
-    _check_quantization(checkpoint, config, packed)
+    stored_quantization = _stored_quantization(checkpoint, config, packed)
     hidden = {meta.name for tensor in packed.values() for meta in tensor.parts if meta.name != tensor.name}
     state = {
         meta.name: torch.empty(_shape(meta, packed), dtype=torch.bfloat16, device="meta")
@@ -115,6 +117,7 @@ def build_skeleton(
         rows_before=rows_before,
         rows_after=rows_after,
         tied=tied,
+        stored_quantization=stored_quantization,
         warnings=tuple(warnings),
     )
 
@@ -162,16 +165,28 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _check_quantization(checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]) -> None:
-    """Refuse all stored forms of weights but NF4, whose tensors would only look missing and unexpected."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None or packed:
-        return
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    raise CheckpointError(
-        f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
-        hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
-    )
+def _stored_quantization(
+    checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
+) -> dict[str, Any] | None:
+    """The checkpoint's own `quantization_config`, None for 16-bit weights.
+
+    All stored forms but NF4 are refused: their tensors would only look missing and unexpected.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        if packed:
+            raise CheckpointError(
+                f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
+            )
+        return None
+    settings = dict(stored) if isinstance(stored, dict) else stored.to_dict()
+    method = settings.get("quant_method")
+    if not packed or settings.get("bnb_4bit_quant_type") != "nf4":
+        raise CheckpointError(
+            f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
+            hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
+        )
+    return settings
 
 
 def _load_on_meta(
