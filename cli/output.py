@@ -77,7 +77,7 @@ class Output:
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that speaks (torchrun's `RANK`)."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 OUTPUT = Output()

@@ -166,10 +166,11 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
     tensors: dict[str, TensorMeta] = {}
     for name in files:
         for tensor in read_header(name, names[name].bytes, lambda b, e, n=name: source.read(n, b, e)):
-            if weight_map is None or weight_map.get(tensor.name) == name:
-                tensors[tensor.name] = tensor
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise CheckpointError(f"tensor `{tensor.name}` is both in `{other.file}` and in `{name}`")
     for name, file in (weight_map or {}).items():
-        if name not in tensors:
+        if name not in tensors or tensors[name].file != file:
             raise CheckpointError(f"tensor `{name}` is not in `{file}`, where `{INDEX_FILE}` places it")
     return Checkpoint(source=source, tensors=tensors, weight_files=files, warnings=warnings)
 

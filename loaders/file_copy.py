@@ -9,8 +9,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-from .errors import CheckpointError
+from .errors import CheckpointError, SourceError
 
 _FICLONE = 0x40049409
 """The ioctl that makes one file share another's blocks (ioctl_ficlone(2)): btrfs, XFS, bcachefs …"""
@@ -33,13 +34,15 @@ class FileCopy:
         """Make the target a second name of the source file itself; where that can't be done, copy it."""
         try:
             os.link(self._source.resolve(), self.target)
+            self._copied_until(self._size)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 self._fail()
                 raise
             self.copy()
-            return
-        self._copied_until(self._size)
+        except BaseException:
+            self._fail()
+            raise
 
     def copy(self) -> None:
         """Clone the file where the file system can, else let the kernel copy it; then make it durable.
@@ -47,7 +50,7 @@ class FileCopy:
         Raises `CheckpointError` when the source turns out to be shorter than its listing.
         """
         try:
-            with self._source.open("rb") as source, self.target.open("xb") as target:
+            with self._open_source() as source, self.target.open("xb") as target:
                 if _clone(source.fileno(), target.fileno()):
                     self._copied_until(self._size)
                 while self._copied < self._size:
@@ -73,9 +76,17 @@ class FileCopy:
                 target.seek(position)
                 while position < until:
                     count = target.readinto(memoryview(buffer)[: until - position])
+                    if not count:
+                        raise CheckpointError(f"`{self._source}` became shorter while it was copied")
                     digest.update(memoryview(buffer)[:count])
                     position += count
         return digest.hexdigest()
+
+    def _open_source(self) -> BinaryIO:
+        try:
+            return self._source.open("rb")
+        except OSError as error:
+            raise SourceError(f"can't read `{self._source}`: {error.strerror or error}") from error
 
     def _copy_piece(self, source: int, target: int) -> int:
         begin = self._copied

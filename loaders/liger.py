@@ -41,10 +41,12 @@ def liger_kernels(model_type: str) -> tuple[str, ...]:
 
 
 def apply_liger(model: PreTrainedModel) -> tuple[str, ...]:
-    """Patch one loaded model in place; returns the kernels in effect."""
+    """Patch one loaded model in place; returns the kernels in effect, none where Liger has none for it."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     kernels = liger_kernels(model.config.model_type)
+    if not kernels:
+        return ()
     options = dict.fromkeys(kernels, True)
     MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model=model, **options)
     return kernels

@@ -45,13 +45,7 @@ class PackedTensor:
     """The logical shape, (out_features, in_features)."""
     parts: tuple[TensorMeta, ...]
     """The tensors that it is stored in."""
-    double_quant: bool
     block_size: int
-
-    @property
-    def parameters(self) -> int:
-        """Logical parameters: two for each stored byte, less padding."""
-        return math.prod(self.shape)
 
 
 def find_packed(checkpoint: Checkpoint) -> dict[str, PackedTensor]:
@@ -86,7 +80,6 @@ def find_packed(checkpoint: Checkpoint) -> dict[str, PackedTensor]:
             name=weight,
             shape=shape,
             parts=(*parts, state),
-            double_quant="nested_blocksize" in values,
             block_size=block_size,
         )
     return packed
@@ -161,11 +154,6 @@ def encode_with_bitsandbytes(values: Tensor) -> tuple[Tensor, Tensor]:
     flat = values.reshape(-1).contiguous()
     codes, state = quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
     return codes.reshape(-1).cpu(), state.absmax.cpu()
-
-
-def encode_on_gpu(values: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' CUDA kernel. Its thresholds differ from the CPU's by about one unit in the last place."""
-    return encode_with_bitsandbytes(values.to("cuda", non_blocking=True))
 
 
 def numba_problem() -> str | None:

@@ -86,7 +86,8 @@ def prepare(arguments: Arguments, progress: Progress) -> dict[str, Any] | None:
             encode = nf4.encode
             if prepared.plan.encodes:
                 # not part of the plan: importing numba takes a while, and nothing that is planned depends on it
-                encode, decisions = _choose_encoder()
+                with timings.stage("encoder"):
+                    encode, decisions = _choose_encoder()
                 prepared = dataclasses.replace(prepared, decisions=(*prepared.decisions, *decisions))
             if arguments.own.strict:
                 check_strict(prepared.decisions)
@@ -236,7 +237,8 @@ def _check_apart(output: Path, source: Source, tokenizer_source: Source) -> None
 
 
 def _check_space(plan: Plan, directory: Path) -> None:
-    needed = sum(file.size for file in plan.files)
+    linked = plan.request.base == "link"
+    needed = sum(file.size for file in plan.files if not (linked and file.layout is None))
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ResourceError(
@@ -271,7 +273,11 @@ def _write_weights(
 ) -> Written:
     if plan.model_files:
         with timings.stage("fetch"):
-            plan.checkpoint.source.fetch(plan.checkpoint.weight_files)
+            sizes = {file.path: file.bytes for file in plan.checkpoint.source.files}
+            progress.expect(bytes=sum(sizes[name] for name in plan.checkpoint.weight_files), tensors=0)
+            plan.checkpoint.source.fetch(
+                plan.checkpoint.weight_files, lambda count: progress.advance(bytes=count, tensors=0)
+            )
     with timings.stage("write"):
         return write_tensors(plan, processes.share(plan.files), encode, stage, progress)
 
@@ -349,7 +355,8 @@ def _save_config(prepared: Prepared, stage: Path) -> None:
             load_generation_config(root).save_pretrained(stage)
         except ValueError:
             # transformers refuses to write settings that contradict each other, which it was ready to read
-            shutil.copyfile(root / "generation_config.json", stage / "generation_config.json")
+            if (root / "generation_config.json").exists():
+                shutil.copyfile(root / "generation_config.json", stage / "generation_config.json")
     if plan.request.trust_remote_code:
         for code in root.glob("*.py"):
             shutil.copyfile(code, stage / code.name)
@@ -378,18 +385,21 @@ def _file_entry(path: Path, root: Path, hashes: Mapping[str, str]) -> dict[str, 
 
 
 def _publish(stage: Path, request: Request) -> None:
-    """Move the finished directory into place: one rename, and an older output is put aside until it succeeded."""
+    """Move the finished directory into place: one rename, and an older output is put aside until it succeeded.
+
+    What has come to stand there in the meantime is not replaced, unless `--overwrite` allows it.
+    """
     output = request.output
+    _check_output(request)
     with disk_errors(output):
-        mode = 0o777 & ~_umask()
-        stage.chmod(mode)
+        stage.chmod(0o777 & ~_umask())
         aside = stage.parent / "replaced"
-        if output.exists():
-            output.rename(aside)
         try:
-            stage.rename(output)
-        except OSError:
-            if aside.exists():
+            if request.overwrite and output.exists():
+                output.rename(aside)
+            stage.rename(output)  # an empty directory gives way, any other stays
+        except BaseException:
+            if aside.exists() and not output.exists():
                 aside.rename(output)
             raise
         sync_file(output.parent)

@@ -59,11 +59,11 @@ def load_prepared(
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if attention.reason is not None:
         warnings.warn(f"attention is {attention.effective}: {attention.reason}", stacklevel=2)
-    if report["kernels"] is not None and report["kernels"]["liger"]["supported"]:
+    if report["kernels"] is not None:
         problem = liger_problem()
-        if problem is None:
-            apply_liger(model)
-        else:
+        if problem is None and not apply_liger(model):
+            problem = f"Liger has no kernels for `{model.config.model_type}`"
+        if problem is not None:
             warnings.warn(f"Liger kernels are not applied: {problem}", stacklevel=2)
 
     if report["quantization"] is not None:

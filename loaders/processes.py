@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FtloadError
+from .errors import FtloadError, UsageError
 from .output_files import OutputFile
 
 _POLL_SECONDS = 0.05
@@ -75,12 +75,14 @@ class Processes:
         except BaseException as error:
             known = isinstance(error, FtloadError)
             failure = {
-                "code": error.code if known else FtloadError.code,
+                "code": getattr(error, "code", FtloadError.code),
                 "kind": error.kind if known else FtloadError.kind,
                 "message": error.message if known else f"{type(error).__name__}: {error}",
                 "hint": error.hint if known else None,
             }
-            self._tell("failure", {"rank": self.rank, **failure})
+            # with the store gone there is nobody to tell, and the error that counts is this one
+            with contextlib.suppress(RuntimeError):
+                self._tell("failure", {"rank": self.rank, **failure})
             raise
         finally:
             self._leave()
@@ -88,7 +90,8 @@ class Processes:
     def _leave(self) -> None:
         """Rank 0 goes last: without torchrun it is the one that holds the store."""
         if self.rank:
-            self._tell(f"left {self.rank}", True)
+            with contextlib.suppress(RuntimeError):
+                self._tell(f"left {self.rank}", True)
         elif self.store is not None:
             deadline = time.monotonic() + _FAREWELL_SECONDS
             others = [f"left {rank}" for rank in range(1, self.count)]
@@ -110,11 +113,17 @@ class Processes:
 
 def join_processes() -> Processes:
     """The processes of a `torchrun`, by its environment (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`)."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return Processes()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not count.isdigit():
+        raise UsageError(
+            f"`WORLD_SIZE` is `{count}`, but {', '.join(f'`{name}`' for name in missing) or 'it'} can't be used",
+            hint="start several processes with torchrun, or unset WORLD_SIZE",
+        )
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, count = next(rendezvous("env://"))
-    return Processes(rank=rank, count=count, store=PrefixStore("ftload", store))
+    store, rank, size = next(rendezvous("env://"))
+    return Processes(rank=rank, count=size, store=PrefixStore("ftload", store))

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from . import nf4
 from .checkpoint import DTYPE_CODES, ITEM_BYTES
 from .environment import ftload_version, peak_memory_bytes, versions
 from .nf4 import STATE_SUFFIX
@@ -182,7 +183,9 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
         "method": "bitsandbytes",
         "quant_type": config["bnb_4bit_quant_type"],
         "double_quant": config["bnb_4bit_use_double_quant"],
-        "block_size": 64,
+        "block_size": next(
+            (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None), nf4.BLOCK
+        ),
         "compute_dtype": config["bnb_4bit_compute_dtype"],
         "storage_dtype": config["bnb_4bit_quant_storage"],
         "coverage_percent": round(100 * (1 - sum(tensor.parameters for tensor in left) / everything), 4)

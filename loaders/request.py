@@ -46,7 +46,7 @@ class Request:
     embedding_init: str
     """`mean` or `reference`."""
     base: str
-    """`auto`, `copy` or `reference`."""
+    """`auto`, `copy`, `link` or `reference`."""
     seed: int
     output: Path
     overwrite: bool
@@ -74,7 +74,7 @@ def resolve_request(arguments: Arguments) -> Request:
         decisions.append(
             Decision(what="use_lora", requested=asked, effective="true", reason="use_qlora trains a LoRA adapter")
         )
-    publish = [name for name in _PUBLISHING if arguments.origins[name] != "default"]
+    publish = [name for name in _PUBLISHING if arguments.origins[name] != "default" and getattr(flat, name)]
     if publish:
         decisions.append(
             Decision(

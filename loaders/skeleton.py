@@ -165,6 +165,14 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
+_QUANTIZATION_DEFAULTS = {
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_use_double_quant": False,
+}
+"""What transformers' `BitsAndBytesConfig` takes where an older config.json says nothing."""
+
+
 def _stored_quantization(
     checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
 ) -> dict[str, Any] | None:
@@ -179,7 +187,7 @@ def _stored_quantization(
                 f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
             )
         return None
-    settings = dict(stored) if isinstance(stored, dict) else stored.to_dict()
+    settings = {**_QUANTIZATION_DEFAULTS, **(stored if isinstance(stored, dict) else stored.to_dict())}
     method = settings.get("quant_method")
     if not packed or settings.get("bnb_4bit_quant_type") != "nf4":
         raise CheckpointError(

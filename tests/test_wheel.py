@@ -1,0 +1,44 @@
+"""The wheel holds everything and works where the sources are not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_wheel_is_whole_and_runs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("ftload-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("ftload/")}
+        archive.extractall(tmp_path / "site")
+    expected = {
+        f"ftload/{package}/{path.name}"
+        for package in ("cli", "loaders")
+        for path in (ROOT / package).iterdir()
+        if path.suffix in (".py", ".typed", ".json")
+    }
+    assert "ftload/loaders/report.schema.json" in expected
+    assert "ftload/cli/py.typed" in expected
+    assert held == expected
+    run = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import ftload.cli.app as app; print(app.__file__); app.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import site; site.addsitedir({site_packages()!r}); {run}", tmp_path / "site",
+         "--version"],
+        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ftload 0.1.0" in done.stdout
+
+
+def site_packages() -> str:
+    import typer
+
+    return str(Path(typer.__file__).parent.parent)
