@@ -49,7 +49,8 @@ def main() -> NoReturn:
     # for errors in the flags themselves: a command configures the output again once it has read them
     as_json = "--json" in words and is_first_process()
     OUTPUT.configure(as_json=as_json, quiet="--quiet" in words, debug="--debug" in words)
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not end the run
@@ -60,7 +61,7 @@ def main() -> NoReturn:
         # whoever read our output has gone; python would complain again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         failure = explain(error)
         OUTPUT.failure(failure)
         code = failure.code

@@ -25,12 +25,10 @@ class Failure:
     hint: str | None
 
 
-def explain(error: BaseException) -> Failure:
+def explain(error: Exception) -> Failure:
     """Turn any exception into a `Failure`. What is not expected is a bug in ftload, exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)
-    if isinstance(error, KeyboardInterrupt):
-        return Failure(code=130, kind="interrupted", message="interrupted", hint=None)
     if isinstance(error, FtloadError):
         return Failure(
             code=error.code,

@@ -26,16 +26,18 @@ def test_the_wheel_is_whole_and_runs(tmp_path: Path) -> None:
     assert "ftload/loaders/report.schema.json" in expected
     assert "ftload/cli/py.typed" in expected
     assert held == expected
-    run = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import ftload.cli.app as app; print(app.__file__); app.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import site; site.addsitedir({site_packages()!r}); {run}", tmp_path / "site",
-         "--version"],
-        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path,
-    )  # fmt: skip
+    program = f"""
+import site, sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+site.addsitedir({site_packages()!r})
+import ftload.cli.app
+print(ftload.cli.app.__file__)
+ftload.cli.app.main()
+"""
+    command = [sys.executable, "-S", "-c", program, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "ftload 0.1.0" in done.stdout
+    assert done.stdout.splitlines() == [str(tmp_path / "site/ftload/cli/app.py"), "ftload 0.1.0"]
 
 
 def site_packages() -> str:
