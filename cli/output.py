@@ -87,18 +87,20 @@ OUTPUT = Output()
 class _Shown:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._task = bar.add_task("starting", total=None, tensors=0, all_tensors=0)
-        self._tensors = 0
+        self._task = bar.add_task("starting", total=None, tensors="")
+        self._tensors = self._all_tensors = 0
 
     def stage(self, name: str) -> None:
         self._bar.update(self._task, description=name)
 
     def expect(self, *, bytes: int, tensors: int) -> None:
-        self._bar.reset(self._task, total=bytes, all_tensors=tensors)
+        self._tensors, self._all_tensors = 0, tensors
+        self._bar.reset(self._task, total=bytes, tensors="")
 
     def advance(self, *, bytes: int, tensors: int) -> None:
         self._tensors += tensors
-        self._bar.update(self._task, advance=bytes, tensors=self._tensors)
+        count = f"{self._tensors}/{self._all_tensors} tensors" if self._all_tensors else ""
+        self._bar.update(self._task, advance=bytes, tensors=count)
 
 
 def _bar(console: Console) -> Bar:
@@ -117,7 +119,7 @@ def _bar(console: Console) -> Bar:
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=False),
-        TextColumn("{task.fields[tensors]}/{task.fields[all_tensors]} tensors"),
+        TextColumn("{task.fields[tensors]}"),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
