@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import MissingRequirementError
+from .errors import MissingRequirementError, said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def liger_problem() -> str | None:
     try:
         importlib.import_module("liger_kernel.transformers")
     except Exception as error:  # a broken Triton raises whatever it likes
-        return f"liger-kernel does not import: {_first_line(error)}"
+        return f"liger-kernel does not import: {said_by(error)}"
     return None
 
 
@@ -161,9 +161,5 @@ def _flash_attention_problem(model_class: type[PreTrainedModel]) -> str | None:
     except ModuleNotFoundError:
         return "flash-attn is not installed"
     except Exception as error:  # built for another torch: ImportError, OSError or RuntimeError
-        return f"flash-attn does not import: {_first_line(error)}"
+        return f"flash-attn does not import: {said_by(error)}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

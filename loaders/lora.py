@@ -42,7 +42,7 @@ def _adapter_step(layer: LinearLayer, rank: int, dtype: str) -> Step:
         outputs=tuple(
             OutputTensor(
                 name=name, shape=shape, dtype="F32", component="adapter", counted_as="float32",
-                parameters=shape[0] * shape[1], trainable=True,
+                parameters=shape[0] * shape[1],
             )
             for name, shape in shapes.items()
         ),

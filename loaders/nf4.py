@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import Checkpoint, TensorMeta
-from .errors import CheckpointError
+from .errors import CheckpointError, said_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def numba_problem() -> str | None:
     try:
         encode(torch.ones(BLOCK, dtype=torch.bfloat16))
     except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
-        return f"numba can't be used: {str(error).splitlines()[0] if str(error) else error!r}"
+        return f"numba can't be used: {said_by(error)}"
     return None
 
 

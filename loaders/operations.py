@@ -85,7 +85,6 @@ class OutputTensor:
     """The dtype that reports count it under: `nf4` for all that a 4-bit weight is stored in, else torch's name."""
     parameters: int
     """Logical parameters: of a 4-bit weight's tensors only the codes count any."""
-    trainable: bool = False
     variable: bool = False
     """A JSON state, whose length is known only once the data are: `shape` is the longest it can be."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
-from .errors import ResourceError, UsageError
+from .errors import ResourceError, UsageError, said_by
 from .liger import liger_kernels
 from .lora import adapter_steps
 from .operations import Grow, OutputTensor, Quantize, Step, plain_step
@@ -280,7 +280,7 @@ def _kernels(skeleton: Skeleton, decisions: list[Decision]) -> Kernels:
     except Exception as error:  # a missing or broken Triton raises whatever it likes
         applied, reason = (
             (),
-            f"liger-kernel does not import: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"liger-kernel does not import: {said_by(error)}",
         )
     if reason is not None:
         decisions.append(Decision(what="use_liger_kernel", requested="true", effective="false", reason=reason))
