@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import signal
@@ -44,28 +46,40 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with a code of the contract (see the README)."""
-    words = {word.replace("_", "-").removesuffix("=true") for word in sys.argv[1:]}
-    # for errors in the flags themselves: a command configures the output again once it has read them
-    as_json = "--json" in words and is_first_process()
-    OUTPUT.configure(as_json=as_json, quiet="--quiet" in words, debug="--debug" in words)
+    """Run the command line of this process and end it with a code of the contract (see the README)."""
+    # torch and transformers make a million objects that stay: searching them for garbage is a sixth of their import
+    gc.set_threshold(100_000)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not end the run
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # all files are closed; python would spend half a second on taking apart every module of torch
+    os._exit(code)
+
+
+def run(words: list[str]) -> int:
+    """Run a command line; returns the exit code."""
+    flags = {word.replace("_", "-").removesuffix("=true") for word in words}
+    # for errors in the flags themselves: a command configures the output again once it has read them
+    as_json = "--json" in flags and is_first_process()
+    OUTPUT.configure(as_json=as_json, quiet="--quiet" in flags, debug="--debug" in flags)
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        code = app(words or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever read our output has gone; python would complain again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
     except Exception as error:
         failure = explain(error)
         OUTPUT.failure(failure)
-        code = failure.code
-    sys.exit(code)
+        return failure.code
+    return code
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

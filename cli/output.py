@@ -30,14 +30,14 @@ class Output:
         self._quiet = quiet
         self._debug = debug
 
-    def report(self, report: Mapping[str, Any], directory: str) -> None:
+    def report(self, report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
         if self._as_json:
             print(json.dumps(report, indent=2))
         elif not self._quiet:
             from .summary import print_summary
 
-            print_summary(report, directory)
+            print_summary(report, directory, up_to_date=up_to_date)
 
     def failure(self, failure: Failure) -> None:
         """One line and a hint on stderr (with `--debug` a traceback first); with `--json` a document on stdout too."""

@@ -18,6 +18,6 @@ def prepare(ctx: typer.Context) -> None:
         as_json=arguments.own.json and first, quiet=arguments.own.quiet or not first, debug=arguments.own.debug
     )
     with OUTPUT.progress() as progress:
-        report = run(arguments, progress)
-    if report is not None:
-        OUTPUT.report(report, arguments.flat.output_dir)
+        outcome = run(arguments, progress)
+    if outcome is not None:
+        OUTPUT.report(outcome.report, arguments.flat.output_dir, up_to_date=outcome.up_to_date)

@@ -10,8 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def print_summary(report: Mapping[str, Any], directory: str) -> None:
-    """Print it to stdout; in a pipe without colours, as wide as it needs to be."""
+def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
+    """Print it to stdout, of an earlier run if that is `up_to_date`.
+
+    In a pipe without colours, as wide as it needs to be.
+    """
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=160)
@@ -19,7 +22,7 @@ def print_summary(report: Mapping[str, Any], directory: str) -> None:
     size = sum(file["bytes"] for file in report["files"])
     console.print(
         f"[bold]{escape(report['source']['model'])}[/] → [bold]{escape(directory)}[/] "
-        f"({report['strategy']}, {format_bytes(size)})",
+        f"({report['strategy']}, {format_bytes(size)})" + (" [bold green]up to date[/]" if up_to_date else ""),
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

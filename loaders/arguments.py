@@ -198,6 +198,12 @@ class OwnOptions:
     lora_target_modules: list[str] | None = field(
         None, ADAPTER, "Layers to adapt, by name; unset takes the usual seven, or the architecture's own"
     )
+    device: str = field(
+        "cpu",
+        QUANTISATION,
+        "Where weights are encoded, as bitsandbytes does there",
+        choices=("cpu", "cuda"),
+    )
     max_shard_size: str = field("5GB", OUTPUT, "Largest weight file, e.g. 500MB or 2GiB")
     max_memory: str = field("2GB", OUTPUT, "Memory for the tensors that are being worked on")
     allow_pickle: bool = field(False, MODEL, "Read .bin files where there is no safetensors file")

@@ -83,6 +83,15 @@ def resolve_attention(model_class: type[PreTrainedModel], *, use_flash_attn: boo
     return Attention(requested="flash_attention_2", effective=fallback, reason=problem)
 
 
+def cuda_problem() -> str | None:
+    """Why CUDA can't be used here; None when it can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None if torch.cuda.is_available() else "there is no GPU that torch can use"
+
+
 def liger_problem() -> str | None:
     """Why Liger's kernels can't run here; None when they can."""
     import torch
@@ -137,6 +146,23 @@ class PeakMemory:
             self.anonymous_bytes = max(self.anonymous_bytes, (int(resident) - int(shared)) * page)
             if self._done.wait(0.01):
                 return
+
+
+def available_memory_bytes() -> int:
+    """The memory that can still be had: of the machine, or of the control group that this process is confined to."""
+    entries = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(entries["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("memory.max", "memory.current"),  # cgroup v2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # cgroup v1
+    ):
+        root = Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # no such group, or `max`: no limit
+            stat = dict(line.split() for line in (root / limit).with_name("memory.stat").read_text().splitlines())
+            reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            group = int((root / limit).read_text()) - int((root / used).read_text()) + reclaimable
+            available = min(available, max(0, group))
+    return available
 
 
 def peak_memory_bytes() -> int:

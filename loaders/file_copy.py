@@ -27,19 +27,16 @@ class FileCopy:
         self._size = size
         self._advance = advance
         self._copied = 0
+        self._durable = False
         self._failed = False
         self._changed = threading.Condition()
 
     def link(self) -> None:
-        """Make the target a second name of the source file itself; where that can't be done, copy it."""
+        """Make the target a second name of the source file itself."""
         try:
             os.link(self._source.resolve(), self.target)
             self._copied_until(self._size)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-                self._fail()
-                raise
-            self.copy()
+            self._is_durable()
         except BaseException:
             self._fail()
             raise
@@ -57,12 +54,13 @@ class FileCopy:
                     count = self._copy_piece(source.fileno(), target.fileno())
                     self._copied_until(self._copied + count)
                 os.fsync(target.fileno())
+            self._is_durable()
         except BaseException:
             self._fail()
             raise
 
     def hash(self) -> str:
-        """The sha256 of the target, read as far as it is written; empty when the copy failed."""
+        """The sha256 of the target, read as far as it is written, once it is durable; empty when the copy failed."""
         digest = hashlib.sha256()
         position = 0
         buffer = bytearray(1024 * 1024)
@@ -80,7 +78,9 @@ class FileCopy:
                         raise CheckpointError(f"`{self._source}` became shorter while it was copied")
                     digest.update(memoryview(buffer)[:count])
                     position += count
-        return digest.hexdigest()
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._durable)
+        return "" if self._failed else digest.hexdigest()
 
     def _open_source(self) -> BinaryIO:
         try:
@@ -107,10 +107,26 @@ class FileCopy:
             self._copied = position
             self._changed.notify_all()
 
+    def _is_durable(self) -> None:
+        with self._changed:
+            self._durable = True
+            self._changed.notify_all()
+
     def _fail(self) -> None:
         with self._changed:
             self._failed = True
             self._changed.notify_all()
+
+
+def link_problem(source: Path, directory: Path) -> str | None:
+    """Why a file can't get a second name in `directory`; None when it can."""
+    name = directory / ".link"
+    try:
+        os.link(source.resolve(), name)
+    except OSError as error:
+        return f"the file system says: {error.strerror}"
+    name.unlink()
+    return None
 
 
 def _clone(source: int, target: int) -> bool:

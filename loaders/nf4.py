@@ -144,14 +144,14 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes), torch.from_numpy(absmax)
 
 
-def encode_with_bitsandbytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The encoder where numba can't be used: bitsandbytes itself."""
+def encode_with_bitsandbytes(values: Tensor, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """The encoder on a GPU, and where numba can't be used: bitsandbytes itself."""
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    if not torch.isfinite(values).all():
+    flat = values.reshape(-1).contiguous().to(device)
+    if not torch.isfinite(flat).all():
         raise ValueError("NaN or infinity")
-    flat = values.reshape(-1).contiguous()
     codes, state = quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
     return codes.reshape(-1).cpu(), state.absmax.cpu()
 

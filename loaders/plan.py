@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,17 @@ class Plan:
     def files(self) -> tuple[OutputFile, ...]:
         """Every safetensors file."""
         return self.model_files if self.adapter_file is None else (*self.model_files, self.adapter_file)
+
+    @property
+    def copied_files(self) -> tuple[OutputFile, ...]:
+        """The checkpoint's own files that are taken over whole."""
+        return tuple(file for file in self.model_files if file.layout is None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the steps that run at a time allocate at most, within the budget."""
+        needs = [step.operation.memory(self.chunk_bytes) for file in self.files if file.layout for step in file.steps]
+        return min(self.request.max_memory_bytes, sum(nlargest(self.workers, needs)))
 
     @property
     def encodes(self) -> bool:

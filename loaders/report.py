@@ -32,6 +32,7 @@ def build_report(
     plan: Plan,
     *,
     arguments: Arguments,
+    making: str,
     source: Source,
     source_files: Iterable[str],
     tokenizer: Mapping[str, Any],
@@ -41,12 +42,16 @@ def build_report(
     timings: Mapping[str, float],
     written: Written,
 ) -> dict[str, Any]:
-    """The report as JSON values. `source_files` are those that were used, `files` those that were written."""
+    """The report as JSON values.
+
+    `making` is the output's fingerprint; `source_files` are those that were used, `files` those that were written.
+    """
     known = {file.path: file for file in source.files}
     return {
         "schema_version": SCHEMA_VERSION,
         "ftload_version": ftload_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": making,
         "strategy": plan.strategy.name,
         "source": {
             "model": source.model,

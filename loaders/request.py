@@ -47,6 +47,8 @@ class Request:
     """`mean` or `reference`."""
     base: str
     """`auto`, `copy`, `link` or `reference`."""
+    device: str
+    """Where NF4 is encoded: `cpu` or `cuda`."""
     seed: int
     output: Path
     overwrite: bool
@@ -125,6 +127,7 @@ def resolve_request(arguments: Arguments) -> Request:
         gradient_checkpointing=flat.gradient_checkpointing,
         embedding_init=own.embedding_init,
         base=own.base,
+        device=own.device,
         seed=flat.seed,
         output=output,
         overwrite=own.overwrite,

@@ -1,15 +1,14 @@
 """Executing a plan: every output tensor is made once and put in its place, several at a time, in bounded memory.
 
 A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps,
-largest first; reading, encoding and writing all release the interpreter's lock, so that one worker's reading overlaps
-another's encoding. A step begins when what it allocates at most fits into the budget beside those that are running.
+file after file and the largest of each first; reading, encoding and writing all release the interpreter's lock, so
+that one worker's reading overlaps another's encoding. A step begins when what it allocates at most fits into the budget
+beside those that are running. A file whose last step is done is made durable, hashed and told of.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import threading
 import time
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import TORCH_NAMES, Checkpoint, read_header
+from .disk import disk_errors, hash_file
 from .environment import PeakMemory, quiet_transformers
-from .errors import FtloadError, OutputError, ResourceError, VerificationError
+from .errors import VerificationError
 from .file_copy import FileCopy
 from .layout import Layout
 from .nf4 import Encoder
@@ -89,12 +89,17 @@ class Written:
 
 
 def write_tensors(
-    plan: Plan, files: tuple[OutputFile, ...], encode: Encoder, directory: Path, progress: Progress
+    plan: Plan,
+    files: tuple[OutputFile, ...],
+    encode: Encoder,
+    directory: Path,
+    progress: Progress,
+    on_finished: Callable[[OutputFile, str], None],
 ) -> Written:
     """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
-    Random numbers are drawn in the reference's order: seed, new embedding rows,
-    adapter.
+    Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` hears of every
+    file that is durable, with its sha256, from the thread that finished it.
     """
     import torch
 
@@ -112,7 +117,7 @@ def write_tensors(
                 new_rows = _draw_new_rows(plan.skeleton, plan.checkpoint, plan.grown)
             inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode, new_rows=new_rows)
             with PeakMemory() as peak:
-                execution = _Execution(plan, files, directory, inputs, progress)
+                execution = _Execution(plan, files, directory, inputs, progress, on_finished)
                 execution.run()
             return Written(
                 hashes=execution.hashes, seconds=execution.seconds, peak_anonymous_bytes=peak.anonymous_bytes
@@ -121,50 +126,20 @@ def write_tensors(
         torch.set_num_threads(threads)
 
 
-_WRONG_PLACE = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
-     errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ENOTEMPTY)
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Name the file when writing fails: `OutputError` where the place is wrong, `ResourceError` where the disk is."""
-    try:
-        yield
-    except FtloadError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _WRONG_PLACE:
-            raise OutputError(f"can't write `{path}`: {reason}", hint="choose another --output_dir") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"can't write `{path}`: {reason}", hint="free some disk space") from error
-        raise ResourceError(f"can't write `{path}`: {reason}") from error
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Make a file or directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _Execution:
     """One run over all steps of a plan."""
 
     def __init__(
-        self, plan: Plan, files: tuple[OutputFile, ...], directory: Path, inputs: Inputs, progress: Progress
+        self,
+        plan: Plan,
+        files: tuple[OutputFile, ...],
+        directory: Path,
+        inputs: Inputs,
+        progress: Progress,
+        on_finished: Callable[[OutputFile, str], None],
     ) -> None:
         self._plan = plan
+        self._on_finished = on_finished
         self._files = files
         self._directory = directory
         self._inputs = inputs
@@ -182,10 +157,10 @@ class _Execution:
             for file in self._files
             if file.layout is not None
         ]
-        tasks = [*self._copies(), *sorted(self._tasks(writers), key=lambda task: -task[0])]
+        tasks = [*self._copies(), *self._tasks(writers)]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
             try:
-                done, _ = wait([pool.submit(run, *arguments) for _, run, *arguments in tasks], None, FIRST_EXCEPTION)
+                done, _ = wait([pool.submit(run, *arguments) for run, *arguments in tasks], None, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
             finally:
@@ -194,24 +169,25 @@ class _Execution:
                 for writer in writers:
                     writer.abandon()
 
-    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[int, Callable[..., None], Any, Any]]:
-        """What a worker takes at a time: its bytes, a function and its arguments."""
-        for writer in writers:
+    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[Callable[..., None], Any, Any]]:
+        """What a worker takes at a time: a function and its arguments."""
+        adapter = self._plan.adapter_file
+        for writer in sorted(writers, key=lambda writer: writer.file is not adapter):
             steps = writer.file.steps
-            if writer.file is self._plan.adapter_file:
-                # its layers' random numbers must be drawn one after another
-                yield sum(step.nbytes for step in steps), self._run, writer, steps
+            if writer.file is adapter:
+                # its layers' random numbers must be drawn one after another, by one worker: it had better begin early
+                yield self._run, writer, steps
             else:
-                yield from ((step.nbytes, self._run, writer, (step,)) for step in steps)
+                yield from ((self._run, writer, (step,)) for step in sorted(steps, key=lambda step: -step.nbytes))
 
-    def _copies(self) -> Iterator[tuple[int, Callable[..., None], Any, Any]]:
+    def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
         for file in self._files:
             if file.layout is None:
                 source = self._plan.checkpoint.source.root / file.path
                 copy = FileCopy(source, self._directory / file.path, file.size, self._advance)
-                yield file.size, self._copy, file, copy
-                yield file.size, self._hash, file, copy
+                yield self._copy, file, copy
+                yield self._hash, file, copy
 
     def _copy(self, file: OutputFile, copy: FileCopy) -> None:
         begin = time.perf_counter()
@@ -220,15 +196,17 @@ class _Execution:
                 copy.link()
             else:
                 copy.copy()
-            _check_written(file, copy.target)
         self._spent(write=time.perf_counter() - begin)
         self._advance(0, tensors=len(file.steps))
 
     def _hash(self, file: OutputFile, copy: FileCopy) -> None:
         begin = time.perf_counter()
         with disk_errors(copy.target):
-            self.hashes[file.path] = copy.hash()
-        self._spent(hash=time.perf_counter() - begin)
+            digest = copy.hash()
+            self._spent(hash=time.perf_counter() - begin)
+            if digest:
+                _check_written(file, copy.target)
+                self._finish(file, digest)
 
     def _run(self, writer: _FileWriter, steps: tuple[Step, ...]) -> None:
         with disk_errors(writer.path):
@@ -242,11 +220,19 @@ class _Execution:
                 self._advance(0, tensors=len(step.outputs))
             if writer.finished(len(steps)):
                 begin = time.perf_counter()
-                writer.close()
-                _check_written(writer.file, writer.path)
-                closed = time.perf_counter()
-                self.hashes[writer.file.path] = hash_file(writer.path)
-                self._spent(write=closed - begin, hash=time.perf_counter() - closed)
+                writer.write_head()
+                with ThreadPoolExecutor(1) as aside:  # one waits for the disk, the other for the processor
+                    digest = aside.submit(hash_file, writer.path)
+                    writer.close()
+                    self._spent(write=time.perf_counter() - begin)
+                    begin = time.perf_counter()
+                    _check_written(writer.file, writer.path)
+                    self._finish(writer.file, digest.result())
+                self._spent(hash=time.perf_counter() - begin)
+
+    def _finish(self, file: OutputFile, digest: str) -> None:
+        self.hashes[file.path] = digest
+        self._on_finished(file, digest)
 
     def _spent(self, **seconds: float) -> None:
         with self._free:
@@ -291,9 +277,7 @@ class _FileWriter:
         self._missing = len(file.steps)
         self._lock = threading.Lock()
         self._local = threading.local()
-        with disk_errors(self.path):
-            self.path.parent.mkdir(exist_ok=True)
-            self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptor: int | None = None
 
     def write(self, name: str, values: Tensor) -> None:
         """Append to a tensor; each tensor is written by one thread."""
@@ -323,14 +307,16 @@ class _FileWriter:
             self._missing -= steps
             return self._missing == 0
 
-    def close(self) -> None:
-        """Write the header and make the file durable."""
+    def write_head(self) -> None:
+        """Write what could not be known before all tensors were there."""
         short = [name for name, end in self._ends.items() if self._positions[name] != end]
         if short:
             raise VerificationError(f"tensor `{short[0]}` came out smaller than planned")
         self._write_at(memoryview(self._layout.head(self._states)), 0)
-        assert self._descriptor is not None
-        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Make the file durable."""
+        os.fsync(self._opened())
         self.abandon()
 
     def abandon(self) -> None:
@@ -339,10 +325,17 @@ class _FileWriter:
         if descriptor is not None:
             os.close(descriptor)
 
+    def _opened(self) -> int:
+        """The file, opened when its first bytes come: there may be more files than a process can hold open."""
+        with self._lock:
+            if self._descriptor is None:
+                self.path.parent.mkdir(exist_ok=True)
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            return self._descriptor
+
     def _write_at(self, data: memoryview, position: int) -> None:
-        assert self._descriptor is not None
         while data:
-            count = os.pwrite(self._descriptor, data, position)
+            count = os.pwrite(self._opened(), data, position)
             data = data[count:]
             position += count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,15 @@ class Result:
 
 
 @pytest.fixture
-def ftload(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def ftload(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run the command line in this process: `ftload("prepare", "--model", …)`."""
 
     def run(*words: str | Path) -> Result:
-        from ftload.cli.app import main
+        from ftload.cli.app import run as run_command_line
 
-        monkeypatch.setattr(sys, "argv", ["ftload", *map(str, words)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as raised:
-            main()
+        code = run_command_line([str(word) for word in words])
         out, err = capfd.readouterr()
-        return Result(code=int(raised.value.code or 0), out=out, err=err)
+        return Result(code=code, out=out, err=err)
 
     return run

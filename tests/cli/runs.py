@@ -6,11 +6,8 @@ import contextlib
 import io
 import json
 import struct
-import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 FLAGS = {"standard": [], "liger": ["--use_liger_kernel"], "lora": ["--use_lora"], "qlora": ["--use_qlora"]}
 """What chooses each strategy."""
@@ -18,15 +15,13 @@ FLAGS = {"standard": [], "liger": ["--use_liger_kernel"], "lora": ["--use_lora"]
 
 def prepare(model: str | Path, output: Path, *flags: str | Path) -> dict[str, Any]:
     """Run `ftload prepare --json` in this process, which must succeed; returns the report from stdout."""
-    from ftload.cli.app import main
+    from ftload.cli.app import run
 
     words = ["--model", model, "--output_dir", output, "--lora_rank", "8", "--json", *flags]
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(sys, "argv", ["ftload", "prepare", *map(str, words)])
-        with pytest.raises(SystemExit) as raised:
-            main()
-    assert not raised.value.code, out.getvalue()
+    with contextlib.redirect_stdout(out):
+        code = run(["prepare", *map(str, words)])
+    assert code == 0, out.getvalue()
     return json.loads(out.getvalue())
 
 

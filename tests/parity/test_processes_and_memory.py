@@ -7,13 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ftload.loaders import processes
 from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import ResourceError
 from ftload.loaders.prepare import prepare
+from ftload.loaders.processes import Processes
 from ftload.loaders.stream import Silent
+from torch.distributed import HashStore
 
 from ..tokenizers import write_llama
 from .models import write_model
@@ -51,7 +57,7 @@ def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> lis
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    started = []
     for rank in range(count):
         environment = {
             **os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
@@ -60,10 +66,10 @@ def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> lis
         command = [sys.executable, "-m", "ftload.cli", "prepare", *map(str, words)]
         if rank == spoilt_rank:
             command += ["--max_memory", "1KB"]
-        processes.append(
+        started.append(
             subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
-    return processes
+    return started
 
 
 def test_three_processes_write_what_one_writes(source: Path, hashes: dict[str, str], tmp_path: Path) -> None:
@@ -86,12 +92,54 @@ def test_one_process_that_fails_fails_all_and_nothing_is_left(source: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_first_process_is_killed(source: Path, tmp_path: Path) -> None:
+    # drawing an adapter of this rank, which falls to the first, takes longer than the test
+    flags = ["--use_lora", "--lora_rank", "1000000", "--max_memory", "100GB"]
+    first, second = start(2, "--model", source, "--output_dir", tmp_path / "out", *flags)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("adapter_model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.communicate(timeout=60)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 6
+    assert err.startswith("error: the other processes can't be reached: ")
+
+
+def test_a_killed_process_is_noticed_by_its_silence() -> None:
+    waiting = Processes(rank=0, count=2, store=HashStore())
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ResourceError, match="process 1 has given no sign of life"),
+    ):
+        patch.setattr(processes, "_SILENCE_SECONDS", 0.3)
+        patch.setattr(processes, "_FAREWELL_SECONDS", 0.1)
+        with waiting.failing_together():
+            waiting.gather("written", {})
+
+
+def test_a_slow_process_is_waited_for() -> None:
+    store = HashStore()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(processes, "_SILENCE_SECONDS", 0.5)
+        patch.setattr(processes, "_BEAT_SECONDS", 0.1)
+
+        def work(rank: int, seconds: float) -> list[Any]:
+            one = Processes(rank=rank, count=2, store=store)
+            with one.failing_together():
+                time.sleep(seconds)
+                return one.gather("done", rank)
+
+        results = [pool.submit(work, rank, 2.0 * rank) for rank in range(2)]
+        assert [result.result(30) for result in results] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize("budget", ["64MB", "1MB"])
 def test_every_budget_gives_the_same_bytes(source: Path, hashes: dict[str, str], tmp_path: Path, budget: str) -> None:
     words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), *FLAGS, "--max_memory", budget]
-    report = prepare(parse_arguments(words), Silent())
-    assert report is not None
-    assert report["memory_budget_bytes"] == int(budget[:-2]) * 10**6
+    outcome = prepare(parse_arguments(words), Silent())
+    assert outcome is not None
+    assert outcome.report["memory_budget_bytes"] == int(budget[:-2]) * 10**6
     assert hash_all(tmp_path / "out") == hashes
 
 

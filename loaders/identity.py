@@ -1,0 +1,54 @@
+"""Whether two runs would write the same: the request, the sources and the versions in one hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .environment import ftload_version, versions
+from .request import Request
+from .source import Source
+
+if TYPE_CHECKING:
+    from .arguments import TokenizerConfig
+
+_NO_PART_IN_THE_RESULT = frozenset({"overwrite", "max_memory_bytes", "decisions", "warnings"})
+_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".tiktoken", ".jinja", ".py")
+"""Files of a model that can have a part in what is written."""
+
+
+def fingerprint(request: Request, tokenizer: TokenizerConfig, sources: tuple[Source, ...]) -> str:
+    """A sha256 that changes with whatever has a part in the result.
+
+    Local files are told by path, size and time of modification (ns), a repository's by their commit.
+    """
+    values: dict[str, Any] = {
+        "ftload": ftload_version(),
+        "versions": versions(),
+        "request": {
+            field.name: str(getattr(request, field.name))
+            for field in dataclasses.fields(request)
+            if field.name not in _NO_PART_IN_THE_RESULT
+        },
+        "tokenizer": dataclasses.asdict(tokenizer),
+        "sources": [[source.model, source.commit] if source.commit else list(_files(source)) for source in sources],
+        "chat_template": _contents(tokenizer.chat_template_name),
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _files(source: Source) -> Iterator[tuple[str, int, int]]:
+    for file in source.files:
+        if file.path.endswith(_SUFFIXES):
+            path = source.root / file.path
+            yield str(path), file.bytes, path.stat().st_mtime_ns
+
+
+def _contents(chat_template_name: str | None) -> str | None:
+    """A chat template that is a file, whole."""
+    path = Path(chat_template_name or "").expanduser()
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

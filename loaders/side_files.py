@@ -1,0 +1,126 @@
+"""What stands beside the weights in an output: tokenizer, configurations, index, model card and, last, the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .disk import disk_errors, hash_file, sync_file
+from .environment import quiet_transformers
+from .lora import adapter_config
+from .model_card import model_card
+from .model_config import load_generation_config
+from .plan import Plan
+from .ready import Prepared, Timings
+from .report import REPORT_FILE, adapter_base, build_report, data_bytes
+from .source import config_file_names, tokenizer_file_names
+from .stream import Written
+from .tokenizer import save_tokenizer
+
+
+def write_side_files(
+    prepared: Prepared, written: Written, hashes: Mapping[str, str], making: str, stage: Path, timings: Timings
+) -> dict[str, Any]:
+    """Write everything beside the weights, the report last; returns it. `hashes` are those of the weight files."""
+    plan, source = prepared.plan, prepared.sources.model
+    with timings.stage("save"), disk_errors(stage):
+        with quiet_transformers():
+            save_tokenizer(prepared.tokenizer, stage)
+            if plan.base == "copy":
+                _save_config(prepared, stage)
+        if plan.adapter_file is not None and plan.targets is not None:
+            config = adapter_config(
+                plan.targets,
+                rank=plan.request.lora_rank,
+                alpha=plan.request.lora_alpha,
+                dropout=plan.request.lora_dropout,
+                base=adapter_base(plan, source),
+                revision=source.commit if plan.base == "reference" else None,
+            )
+            _write_json(stage / "adapter" / "adapter_config.json", config)
+        if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
+            _write_json(stage / "model.safetensors.index.json", _index(plan))
+    with timings.stage("hash"), disk_errors(stage):
+        files = [_file_entry(path, stage, hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
+    used = [file.path for file in source.files if file.path in _used_files(prepared)]
+    report = build_report(
+        plan,
+        arguments=prepared.arguments,
+        making=making,
+        source=source,
+        source_files=used,
+        tokenizer=prepared.tokenizer.facts(),
+        warnings=prepared.warnings,
+        decisions=prepared.decisions,
+        files=files,
+        timings=timings.seconds,
+        written=written,
+    )
+    with disk_errors(stage):
+        (stage / "README.md").write_text(model_card(report), encoding="utf-8")
+        report["files"] = sorted(
+            [*files, _file_entry(stage / "README.md", stage, hashes)], key=lambda entry: entry["path"]
+        )
+        for path in stage.rglob("*"):
+            sync_file(path)
+        _write_json(stage / REPORT_FILE, report)
+        sync_file(stage / REPORT_FILE)
+        sync_file(stage)
+    return report
+
+
+def _used_files(prepared: Prepared) -> set[str]:
+    source, plan = prepared.sources.model, prepared.plan
+    if source.gguf_file is not None:
+        return {source.gguf_file}
+    return {
+        *config_file_names(source.files),
+        *plan.checkpoint.weight_files,
+        *tokenizer_file_names(source.files),
+    }
+
+
+def _save_config(prepared: Prepared, stage: Path) -> None:
+    plan = prepared.plan
+    model, root = plan.skeleton.model, plan.checkpoint.source.root
+    config = plan.skeleton.config
+    config.dtype = "bfloat16"
+    config.architectures = [type(model).__name__]
+    if plan.quantization_config is not None:
+        config.quantization_config = plan.quantization_config
+    config.save_pretrained(stage)
+    if model.can_generate():
+        try:
+            load_generation_config(root).save_pretrained(stage)
+        except ValueError:
+            # transformers refuses to write settings that contradict each other, which it was ready to read
+            if (root / "generation_config.json").exists():
+                shutil.copyfile(root / "generation_config.json", stage / "generation_config.json")
+    if plan.request.trust_remote_code:
+        for code in root.glob("*.py"):
+            shutil.copyfile(code, stage / code.name)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    outputs = {
+        output.name: (file.path, output) for file in plan.model_files for step in file.steps for output in step.outputs
+    }
+    return {
+        "metadata": {
+            "total_parameters": sum(output.parameters for _, output in outputs.values()),
+            "total_size": data_bytes(output for _, output in outputs.values()),
+        },
+        "weight_map": {name: outputs[name][0] for name in sorted(outputs)},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _file_entry(path: Path, root: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    name = path.relative_to(root).as_posix()
+    return {"path": name, "bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
