@@ -6,10 +6,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import FtloadError, OutputError, ResourceError
+from .errors import OutputError, ResourceError
 
 _WRONG_PLACE = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
@@ -21,9 +22,8 @@ _WRONG_PLACE = frozenset(
 def disk_errors(path: Path) -> Iterator[None]:
     """Name the file when writing fails: `OutputError` where the place is wrong, `ResourceError` where the disk is."""
     try:
-        yield
-    except FtloadError:
-        raise
+        with _errors_of_rust():
+            yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _WRONG_PLACE:
@@ -31,6 +31,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"can't write `{path}`: {reason}", hint="free some disk space") from error
         raise ResourceError(f"can't write `{path}`: {reason}") from error
+
+
+@contextlib.contextmanager
+def _errors_of_rust() -> Iterator[None]:
+    """The tokenizers library raises a bare `Exception` for what the system says: make it an `OSError` again."""
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)$", str(error)) if type(error) is Exception else None
+        if said is None:
+            raise
+        number = int(said[1])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def hash_file(path: Path) -> str:

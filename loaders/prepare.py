@@ -155,14 +155,10 @@ def check_strict(decisions: Iterable[Decision]) -> None:
         )
 
 
-_SIDE_FILES_BYTES = 64 * 1024 * 1024
-"""Generous room for tokenizer, configuration and report."""
-
-
 def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> None:
     """Raise `ResourceError` unless the disk has room for `files` and the memory for making them."""
     linked = plan.request.base == "link"
-    needed = sum(file.size for file in files if not (linked and file.layout is None)) + _SIDE_FILES_BYTES
+    needed = sum(file.size for file in files if not (linked and file.layout is None))
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ResourceError(

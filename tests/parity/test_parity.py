@@ -163,6 +163,6 @@ def assert_same_adapter_config(ours: Path, theirs: Path) -> None:
 
 def _prepare(source: Path, output: Path, *flags: str) -> dict[str, Any]:
     words = ["--model", str(source), "--output_dir", str(output), "--lora_rank", "8"]
-    report = prepare(parse_arguments([*words, "--embedding_init", "reference", *flags]), Silent())
-    assert report is not None
-    return report
+    outcome = prepare(parse_arguments([*words, "--embedding_init", "reference", *flags]), Silent())
+    assert outcome is not None
+    return outcome.report
