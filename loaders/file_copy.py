@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from .disk import start_writing_back
 from .errors import CheckpointError, SourceError
 
 _FICLONE = 0x40049409
@@ -52,6 +53,7 @@ class FileCopy:
                     self._copied_until(self._size)
                 while self._copied < self._size:
                     count = self._copy_piece(source.fileno(), target.fileno())
+                    start_writing_back(target.fileno(), self._copied, count)
                     self._copied_until(self._copied + count)
                 os.fsync(target.fileno())
             self._is_durable()

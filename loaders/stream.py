@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import TORCH_NAMES, Checkpoint, read_header
-from .disk import disk_errors, hash_file
+from .disk import disk_errors, hash_file, start_writing_back
 from .environment import PeakMemory, quiet_transformers
 from .errors import VerificationError
 from .file_copy import FileCopy
@@ -334,8 +334,10 @@ class _FileWriter:
             return self._descriptor
 
     def _write_at(self, data: memoryview, position: int) -> None:
+        descriptor = self._opened()
         while data:
-            count = os.pwrite(self._opened(), data, position)
+            count = os.pwrite(descriptor, data, position)
+            start_writing_back(descriptor, position, count)
             data = data[count:]
             position += count
 
