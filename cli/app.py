@@ -17,6 +17,7 @@ from .errors import Interrupted, explain
 from .options import FlagsCommand
 from .output import OUTPUT, is_first_process
 from .prepare import prepare
+from .verify import verify
 
 app = typer.Typer(
     name="ftload",
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare", cls=FlagsCommand)(prepare)
+app.command("verify")(verify)
 
 
 def _show_version(wanted: bool) -> None:

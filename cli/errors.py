@@ -33,8 +33,8 @@ def explain(error: Exception) -> Failure:
         return Failure(
             code=error.code,
             kind=error.kind,
-            message=_one_line(error.message),
-            hint=_one_line(error.hint) or None,
+            message=one_line(error.message),
+            hint=one_line(error.hint) or None,
         )
     if isinstance(error, MemoryError):
         return Failure(code=ResourceError.code, kind=ResourceError.kind, message="out of memory", hint=None)
@@ -44,17 +44,18 @@ def explain(error: Exception) -> Failure:
         return Failure(
             code=UsageError.code,
             kind=UsageError.kind,
-            message=_one_line(str(describe()).rstrip(".")),
+            message=one_line(str(describe()).rstrip(".")),
             hint="see `ftload --help`",
         )
     return Failure(
         code=FtloadError.code,
         kind=FtloadError.kind,
-        message=_one_line(f"a bug in ftload: {type(error).__name__}: {error}"),
+        message=one_line(f"a bug in ftload: {type(error).__name__}: {error}"),
         hint="run it again with --debug and report what it prints",
     )
 
 
-def _one_line(text: str | None) -> str:
+def one_line(text: str | None) -> str:
+    """Text that is safe to print."""
     # names in a checkpoint can hold control characters, which must not reach a terminal
     return "".join(c if c.isprintable() else " " for c in text or "").strip()

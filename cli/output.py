@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .errors import Failure
+from .errors import Failure, explain
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     from ..loaders.stream import Progress
+    from ..loaders.verify import Verification
 
 
 class Output:
@@ -39,23 +41,36 @@ class Output:
 
             print_summary(report, directory, up_to_date=up_to_date)
 
+    def verification(self, verification: Verification) -> int:
+        """The result of `verify`; returns the exit code."""
+        error = verification.error
+        if self._as_json:
+            failure = {} if error is None else {"error": _json_error(explain(error))}
+            checks = [{**asdict(check), "ok": check.ok} for check in verification.checks]
+            print(json.dumps({"directory": verification.directory, "ok": verification.ok, "checks": checks, **failure}))
+        elif not self._quiet:
+            from .summary import print_checks
+
+            print_checks(verification)
+        if error is None:
+            return 0
+        self._tell(explain(error))
+        return error.code
+
     def failure(self, failure: Failure) -> None:
         """One line and a hint on stderr (with `--debug` a traceback first); with `--json` a document on stdout too."""
-        from rich.console import Console
-        from rich.markup import escape
-
         if self._debug:
             import traceback
 
             traceback.print_exc()
         if self._as_json:
-            error = {
-                "code": failure.code,
-                "kind": failure.kind,
-                "message": failure.message,
-                "hint": failure.hint,
-            }
-            print(json.dumps({"error": error}))
+            print(json.dumps({"error": _json_error(failure)}))
+        self._tell(failure)
+
+    def _tell(self, failure: Failure) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+
         console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print(f"[bold red]error:[/] {escape(failure.message)}")
         if failure.hint:
@@ -73,6 +88,10 @@ class Output:
 
         with _bar(Console(stderr=True)) as bar:
             yield _Shown(bar)
+
+
+def _json_error(failure: Failure) -> dict[str, Any]:
+    return {"code": failure.code, "kind": failure.kind, "message": failure.message, "hint": failure.hint}
 
 
 def is_first_process() -> bool:

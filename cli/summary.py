@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .errors import one_line
+
+if TYPE_CHECKING:
+    from ..loaders.verify import Verification
 
 
 def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
@@ -50,6 +55,19 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
     console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
     console.print(f"model, tokenizer = load_prepared({escape(repr(directory))})", soft_wrap=True)
+
+
+def print_checks(verification: Verification) -> None:
+    """A line for each check, and below it what is wrong."""
+    console = Console(highlight=False, emoji=False)
+    width = max(len(check.name) for check in verification.checks)
+    for check in verification.checks:
+        mark = "[green]ok    [/]" if check.ok else "[red]failed[/]"
+        console.print(f"{mark} [bold]{check.name:{width}}[/] {escape(one_line(check.found))}".rstrip(), soft_wrap=True)
+        for problem in check.problems:
+            console.print(f"       {'':{width}} [red]{escape(one_line(problem))}[/]", soft_wrap=True)
+    if verification.ok:
+        console.print(f"[bold]{escape(verification.directory)}[/] verifies", soft_wrap=True)
 
 
 def format_bytes(count: float) -> str:

@@ -50,7 +50,7 @@ def _errors_of_rust() -> Iterator[None]:
 
 
 def start_writing_back(descriptor: int, begin: int, count: int) -> None:
-    """Have the system write these bytes to the disk from now on (sync_file_range(2)), so that `fsync` finds little left.
+    """Have the system write these bytes to the disk from now on (sync_file_range(2)): fsync finds little left.
 
     A hint: where it can't be taken, nothing is lost.
     """

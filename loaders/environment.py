@@ -110,14 +110,17 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and log lines off stderr; what matters in them is checked and reported here."""
     from transformers.utils import logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    levels = bitsandbytes.level, transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
+    bitsandbytes.setLevel(logging.ERROR)  # of optional kernels that it would rather have
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        bitsandbytes.setLevel(levels[0])
+        transformers_logging.set_verbosity(levels[1])
         if bars:
             transformers_logging.enable_progress_bar()
 

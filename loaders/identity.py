@@ -41,9 +41,14 @@ def fingerprint(request: Request, tokenizer: TokenizerConfig, sources: tuple[Sou
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def can_have_a_part(path: str) -> bool:
+    """Whether a file of a model's directory is one that something could load."""
+    return path.endswith(_SUFFIXES)
+
+
 def _files(source: Source) -> Iterator[tuple[str, int, int]]:
     for file in source.files:
-        if file.path.endswith(_SUFFIXES):
+        if can_have_a_part(file.path):
             path = source.root / file.path
             yield str(path), file.bytes, path.stat().st_mtime_ns
 

@@ -34,7 +34,7 @@ def load_prepared(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     directory = Path(directory).expanduser().absolute()
-    report = _read_report(directory)
+    report = read_report(directory)
     base = {"pretrained_model_name_or_path": str(directory)}
     if report["base"] == "reference":
         base = {
@@ -49,14 +49,20 @@ def load_prepared(
             _model_class(config, base, trust_remote_code=trust_remote_code),
             use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             **base,
+            output_loading_info=True,
             dtype=torch.bfloat16,
             attn_implementation=attention.effective,
             device_map={"": device},
             trust_remote_code=trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    for what, keys in wrong.items():
+        if keys:
+            # transformers would go on with random weights
+            raise CheckpointError(f"`{directory}`: {len(keys)} {what} tensors, `{keys[0]}` among them")
     if attention.reason is not None:
         warnings.warn(f"attention is {attention.effective}: {attention.reason}", stacklevel=2)
     if report["kernels"] is not None:
@@ -105,7 +111,8 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _read_report(directory: Path) -> dict[str, Any]:
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of a prepared directory. Raises `CheckpointError` where there is none that can be understood."""
     path = directory / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

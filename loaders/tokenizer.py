@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat_templates import TEMPLATES
+from .chat_templates import TEMPLATES, render
 from .environment import quiet_transformers
 from .errors import UsageError
 from .request import Decision
@@ -51,7 +51,7 @@ class PreparedTokenizer:
             "eos_token": tokenizer.eos_token,
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token": tokenizer.bos_token,
-            "chat_template_sha256": _template_hash(tokenizer.chat_template),
+            "chat_template_sha256": template_hash(tokenizer.chat_template),
             "chat_template_name": self.chat_template_name,
         }
 
@@ -321,13 +321,16 @@ def _with_template(
     return _finish(tokenizer, kind, options, name, decisions, warnings)
 
 
+_GREETING = [{"role": "user", "content": "Hi"}]
+
+
 def _read_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
     from jinja2 import TemplateSyntaxError
 
     hint = "it must be a Jinja chat template in UTF-8"
     try:
         template = path.read_text(encoding="utf-8")
-        _render(tokenizer, template)
+        render(tokenizer, _GREETING, template)
     except OSError as error:
         raise UsageError(f"can't read the chat template `{path}`: {error.strerror}", hint="check the path") from error
     except UnicodeDecodeError as error:
@@ -363,30 +366,13 @@ def _add_bos(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind) -> list[st
                 f"`--add_bos`: the chat template begins with the bos token, `{bos}`, already",
                 hint="leave out --add_bos",
             )
-        if (_render(tokenizer, template) or "").startswith(bos):
+        if (render(tokenizer, _GREETING, template) or "").startswith(bos):
             warnings.append(
                 f"`--add_bos`: what the chat template renders begins with `{bos}` already, and now does so twice"
             )
     prefixed = {name: "{{ bos_token }}" + template for name, template in templates.items()}
     tokenizer.chat_template = prefixed if isinstance(own, dict) else prefixed["default"]
     return warnings
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """The shortest of conversations, or None where the template can't or won't render it.
-
-    Raises `jinja2.TemplateSyntaxError`.
-    """
-    from jinja2 import TemplateSyntaxError
-
-    conversation = [{"role": "user", "content": "Hi"}]
-    try:
-        text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
-    except TemplateSyntaxError:
-        raise
-    except Exception:  # templates check what they are given, and raise whatever their expressions raise
-        return None
-    return text if isinstance(text, str) else None
 
 
 def _finish(
@@ -416,7 +402,8 @@ def _finish(
     )
 
 
-def _template_hash(template: str | dict[str, str] | None) -> str | None:
+def template_hash(template: str | dict[str, str] | None) -> str | None:
+    """The sha256 of a chat template, or of several by name; None for none."""
     if not template:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
