@@ -198,6 +198,9 @@ class OwnOptions:
     lora_target_modules: list[str] | None = field(
         None, ADAPTER, "Layers to adapt, by name; unset takes the usual seven, or the architecture's own"
     )
+    min_quantized: float = field(
+        90.0, QUANTISATION, "Least percentage of the weight matrices outside embeddings and head that must become 4-bit"
+    )
     device: str = field(
         "cpu",
         QUANTISATION,

@@ -81,7 +81,8 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
     used where the architecture has them all. Where it lacks some, or for `all-linear`, every linear layer of the
     blocks is a target, except routers, the head and vision towers; where experts are fused into 3-D parameters,
     which LoRA's linear adapters can't reach, the attention layers alone.
-    Raises `UsageError` when a name that was asked for, or everything, hits nothing.
+    Raises `UsageError` when a name that was asked for, or everything, hits nothing, and when one hits a router or a
+    layer of a vision tower without naming it as such.
     """
     layers = tuple(layers)
     if asked is not None and asked != (ALL_LINEAR,):
@@ -93,15 +94,24 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
                 f"`--lora_target_modules`: no linear layer is called {', '.join(f'`{name}`' for name in missed)}",
                 hint=f"this model has {', '.join(names)}",
             )
-        return Targets(patterns=asked, layers=_matching(layers, asked), hits=hits, decisions=())
+        chosen = _matching(layers, asked)
+        stray = next((layer for layer in chosen if _is_apart(layer) and not _is_named(layer, asked)), None)
+        if stray is not None:
+            raise UsageError(
+                f"`--lora_target_modules`: `{stray.leaf}` hits `{stray.name}`, which is a "
+                f"{'router' if stray.component == 'router' else 'vision tower'}'s and was not asked for",
+                hint="name the layers in full, with a dot in each name",
+            )
+        return Targets(patterns=asked, layers=chosen, hits=hits, decisions=())
     hits = _hits(layers, REFERENCE_TARGETS)
-    if asked is None and all(hits.values()) and not fused_experts:
+    strays = [layer for layer in _matching(layers, REFERENCE_TARGETS) if _is_apart(layer)]
+    if asked is None and all(hits.values()) and not fused_experts and not strays:
         return Targets(patterns=REFERENCE_TARGETS, layers=_matching(layers, REFERENCE_TARGETS), hits=hits, decisions=())
     eligible = [
         layer
         for layer in layers
         if layer.component in (("attention",) if fused_experts else ("attention", "mlp", "experts"))
-        and _VISION_NAMES.isdisjoint(layer.name.split("."))
+        and not _is_apart(layer)
     ]
     patterns = tuple(dict.fromkeys(layer.leaf for layer in eligible))
     if not patterns:
@@ -109,8 +119,7 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
             "LoRA finds no linear layer to train in this model", hint="name some with --lora_target_modules"
         )
     chosen = _matching(layers, patterns)
-    strays = {layer.leaf for layer in chosen} & {layer.leaf for layer in layers if layer not in eligible}
-    if strays:
+    if {layer.leaf for layer in chosen} & {layer.leaf for layer in layers if layer not in eligible}:
         # a name alone can't tell these apart: name the layers in full
         patterns = tuple(layer.name for layer in eligible)
         chosen = tuple(eligible)
@@ -121,6 +130,8 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
         )
     elif asked is not None:
         reason = f"the linear layers of its blocks are {' '.join(patterns)}"
+    elif all(hits.values()):
+        reason = f"those names also hit `{strays[0].name}`: the linear layers of its blocks alone are trained"
     else:
         reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
     decision = Decision(
@@ -130,6 +141,16 @@ def resolve_targets(layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | N
         reason=reason,
     )
     return Targets(patterns=patterns, layers=chosen, hits=_hits(layers, patterns), decisions=(decision,))
+
+
+def _is_apart(layer: LinearLayer) -> bool:
+    """Whether a layer is no part of the language model's blocks as such: a router, or in a vision or audio tower."""
+    return layer.component == "router" or not _VISION_NAMES.isdisjoint(layer.name.split("."))
+
+
+def _is_named(layer: LinearLayer, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern that hits it says what the layer belongs to: a router's own name, or a path."""
+    return any(_matches(layer, pattern) and ("." in pattern or pattern in _ROUTER_NAMES) for pattern in patterns)
 
 
 def _hits(layers: tuple[LinearLayer, ...], patterns: tuple[str, ...]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention
-from .errors import ResourceError, UsageError, said_by
+from .errors import MissingRequirementError, ResourceError, UsageError, said_by
 from .liger import liger_kernels
 from .lora import adapter_steps
 from .operations import Grow, OutputTensor, Quantize, Step, plain_step
@@ -35,6 +36,23 @@ class Kernels:
     reason: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """How much of the weight matrices outside embeddings and head is 4-bit."""
+
+    percent: float
+    """Of their parameters, or of their bytes before quantisation, which is the same."""
+    left: tuple[OutputTensor, ...]
+    """Those that are not."""
+
+    def left_by_component(self) -> dict[str, list[OutputTensor]]:
+        """Component to its matrices that stay as they are, by name."""
+        groups: dict[str, list[OutputTensor]] = {}
+        for tensor in self.left:
+            groups.setdefault(tensor.component, []).append(tensor)
+        return dict(sorted(groups.items()))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What `prepare` will write. Execution consumes it and changes nothing."""
@@ -51,6 +69,8 @@ class Plan:
     adapter_file: OutputFile | None
     targets: Targets | None
     quantization_config: dict[str, Any] | None
+    coverage: Coverage | None
+    """None where nothing is to be 4-bit."""
     attention: Attention
     kernels: Kernels | None
     workers: int
@@ -116,6 +136,9 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
     warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
     quantization_config = skeleton.stored_quantization or strategy.quantization_config()
     steps = tuple(_steps(strategy, skeleton.tensors))
+    coverage = _coverage(skeleton, steps) if quantization_config is not None else None
+    if coverage is not None:
+        _check_coverage(request, coverage)
     base = _choose_base(request, strategy, checkpoint, skeleton, decisions)
 
     targets = adapter_file = None
@@ -146,7 +169,7 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
             )
         )
     kernels = _kernels(skeleton, decisions) if request.use_liger_kernel else None
-    if quantization_config is not None and skeleton.fused_experts:
+    if coverage is not None and skeleton.fused_experts:
         warnings.append(
             f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
             "only, and k-bit preparation makes them float32 in training"
@@ -173,6 +196,7 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
         adapter_file=adapter_file,
         targets=targets,
         quantization_config=quantization_config,
+        coverage=coverage,
         attention=attention,
         kernels=kernels,
         workers=workers,
@@ -200,6 +224,32 @@ def _check_memory(
                     f"{request.max_memory_bytes:,}",
                     hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
                 )
+
+
+def _coverage(skeleton: Skeleton, steps: tuple[Step, ...]) -> Coverage:
+    outputs = {output.name: output for step in steps for output in step.outputs}
+    matrices = [
+        outputs[tensor.name]
+        for tensor in skeleton.tensors
+        if len(tensor.shape) >= 2 and tensor.component not in ("embedding", "head", "norm")
+    ]
+    left = tuple(output for output in matrices if output.counted_as != "nf4")
+    everything = sum(output.parameters for output in matrices)
+    covered = everything - sum(output.parameters for output in left)
+    return Coverage(percent=100 * covered / everything if everything else 0.0, left=left)
+
+
+def _check_coverage(request: Request, coverage: Coverage) -> None:
+    if coverage.percent < request.min_quantized:
+        listed = ", ".join(
+            f"{component} ({len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors):,} bytes)"
+            for component, tensors in coverage.left_by_component().items()
+        )
+        raise MissingRequirementError(
+            f"{coverage.percent:.1f} % of the weight matrices would be 4-bit, `--min_quantized` asks for "
+            f"{request.min_quantized:g} %: bitsandbytes leaves {listed}",
+            hint=f"pass --min_quantized {math.floor(coverage.percent)} to take that, or train with --use_lora",
+        )
 
 
 def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:

@@ -49,7 +49,7 @@ def load_prepared(
             _model_class(config, base, trust_remote_code=trust_remote_code),
             use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **base,
             output_loading_info=True,
             dtype=torch.bfloat16,
@@ -58,6 +58,7 @@ def load_prepared(
             trust_remote_code=trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    model, info = loaded
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     for what, keys in wrong.items():
         if keys:

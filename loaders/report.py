@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from . import nf4
-from .checkpoint import DTYPE_CODES, ITEM_BYTES
+from .checkpoint import DTYPE_CODES
 from .environment import ftload_version, peak_memory_bytes, versions
 from .nf4 import STATE_SUFFIX
 from .operations import OutputTensor
@@ -173,17 +173,9 @@ def _by(tensors: list[OutputTensor], attribute: str) -> dict[str, list[OutputTen
 
 
 def _quantization(plan: Plan) -> dict[str, Any] | None:
-    config = plan.quantization_config
-    if config is None:
+    config, coverage = plan.quantization_config, plan.coverage
+    if config is None or coverage is None:
         return None
-    outputs = {output.name: output for step in plan.steps for output in step.outputs}
-    matrices = [
-        tensor
-        for tensor in plan.skeleton.tensors
-        if len(tensor.shape) >= 2 and tensor.component not in ("embedding", "head", "norm")
-    ]
-    left = [outputs[tensor.name] for tensor in matrices if outputs[tensor.name].counted_as != "nf4"]
-    everything = sum(outputs[tensor.name].parameters for tensor in matrices)
     return {
         "method": "bitsandbytes",
         "quant_type": config["bnb_4bit_quant_type"],
@@ -193,17 +185,15 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
         ),
         "compute_dtype": config["bnb_4bit_compute_dtype"],
         "storage_dtype": config["bnb_4bit_quant_storage"],
-        "coverage_percent": round(100 * (1 - sum(tensor.parameters for tensor in left) / everything), 4)
-        if everything
-        else 0.0,
+        "coverage_percent": round(coverage.percent, 4),
         "not_quantized": [
             {
                 "component": component,
                 "tensors": len(tensors),
                 "parameters": sum(tensor.parameters for tensor in tensors),
-                "bytes": sum(tensor.parameters * ITEM_BYTES[tensor.dtype] for tensor in tensors),
+                "bytes": data_bytes(tensors),
             }
-            for component, tensors in _by(left, "component").items()
+            for component, tensors in coverage.left_by_component().items()
         ],
     }
 

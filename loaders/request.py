@@ -47,6 +47,8 @@ class Request:
     """`mean` or `reference`."""
     base: str
     """`auto`, `copy`, `link` or `reference`."""
+    min_quantized: float
+    """Percent."""
     device: str
     """Where NF4 is encoded: `cpu` or `cuda`."""
     seed: int
@@ -70,6 +72,8 @@ def resolve_request(arguments: Arguments) -> Request:
         if not value.isascii() and value != value.encode(errors="replace").decode():
             # the report, the configuration and the adapter are UTF-8 and name both
             raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
+    if not 0 <= own.min_quantized <= 100:
+        raise UsageError(f"`--min_quantized` is {own.min_quantized:g}, which is no percentage", hint="give 0 to 100")
     decisions = []
     if flat.use_qlora and not flat.use_lora:
         asked = "true" if arguments.origins["use_lora"] == "default" else "false"
@@ -127,6 +131,7 @@ def resolve_request(arguments: Arguments) -> Request:
         gradient_checkpointing=flat.gradient_checkpointing,
         embedding_init=own.embedding_init,
         base=own.base,
+        min_quantized=own.min_quantized,
         device=own.device,
         seed=flat.seed,
         output=output,

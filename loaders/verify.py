@@ -319,12 +319,12 @@ def _check_chat_template(context: _Context) -> Iterator[str]:
 
 
 def _stop_tokens(context: _Context, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    ids = [tokenizer.eos_token_id]
+    ids: list[Any] = [tokenizer.eos_token_id]
     if context.report["base"] == "copy":
         with quiet_transformers():
             stored: Any = load_generation_config(context.root).eos_token_id
         ids += stored if isinstance(stored, list) else [stored]
-    return sorted({str(tokenizer.convert_ids_to_tokens(int(number))) for number in ids if number is not None})
+    return sorted({str(tokenizer.convert_ids_to_tokens(number)) for number in ids if number is not None})
 
 
 def _check_adapter(context: _Context) -> Iterator[str]:

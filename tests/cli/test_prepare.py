@@ -272,3 +272,24 @@ def test_yaml_and_flags(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
     assert (report["adapter"]["r"], report["adapter"]["alpha"]) == (16, 32)
     ranks = {entry["shape"][0] for name, entry in headers(tmp_path / "out/adapter").items() if "_A" in name}
     assert ranks == {16}
+
+
+def test_experts_that_stay_16_bit_are_an_error_unless_allowed(ftload: Callable[..., Result], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "mixtral", vocab_size=136, dtype="bfloat16")
+    write_llama(tmp_path / "model", vocab_size=128)
+    words = ["prepare", "--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--use_qlora", "--json"]
+    refused = ftload(*words)
+    assert refused.code == 5
+    error = json.loads(refused.out)["error"]
+    # of each layer: queries, keys, values, output; the router; four experts of three matrices
+    attention, router, experts = 2 * 64 * 64 + 2 * 32 * 64, 4 * 64, 4 * 3 * 96 * 64
+    percent = 100 * attention / (attention + router + experts)
+    assert f"{percent:.1f} % of the weight matrices would be 4-bit" in error["message"]
+    assert f"experts (24 tensors, {2 * 2 * experts:,} bytes), router (2 tensors, " in error["message"]
+    assert error["hint"].startswith(f"pass --min_quantized {int(percent)} ")
+    assert not (tmp_path / "out").exists()
+    done = ftload(*words, "--min_quantized", str(int(percent)))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["quantization"]["coverage_percent"] == pytest.approx(percent, abs=1e-4)
+    for wrong in ("-1", "101", "nan"):
+        assert ftload(*words, "--min_quantized", wrong).code == 2

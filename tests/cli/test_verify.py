@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- a fault a line
 """`ftload verify` passes every honest output and finds every planted fault, each by the check that is there for it."""
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("base", "str", "auto", ("auto", "copy", "link", "reference")),
         ("embedding_init", "str", "mean", ("mean", "reference")),
         ("lora_target_modules", "list[str] | None", None, ()),
+        ("min_quantized", "float", 90.0, ()),
         ("device", "str", "cpu", ("cpu", "cuda")),
         ("max_shard_size", "str", "5GB", ()),
         ("max_memory", "str", "2GB", ()),
@@ -67,7 +68,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 99
+    assert len(all_flags()) == 100
 
 
 def test_every_flag_has_a_panel_and_one_sentence_of_help() -> None:

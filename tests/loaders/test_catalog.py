@@ -105,3 +105,29 @@ def test_nothing_to_train_is_an_error() -> None:
 def test_components(parameter: str, module_class: str, component: Component) -> None:
     classes = {parameter.rpartition(".")[0]: module_class}
     assert component_of(parameter, classes, head="lm_head") == component
+
+
+TOWER = _layer("model.vision_tower.layers.0.self_attn.q_proj", "attention")
+ROUTER = _layer("model.layers.0.mlp.gate", "router")
+
+
+def test_the_seven_names_leave_a_vision_tower_alone() -> None:
+    targets = resolve_targets([*LLAMA, TOWER], asked=None, fused_experts=False)
+    assert targets.layers == tuple(LLAMA)
+    assert TOWER.name in targets.decisions[0].reason
+
+
+@pytest.mark.parametrize(("pattern", "stray"), [("q_proj", TOWER), ("proj", None), ("gate_proj", None)])
+def test_a_name_that_hits_a_vision_tower_unasked(pattern: str, stray: LinearLayer | None) -> None:
+    layers = [*LLAMA, TOWER, ROUTER, _layer("model.layers.0.mlp.proj", "mlp")]
+    if stray is None:
+        assert len(resolve_targets(layers, asked=(pattern,), fused_experts=False).layers) in (1, 2)
+        return
+    with pytest.raises(UsageError, match=f"`{pattern}` hits `{stray.name}`, which is a vision tower's"):
+        resolve_targets(layers, asked=(pattern,), fused_experts=False)
+
+
+@pytest.mark.parametrize("pattern", [TOWER.name, "vision_tower.layers.0.self_attn.q_proj", "gate"])
+def test_what_is_asked_for_by_its_own_name_is_trained(pattern: str) -> None:
+    (layer,) = resolve_targets([*LLAMA, TOWER, ROUTER], asked=(pattern,), fused_experts=False).layers
+    assert layer in (TOWER, ROUTER)

@@ -43,7 +43,11 @@ def test_every_strategy_equals_the_reference(
     write_model(source, architecture, vocab_size=rows, dtype=dtype, shards=shards)
     write_llama(source, vocab_size=VOCABULARY)
     assert len(list(source.glob("*.safetensors"))) > 1 if shards else (source / "model.safetensors").exists()
-    for strategy, flags in (("standard", []), ("lora", ["--use_lora", "--base", "copy"]), ("qlora", ["--use_qlora"])):
+    for strategy, flags in (
+        ("standard", []),
+        ("lora", ["--use_lora", "--base", "copy"]),
+        ("qlora", ["--use_qlora", "--min_quantized", "0"]),
+    ):
         report = _prepare(source, tmp_path / strategy, *flags)
         reference = tmp_path / f"reference-{strategy}"
         run_reference(
