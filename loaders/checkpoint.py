@@ -1,21 +1,21 @@
 """A checkpoint as its headers describe it: where every tensor lies, without reading one.
 
 safetensors: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
-(https://github.com/huggingface/safetensors, "Format"). Pickled `.bin` files are memory-mapped, with `weights_only`.
+(https://github.com/huggingface/safetensors, "Format"). Of pickled `.bin` files, pickles.py tells the same.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, simplefilter
 
-from .errors import CheckpointError, SourceError, said_by
+from .errors import CheckpointError, SourceError
+from .pickles import Placed, read_pickle
 from .source import Source, config_file_names
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit that the safetensors library itself sets."""
+MAX_HEADER_BYTES = 25_000_000
+"""Of 150,000 tensors in one file. The safetensors library itself stops at 100 MB, which would take 2 GB of memory."""
 
-MAX_JSON_BYTES = 256 * 1024 * 1024
+MAX_JSON_BYTES = 25_000_000
+"""Of a configuration or an index; the largest that are known have 9 MB."""
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -59,8 +60,10 @@ class TensorMeta:
     """The safetensors code: `BF16`, `F32`, …"""
     file: str
     begin: int
-    """First byte, counted from the start of the file (0 in a pickle, where the offset is not known)."""
+    """First byte, counted from the start of the file."""
     end: int
+    strides: tuple[int, ...] | None = None
+    """In elements; None where they lie one after another, as always in safetensors."""
 
     @property
     def parameters(self) -> int:
@@ -81,8 +84,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorMeta]
     weight_files: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    pickled: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    """The memory-mapped tensors of `.bin` files; empty for safetensors."""
+    pickled: bool = False
+    """Whether the files are `.bin`."""
+    loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Tensors of `.bin` files that could not be read at their places, and are in memory."""
 
     def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
         """Yield the elements of a tensor in order, flat, at most `elements` at a time, in the stored dtype.
@@ -92,8 +97,11 @@ class Checkpoint:
         """
         import torch
 
-        if tensor.name in self.pickled:
-            yield from self.pickled[tensor.name].reshape(-1).split(elements)
+        if tensor.name in self.loaded:
+            yield from self.loaded[tensor.name].reshape(-1).split(elements)
+            return
+        if tensor.strides is not None:
+            yield from self._gathered(tensor, tensor.strides, elements)
             return
         dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
         size = elements * ITEM_BYTES[tensor.dtype]
@@ -111,6 +119,20 @@ class Checkpoint:
                     yield torch.frombuffer(view, dtype=dtype)
         except OSError as error:
             raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+
+    def _gathered(self, tensor: TensorMeta, strides: tuple[int, ...], elements: int) -> Iterator[Tensor]:
+        """The chunks of a tensor whose elements lie scattered in its bytes, all of which are held."""
+        import torch
+
+        count = (tensor.end - tensor.begin) // ITEM_BYTES[tensor.dtype]
+        (span,) = self.chunks(replace(tensor, shape=(count,), strides=None), count)
+        for begin in range(0, tensor.parameters, elements):
+            rest = torch.arange(begin, min(begin + elements, tensor.parameters))
+            index = torch.zeros_like(rest)
+            for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
+                index += rest % size * stride
+                rest //= size
+            yield span[index]
 
     def read(self, tensor: TensorMeta) -> Tensor:
         """The whole tensor, in its stored dtype and shape."""
@@ -138,7 +160,26 @@ def fetch_config(source: Source) -> None:
         size = names[name].bytes
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"`{source.root / name}` is {size} bytes long")
-        _parse_json(source.read(name, 0, size), str(source.root / name))
+        _check_sizes(_parse_json(source.read(name, 0, size), str(source.root / name)), str(source.root / name))
+
+
+_MOST = {re.compile(r"layers?$"): 2_000, re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000}
+"""Keys of a configuration, and the largest value that they can have. Without a bound, a number of a few digits makes
+transformers build modules, or lists of them, until memory or patience end; the largest models have a tenth of this."""
+
+
+def _check_sizes(document: Any, file: str) -> None:
+    waiting = [document]
+    while waiting:
+        place = waiting.pop()
+        if isinstance(place, list):
+            waiting += place
+        elif isinstance(place, dict):
+            waiting += place.values()
+            for key, value in place.items():
+                for pattern, most in _MOST.items():
+                    if isinstance(value, int | float) and pattern.search(key) and value > most:
+                        raise CheckpointError(f"`{file}`: `{key}` is more than the {most:,} of any real model")
 
 
 def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
@@ -149,7 +190,7 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
     names = {file.path: file for file in source.files}
     warnings: tuple[str, ...] = ()
     if SINGLE_FILE in names:
-        weight_map = None
+        weight_map: dict[str, str] = {}
         files: tuple[str, ...] = (SINGLE_FILE,)
         if INDEX_FILE in names:
             warnings = (f"both `{SINGLE_FILE}` and `{INDEX_FILE}` are there: the single file is used",)
@@ -169,10 +210,14 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(f"tensor `{tensor.name}` is both in `{other.file}` and in `{name}`")
-    for name, file in (weight_map or {}).items():
-        if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"tensor `{name}` is not in `{file}`, where `{INDEX_FILE}` places it")
+    _check_index(weight_map, tensors, INDEX_FILE)
     return Checkpoint(source=source, tensors=tensors, weight_files=files, warnings=warnings)
+
+
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorMeta], index: str) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"tensor `{name}` is not in `{file}`, where `{index}` places it")
 
 
 def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tuple[TensorMeta, ...]:
@@ -226,9 +271,9 @@ def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMet
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         dtype, shape, begin, end = None, (), 0, -1
-    if begin > end or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or begin > end:
         raise CheckpointError(f"`{file}`: the header entry of `{name}` is malformed")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"`{file}`: tensor `{name}` has the unknown dtype `{dtype}`")
     meta = TensorMeta(name=name, shape=shape, dtype=dtype, file=file, begin=data_begin + begin, end=data_begin + end)
     if meta.nbytes != end - begin:
@@ -283,18 +328,17 @@ def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview
 
 
 def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
-    import torch
-
-    names = {file.path for file in source.files}
+    names = {file.path: file for file in source.files}
     if not allow_pickle:
         raise CheckpointError(
             f"`{source.model}` has only pickled weights (`{PICKLE_FILE}`)",
             hint="pickles can run code: pass --allow_pickle if you trust the source; it loads plain tensors alone",
         )
-    if PICKLE_FILE in names:
-        files: tuple[str, ...] = (PICKLE_FILE,)
-    else:
-        files = tuple(sorted(set(_read_index(source, PICKLE_INDEX_FILE).values())))
+    weight_map: dict[str, str] = {}
+    files: tuple[str, ...] = (PICKLE_FILE,)
+    if PICKLE_FILE not in names:
+        weight_map = _read_index(source, PICKLE_INDEX_FILE)
+        files = tuple(sorted(set(weight_map.values())))
     for name in files:
         if name not in names:
             raise _absent(
@@ -303,27 +347,27 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
     # a pickle has no header that can be read alone
     source.fetch(files)
     tensors: dict[str, TensorMeta] = {}
-    pickled: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name in files:
-        path = source.root / name
-        try:
-            with catch_warnings():
-                simplefilter("ignore")  # a protocol that torch would not have chosen; it loads or it doesn't
-                # the format of torch before 1.6 is no zip file and can't be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # torch raises many types here, none of which names the file
-            raise CheckpointError(
-                f"`{name}` can't be loaded as plain tensors: {said_by(error)}",
-                hint="it may be incomplete or hold code: convert it to safetensors",
-            ) from error
-        if not isinstance(state, dict):
-            raise CheckpointError(f"`{name}` does not hold a dictionary of tensors")
-        for key, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                raise CheckpointError(f"`{name}`: `{key}` is not a tensor")
-            code = DTYPE_CODES.get(str(value.dtype).removeprefix("torch."))
+        for key, value in read_pickle(source.root / name).items():
+            if not isinstance(value, Placed):
+                loaded[key] = value
+                value = Placed(
+                    shape=tuple(value.shape),
+                    dtype=str(value.dtype).removeprefix("torch."),
+                    begin=0,
+                    end=0,
+                    strides=None,
+                )
+            code = DTYPE_CODES.get(value.dtype)
             if code is None:
                 raise CheckpointError(f"`{name}`: tensor `{key}` has the dtype `{value.dtype}`")
-            pickled[key] = value.detach()
-            tensors[key] = TensorMeta(name=key, shape=tuple(value.shape), dtype=code, file=name, begin=0, end=0)
-    return Checkpoint(source=source, tensors=tensors, weight_files=files, pickled=pickled)
+            meta = TensorMeta(
+                name=key, shape=value.shape, dtype=code, file=name, begin=value.begin, end=value.end,
+                strides=value.strides,
+            )  # fmt: skip
+            other = tensors.setdefault(key, meta)
+            if other is not meta:
+                raise CheckpointError(f"tensor `{key}` is both in `{other.file}` and in `{name}`")
+    _check_index(weight_map, tensors, PICKLE_INDEX_FILE)
+    return Checkpoint(source=source, tensors=tensors, weight_files=files, pickled=True, loaded=loaded)

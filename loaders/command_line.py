@@ -34,7 +34,7 @@ ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
 MOST_PROBLEMS = 50
 """Problems to list in one error."""
-YAML_BYTES = 1 << 20
+YAML_BYTES = 1 << 17
 YAML_NODES = 10_000
 """The most values in a YAML file whose aliases are expanded: without a bound, ten lines can mean billions."""
 
@@ -300,7 +300,7 @@ def _read_text(name: str, shown: str) -> str:
     except ValueError:  # a null byte
         raise UsageError(f"{shown} can't be read: not a path") from None
     if len(data) > YAML_BYTES:
-        raise UsageError(f"{shown} is larger than 1 MiB, too large for the flags of a run")
+        raise UsageError(f"{shown} is larger than 128 KiB, too large for the flags of a run")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -418,10 +418,13 @@ def _check_ranges(values: dict[str, Any], problems: _Problems) -> None:
     if seed is not None and not 0 <= seed < 2**32:
         # the bound is numpy's, which training scripts seed as well
         problems.add(f"`seed` must be at least 0 and below 2^32, not {seed}")
+    least = values.get("min_quantized")
+    if least is not None and not 0 <= least <= 100:
+        problems.add(f"`min_quantized` is a percentage, 0 to 100, not {least}")
     if values.get("lora_target_modules") == []:
         problems.add("`lora_target_modules` must name at least one layer")
     for name in ("max_shard_size", "max_memory"):
         try:
-            parse_size(values.get(name, "1"))
+            parse_size(values.get(name) or "1")
         except UsageError as error:
             problems.add(f"`{name}`: {error.message}", error.hint)

@@ -21,6 +21,7 @@ def load_config(
 
     Raises `CheckpointError` for an unknown or malformed configuration, and for code that was not allowed.
     """
+    import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -29,7 +30,7 @@ def load_config(
             config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
     except (
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         OSError,
         AttributeError,
@@ -44,6 +45,8 @@ def load_config(
         raise _remote_code_error(error, root) or CheckpointError(
             f"`{root / 'config.json'}` can't be used: {said_by(error)}", hint=hint
         ) from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(f"`{root / 'config.json'}`: `dtype` is `{config.dtype}`, which is none")
     unknown = [name for name in overrides if not hasattr(config, name)]
     return config, tuple(f"`additional_model_arguments`: the configuration has no `{name}`" for name in unknown)
 

@@ -169,20 +169,30 @@ class Grow:
         return chunk * (ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.dtype] + 4) + row * (24 + 8 * self.new_rows)
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
-        """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads."""
+        """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads.
+
+        Raises `CheckpointError` naming the tensor when its mean is not finite.
+        """
         import torch
+        from numpy import errstate
 
         total: Any = 0.0
         for chunk in inputs.chunks(self.source, multiple=self._row * _ROWS_SUMMED):
             values = chunk.to(_torch_dtype(self.dtype))
             sink.write(self.name, values)
             rows = values.to(torch.float32).reshape(-1, self._row)
-            for group in rows.split(_ROWS_SUMMED):
-                total = total + group.numpy().sum(axis=0, dtype="float64")
+            with errstate(all="ignore"):
+                for group in rows.split(_ROWS_SUMMED):
+                    total = total + group.numpy().sum(axis=0, dtype="float64")
         if self.name in inputs.new_rows:
             new = inputs.new_rows[self.name]
         else:
             mean = torch.as_tensor(total / self.source.shape[0])
+            if not torch.isfinite(mean).all():
+                raise CheckpointError(
+                    f"tensor `{self.source.name}` of `{self.source.file}` holds NaN or infinity",
+                    hint="its mean can't be the new rows; the checkpoint is damaged or was saved from a diverged run",
+                )
             new = mean.to(torch.float32).to(_torch_dtype(self.dtype)).expand(self.new_rows, self._row)
         sink.write(self.name, new)
 

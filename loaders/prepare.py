@@ -188,4 +188,6 @@ def _write_weights(
             timings.progress.expect(bytes=sum(sizes[name] for name in plan.checkpoint.weight_files), tensors=0)
             source.fetch(plan.checkpoint.weight_files, lambda count: timings.progress.advance(bytes=count, tensors=0))
     with timings.stage("write"):
-        return write_tensors(plan, files, encode, stage, timings.progress, on_finished)
+        written = write_tensors(plan, files, encode, stage, timings.progress, on_finished)
+    source.check_unchanged(plan.checkpoint.weight_files if plan.model_files else ())
+    return written

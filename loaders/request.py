@@ -72,8 +72,6 @@ def resolve_request(arguments: Arguments) -> Request:
         if not value.isascii() and value != value.encode(errors="replace").decode():
             # the report, the configuration and the adapter are UTF-8 and name both
             raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
-    if not 0 <= own.min_quantized <= 100:
-        raise UsageError(f"`--min_quantized` is {own.min_quantized:g}, which is no percentage", hint="give 0 to 100")
     decisions = []
     if flat.use_qlora and not flat.use_lora:
         asked = "true" if arguments.origins["use_lora"] == "default" else "false"

@@ -149,7 +149,9 @@ def _model_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
             )
         except (OSError, ImportError, AttributeError) as error:
             raise CheckpointError(f"the model's own code can't be used: {said_by(error)}") from error
-    architectures = getattr(config, "architectures", None) or []
+    architectures: Any = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError("`config.json`: `architectures` is not a list of names")
     known = not architectures or any(name in causal or name in bare for name in architectures)
     if not native or not known:
         what = architectures[0] if architectures else config.model_type

@@ -40,6 +40,8 @@ class SourceFile:
     bytes: int
     sha256: str | None
     """As the hub states it, which it does for large files only; not checked here."""
+    mtime_ns: int | None = None
+    """When a local file was last changed, as it was listed; what a hub's cache holds never changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,23 @@ class Source:
                 hint="the file is incomplete: get it again",
             )
         return data
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raise `CheckpointError` for a file whose size or time of modification is not what it was when listed.
+
+        To be asked after the last read: what was read before it is of one state then.
+        """
+        files = {file.path: file for file in self.files}
+        for name in names:
+            path, listed = self.root / name, files[name]
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+            if found.st_size != listed.bytes or listed.mtime_ns not in (None, found.st_mtime_ns):
+                raise CheckpointError(
+                    f"`{path}` changed while it was read", hint="run it again when nothing writes to it"
+                )
 
     def _download(self, file: SourceFile, on_progress: Callable[[int], None] | None) -> None:
         from huggingface_hub import hf_hub_download
@@ -224,14 +243,13 @@ def _resolve_file(model: str, revision: str | None, path: Path) -> Source:
     if path.suffix.lower() != ".gguf":
         hint = f"give the directory: `{path.parent}`"
         raise SourceError(f"`{model}` is a file, but not a .gguf file", hint=hint)
-    file = SourceFile(path=path.name, bytes=path.stat().st_size, sha256=None)
     return Source(
         model=model,
         kind="gguf",
         revision=revision,
         commit=None,
         root=path.parent,
-        files=(file,),
+        files=(_local_file(path, path.parent),),
         gguf_file=path.name,
     )
 
@@ -240,12 +258,15 @@ def _list_files(root: Path) -> tuple[SourceFile, ...]:
     templates = root / CHAT_TEMPLATES
     paths = [*root.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
     # is_file is false for a link to nothing, such as the cache leaves when a blob is deleted
-    files = [
-        SourceFile(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=None)
-        for path in paths
-        if path.is_file()
-    ]
+    files = [_local_file(path, root) for path in paths if path.is_file()]
     return tuple(sorted(files, key=lambda file: file.path))
+
+
+def _local_file(path: Path, root: Path) -> SourceFile:
+    found = path.stat()
+    return SourceFile(
+        path=path.relative_to(root).as_posix(), bytes=found.st_size, sha256=None, mtime_ns=found.st_mtime_ns
+    )
 
 
 def _looks_like_path(model: str) -> bool:

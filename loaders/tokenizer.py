@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_templates import TEMPLATES, render
 from .environment import quiet_transformers
-from .errors import UsageError
+from .errors import CheckpointError, UsageError, said_by
 from .request import Decision
 from .tokenizer_loading import TokenizerKind, kind_of, load_tokenizer
 
@@ -138,10 +138,15 @@ def prepare_tokenizer(
 def save_tokenizer(prepared: PreparedTokenizer, directory: Path) -> tuple[str, ...]:
     """Write the tokenizer's files into `directory` and return their names, sorted, relative to it.
 
-    The same tokenizer always gives the same bytes.
+    The same tokenizer always gives the same bytes. Raises `CheckpointError` for settings that can't be written.
     """
-    with quiet_transformers():
-        paths = prepared.tokenizer.save_pretrained(directory)
+    try:
+        with quiet_transformers():
+            paths = prepared.tokenizer.save_pretrained(directory)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the tokenizer can't be saved: {said_by(error)}", hint="is its configuration whole?"
+        ) from error
     return tuple(sorted(Path(path).relative_to(directory).as_posix() for path in paths))
 
 
@@ -366,13 +371,24 @@ def _add_bos(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind) -> list[st
                 f"`--add_bos`: the chat template begins with the bos token, `{bos}`, already",
                 hint="leave out --add_bos",
             )
-        if (render(tokenizer, _GREETING, template) or "").startswith(bos):
+        if (_rendered(tokenizer, template) or "").startswith(bos):
             warnings.append(
                 f"`--add_bos`: what the chat template renders begins with `{bos}` already, and now does so twice"
             )
     prefixed = {name: "{{ bos_token }}" + template for name, template in templates.items()}
     tokenizer.chat_template = prefixed if isinstance(own, dict) else prefixed["default"]
     return warnings
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """The shortest of conversations by a template that came with the tokenizer, None if it won't have that."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return render(tokenizer, _GREETING, template)
+    except TemplateSyntaxError as error:
+        message = f"the tokenizer's chat template is not valid, line {error.lineno}: {str(error.message).rstrip('.')}"
+        raise CheckpointError(message, hint="pass another with --chat_template_name") from error
 
 
 def _finish(
@@ -392,7 +408,10 @@ def _finish(
         warnings.append("the tokenizer has no pad token: texts of different lengths can't share a batch")
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         warnings.append(f"pad and eos are the same token, `{tokenizer.eos_token}`: {_PAD_IS_EOS}")
-    if not tokenizer.chat_template:
+    own: Any = tokenizer.chat_template
+    for own_template in own.values() if isinstance(own, dict) else [own] if own else ():
+        _rendered(tokenizer, own_template)
+    if not own:
         warnings.append("the tokenizer has no chat template: training on conversations needs one")
     return PreparedTokenizer(
         tokenizer=tokenizer,

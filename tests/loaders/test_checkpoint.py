@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,94 @@ def test_pickles_need_a_flag_and_plain_tensors(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read(checkpoint.tensors["tied"]), TENSORS["a"])
     torch.save({"a": TENSORS["a"], "path": Path()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"`pytorch_model\.bin` can't be loaded as plain tensors"):
+        _open(tmp_path, allow_pickle=True)
+
+
+def _whole(checkpoint: Checkpoint, name: str, elements: int) -> torch.Tensor:
+    """A tensor put together from chunks, each of which but the last has `elements`."""
+    meta = checkpoint.tensors[name]
+    chunks = [chunk.clone() for chunk in checkpoint.chunks(meta, elements, bytearray(64))]
+    assert [len(chunk) for chunk in chunks[:-1]] == [elements] * (len(chunks) - 1)
+    return torch.cat(chunks).reshape(meta.shape)
+
+
+LINE = torch.arange(100, dtype=torch.bfloat16)
+VIEWS = {
+    "a": TENSORS["a"],
+    "shared": TENSORS["a"],
+    "transposed": TENSORS["a"].T,
+    "part": LINE[10:35],
+    "strided": LINE[2::3],
+    "repeated": torch.tensor([1.0, 2.0]).expand(3, 2),
+    "permuted": torch.arange(24).reshape(2, 3, 4).permute(2, 0, 1),
+    "parameter": torch.nn.Parameter(TENSORS["a"]),
+    "scalar": TENSORS["scalar"],
+}
+
+
+@pytest.mark.parametrize("elements", [1, 5, 7, 1000])
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+def test_pickled_tensors_are_read_at_their_places(tmp_path: Path, old: bool, elements: int) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(VIEWS, path, _use_new_zipfile_serialization=not old)
+    checkpoint = _open(tmp_path, allow_pickle=True)
+    assert checkpoint.loaded.keys() == (VIEWS.keys() if old else set())
+    for name, value in VIEWS.items():
+        assert torch.equal(_whole(checkpoint, name, elements), value), name
+        assert torch.equal(checkpoint.read(checkpoint.tensors[name]), value), name
+    if not old:
+        raw, meta = path.read_bytes(), checkpoint.tensors["a"]
+        assert raw[meta.begin : meta.end] == TENSORS["a"].numpy().tobytes()
+        assert checkpoint.tensors["shared"].begin == checkpoint.tensors["transposed"].begin == meta.begin
+
+
+def test_a_pickle_that_another_tool_packed_anew(tmp_path: Path) -> None:
+    torch.save(VIEWS, tmp_path / "torch.bin")
+    # the records in another order and place than torch would have given them
+    with zipfile.ZipFile(tmp_path / "torch.bin") as old, zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as new:
+        for info in reversed(old.infolist()):
+            new.writestr(info.filename, old.read(info))
+    checkpoint = _open(tmp_path, allow_pickle=True)
+    for name, value in VIEWS.items():
+        assert torch.equal(checkpoint.read(checkpoint.tensors[name]), value), name
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as new:
+        new.writestr("archive/data.pkl", bytes(1000))
+    with pytest.raises(CheckpointError, match=r"`pytorch_model\.bin` is compressed"):
+        _open(tmp_path, allow_pickle=True)
+
+
+def test_a_pickle_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(100_000), "b": torch.ones(100_000)[::2]}, path)
+    checkpoint = _open(tmp_path, allow_pickle=True)
+    os.truncate(path, 4096)  # memory-mapped, this would be a SIGBUS
+    for name in ("a", "b"):
+        with pytest.raises(CheckpointError, match=f"ends within tensor `{name}`"):
+            checkpoint.read(checkpoint.tensors[name])
+
+
+def test_pickles_in_shards_agree_with_their_index(tmp_path: Path) -> None:
+    torch.save({"a": TENSORS["a"]}, tmp_path / "x-1.bin")
+    torch.save({"b": LINE}, tmp_path / "x-2.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x-1.bin", "b": "x-2.bin"}}))
+    checkpoint = _open(tmp_path, allow_pickle=True)
+    assert checkpoint.pickled
+    assert torch.equal(checkpoint.read(checkpoint.tensors["b"]), LINE)
+    index.write_text(json.dumps({"weight_map": {"a": "x-2.bin", "b": "x-1.bin"}}))
+    with pytest.raises(CheckpointError, match=r"tensor `a` is not in `x-2\.bin`"):
+        _open(tmp_path, allow_pickle=True)
+    torch.save({"a": TENSORS["a"]}, tmp_path / "x-2.bin")
+    with pytest.raises(CheckpointError, match=r"tensor `a` is both in `x-1\.bin` and in `x-2\.bin`"):
+        _open(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "state", [{1: LINE}, {"a": LINE.float().to_sparse()}, {"a": LINE.to(torch.complex64)}, [LINE], {"a": {"b": LINE}}]
+)
+def test_pickles_of_other_things(tmp_path: Path, state: Any) -> None:
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"`pytorch_model\.bin`"):
         _open(tmp_path, allow_pickle=True)
 
 

@@ -339,6 +339,8 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ("--model a --model_name_or_path b", "`--model a` and `--model_name_or_path b` name different models"),
         ("--lora_rank 0", "`lora_rank` must be at least 1, not 0"),
         ("--lora_dropout 1", "`lora_dropout` must be at least 0 and below 1, not 1.0"),
+        ("--min_quantized 100.5", "`min_quantized` is a percentage, 0 to 100, not 100.5"),
+        ("--min_quantized nan", "`min_quantized` is a percentage, 0 to 100, not nan"),
         ("--lora_dropout nan", "`lora_dropout` must be at least 0 and below 1, not nan"),
         ("--seed -1", "`seed` must be at least 0 and below 2^32, not -1"),
         ("--seed 4294967296", "`seed` must be at least 0 and below 2^32, not 4294967296"),
@@ -547,7 +549,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert refusal([str(latin)]).message == f"`{latin}` is not UTF-8 text: byte 13 can't be decoded"
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (1 << 20) + b"\n")
-    assert refusal([str(large)]).message == f"`{large}` is larger than 1 MiB, too large for the flags of a run"
+    assert refusal([str(large)]).message == f"`{large}` is larger than 128 KiB, too large for the flags of a run"
     assert refusal(["a\0.yaml"]).message == r"`a\x00.yaml` can't be read: not a path"
 
 
@@ -561,6 +563,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**32 - 1),
     "max_shard_size": st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["KB", "MiB", "GB"])),
     "max_memory": st.sampled_from(["64MB", "2GB"]),
+    "min_quantized": st.floats(0, 100),
 }
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
@@ -626,4 +629,4 @@ def test_any_words_give_arguments_or_a_usage_error(words: list[str]) -> None:
     except UsageError as error:
         assert error.message.isprintable()
     else:
-        assert len(arguments.origins) == 98
+        assert len(arguments.origins) == len(all_flags())

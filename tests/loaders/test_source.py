@@ -127,7 +127,8 @@ def test_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "m.GGUF").symlink_to("blob")
     source = resolve_source(str(tmp_path / "m.GGUF"), None)
     assert (source.kind, source.root, source.gguf_file) == ("gguf", tmp_path, "m.GGUF")
-    assert source.files == (SourceFile(path="m.GGUF", bytes=8, sha256=None),)
+    changed = (tmp_path / "m.GGUF").stat().st_mtime_ns
+    assert source.files == (SourceFile(path="m.GGUF", bytes=8, sha256=None, mtime_ns=changed),)
     assert source.read("m.GGUF", 0, 4) == b"GGUF"
 
 
@@ -168,6 +169,26 @@ def test_unreadable_directory(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0)
     with pytest.raises(SourceError, match=r"^can't read `.*locked`: Permission denied"):
         resolve_source(str(tmp_path / "locked"), None)
+
+
+def test_a_source_that_changes(tmp_path: Path) -> None:
+    for name in ("a", "b", "unused"):
+        (tmp_path / name).write_bytes(b"12345678")
+    source = resolve_source(str(tmp_path), None)
+    (tmp_path / "unused").unlink()
+    source.check_unchanged(["a", "b"])
+    before = (tmp_path / "a").stat()
+    (tmp_path / "a").write_bytes(b"1234567")
+    os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="/a` changed while it was read"):
+        source.check_unchanged(["b", "a"])
+    (tmp_path / "a").write_bytes(b"87654321")
+    os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(CheckpointError, match="/a` changed while it was read"):
+        source.check_unchanged(["a"])
+    (tmp_path / "b").unlink()
+    with pytest.raises(SourceError, match="/b`: No such file or directory"):
+        source.check_unchanged(["b"])
 
 
 def test_side_files() -> None:
