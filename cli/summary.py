@@ -26,7 +26,7 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
     parameters = report["parameters"]
     size = sum(file["bytes"] for file in report["files"])
     console.print(
-        f"[bold]{escape(report['source']['model'])}[/] → [bold]{escape(directory)}[/] "
+        f"[bold]{_clean(report['source']['model'])}[/] → [bold]{_clean(directory)}[/] "
         f"({report['strategy']}, {format_bytes(size)})" + (" [bold green]up to date[/]" if up_to_date else ""),
         soft_wrap=True,
     )
@@ -42,19 +42,19 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
     details.add_column(style="bold")
     details.add_column(overflow="fold")
     for name, value in _details(report):
-        details.add_row(name, escape(value))
+        details.add_row(name, _clean(value))
     console.print(details)
     for decision in report["decisions"]:
-        change = escape(decision["effective"])
+        change = _clean(decision["effective"])
         if decision["effective"] != decision["requested"]:
-            change = f"{escape(decision['requested'])} → {change}"
+            change = f"{_clean(decision['requested'])} → {change}"
         console.print(
-            f"[yellow]decided[/] {escape(decision['what'])}: {change} ({escape(decision['reason'])})", soft_wrap=True
+            f"[yellow]decided[/] {_clean(decision['what'])}: {change} ({_clean(decision['reason'])})", soft_wrap=True
         )
     for warning in report["warnings"]:
-        console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning[/] {_clean(warning)}", soft_wrap=True)
     console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
-    console.print(f"model, tokenizer = load_prepared({escape(repr(directory))})", soft_wrap=True)
+    console.print(f"model, tokenizer = load_prepared({_clean(repr(directory))})", soft_wrap=True)
 
 
 def print_checks(verification: Verification) -> None:
@@ -63,11 +63,11 @@ def print_checks(verification: Verification) -> None:
     width = max(len(check.name) for check in verification.checks)
     for check in verification.checks:
         mark = "[green]ok    [/]" if check.ok else "[red]failed[/]"
-        console.print(f"{mark} [bold]{check.name:{width}}[/] {escape(one_line(check.found))}".rstrip(), soft_wrap=True)
+        console.print(f"{mark} [bold]{check.name:{width}}[/] {_clean(check.found)}".rstrip(), soft_wrap=True)
         for problem in check.problems:
-            console.print(f"       {'':{width}} [red]{escape(one_line(problem))}[/]", soft_wrap=True)
+            console.print(f"       {'':{width}} [red]{_clean(problem)}[/]", soft_wrap=True)
     if verification.ok:
-        console.print(f"[bold]{escape(verification.directory)}[/] verifies", soft_wrap=True)
+        console.print(f"[bold]{_clean(verification.directory)}[/] verifies", soft_wrap=True)
 
 
 def format_bytes(count: float) -> str:
@@ -105,3 +105,8 @@ def _details(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     details.append(("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())))
     details.append(("memory", f"{format_bytes(report['peak_anonymous_bytes'])} at the peak while writing"))
     return details
+
+
+def _clean(text: str) -> str:
+    """Text from outside, as rich shows it unchanged and a terminal can't be steered by it."""
+    return escape(one_line(text))

@@ -271,7 +271,7 @@ def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMet
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         dtype, shape, begin, end = None, (), 0, -1
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or begin > end:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)) or begin > end or len(shape) > 64:
         raise CheckpointError(f"`{file}`: the header entry of `{name}` is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"`{file}`: tensor `{name}` has the unknown dtype `{dtype}`")

@@ -170,8 +170,10 @@ def _first_line(error: object) -> str:
 
 
 def masked(url: str) -> str:
-    """`url` without credentials."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "***@", url)
+    """`url` without credentials: a name and password, a query, or what looks like a token of the hub."""
+    url = re.sub(r"(?<=://)[^/\s@]+@", "***@", url)
+    url = re.sub(r"(://[^\s?`]*\?)[^\s`]+", r"\1***", url)
+    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_***", url)
 
 
 def _token() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     if source["kind"] == "hub":
         header.append(f"base_model: {json.dumps(source['model'])}")
     header += ["tags:", "- ftload", f"- {report['strategy']}", "---", ""]
-    origin = f"`{source['model']}`" + (f" at commit `{source['commit']}`" if source["commit"] else "")
+    origin = f"`{_plain(source['model'])}`" + (f" at commit `{source['commit']}`" if source["commit"] else "")
     lines = [
         *header,
         f"# {origin}, ready to train ({report['strategy']})",
@@ -41,7 +42,9 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
     ]
     if adapter:
-        where = "this directory" if report["base"] == "copy" else f"`{adapter['base']}`, which is not copied here"
+        where = (
+            "this directory" if report["base"] == "copy" else f"`{_plain(adapter['base'])}`, which is not copied here"
+        )
         lines += [
             f"The LoRA adapter (rank {adapter['r']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}) is in "
             f"`adapter/`; its base is {where}.",
@@ -55,7 +58,14 @@ def model_card(report: Mapping[str, Any]) -> str:
         ]
     if report["decisions"]:
         lines += ["| decision | requested | effective | why |", "|---|---|---|---|"]
-        lines += [f"| {d['what']} | {d['requested']} | {d['effective']} | {d['reason']} |" for d in report["decisions"]]
+        columns = ("what", "requested", "effective", "reason")
+        lines += ["| " + " | ".join(_plain(d[column]) for column in columns) + " |" for d in report["decisions"]]
         lines.append("")
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text from outside as one line that is neither Markdown's nor HTML's, whatever it holds."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"[<>`|#*\[\]]", lambda match: f"&#{ord(match[0])};", text) if re.search(r"[<>|\[\]]", text) else text

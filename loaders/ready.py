@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import fetch_config, open_checkpoint
-from .errors import OutputError
+from .errors import CheckpointError, OutputError
 from .gguf import dequantise
 from .model_config import load_config, load_generation_config
 from .plan import Plan, make_plan
@@ -107,6 +107,10 @@ def resolve_sources(request: Request, options: TokenizerConfig) -> Sources:
     return Sources(model=model, tokenizer=tokenizer, config=config, tokenizer_name=name, warnings=warnings)
 
 
+_MAX_TOKENIZER_BYTES = 100_000_000
+"""Of one file of a tokenizer; the largest that are known have 35 MB, and reading takes several times as much memory."""
+
+
 def make_ready(arguments: Arguments, request: Request, sources: Sources, work: Path, timings: Timings) -> Prepared:
     """Everything up to the plan. Reads headers, not weights; `work` is used for what a GGUF file is turned into."""
     strategy = STRATEGIES[request.strategy]
@@ -126,9 +130,11 @@ def make_ready(arguments: Arguments, request: Request, sources: Sources, work: P
         with timings.stage("config"):
             config = _read_config(request, source, sources.config)
     with timings.stage("tokenizer"):
-        tokenizer_source.fetch(
-            tokenizer_file_names(tokenizer_source.files, trust_remote_code=request.trust_remote_code)
-        )
+        names = tokenizer_file_names(tokenizer_source.files, trust_remote_code=request.trust_remote_code)
+        for file in tokenizer_source.files:
+            if file.path in names and file.bytes > _MAX_TOKENIZER_BYTES:
+                raise CheckpointError(f"`{file.path}` of the tokenizer is {file.bytes} bytes long")
+        tokenizer_source.fetch(names)
         tokenizer = prepare_tokenizer(
             tokenizer_source.root,
             get_tokenizer_fn=options.get_tokenizer_fn,

@@ -1,0 +1,244 @@
+# ruff: noqa: E501 -- a harm a line
+"""Input that means harm: bounded in time and memory, told in one clean line, and nothing is run, reached or left."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.errors import CheckpointError
+from ftload.loaders.prepare import prepare
+from ftload.loaders.stream import Silent
+from safetensors.torch import load_file, save_file
+
+from ..conftest import Result
+from ..parity.models import write_model
+from ..tokenizers import write_llama
+
+Ftload = Callable[..., Result]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "source" / "model"
+    write_model(directory, "llama", vocab_size=136, dtype="bfloat16")
+    write_llama(directory, vocab_size=128)
+    return directory
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+def header(model: Path, content: bytes, length: int | None = None, data: bytes = b"") -> None:
+    size = len(content) if length is None else length
+    (model / WEIGHTS).write_bytes(struct.pack("<Q", size) + content + data)
+
+
+def index(model: Path, file: str) -> None:
+    (model / WEIGHTS).unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+
+def many_tensors(model: Path) -> None:
+    entry = '"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    header(model, ("{" + ",".join(entry % n for n in range(600_000)) + "}").encode())
+
+
+HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a configuration of a gigabyte": (lambda m: sparse(m / "config.json", 10**9), "config.json` is 1000000000 bytes long"),
+    "an index of a gigabyte": (
+        lambda m: ((m / WEIGHTS).unlink(), sparse(m / "model.safetensors.index.json", 10**9)), "is 1000000000 bytes long",
+    ),
+    "a configuration nested 100,000 deep": (lambda m: (m / "config.json").write_text(nested(100_000)), "config.json` is not valid JSON"),
+    "a header nested 100,000 deep": (lambda m: header(m, nested(100_000).encode()), "is not valid JSON"),
+    "a header length of exabytes": (lambda m: header(m, b"{}", 2**63), "has a header of 9223372036854775808 bytes"),
+    "a header of a gigabyte": (
+        lambda m: (header(m, b"{}", 10**9), os.truncate(m / WEIGHTS, 2 * 10**9)), "has a header of 1000000000 bytes",
+    ),
+    "a header of 600,000 tensors": (many_tensors, "has a header of "),
+    "a shape of a thousand dimensions": (
+        lambda m: header(m, json.dumps({"a": {"dtype": "U8", "shape": [10**9] * 1000, "data_offsets": [0, 0]}}).encode()), "malformed",
+    ),
+    "integers of a thousand digits": (
+        lambda m: header(m, b'{"a":{"dtype":"U8","shape":[1' + b"0" * 1000 + b'],"data_offsets":[0,1]}}'), "`a`",
+    ),
+    "overlapping data": (
+        lambda m: header(m, json.dumps({n: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for n in "ab"}).encode(), data=b"12"), "overlap",
+    ),
+    "a key twice": (lambda m: header(m, b'{"a":{},"a":{}}'), "names a key twice"),
+    "a shard above the directory": (lambda m: index(m, "../model.safetensors"), "which is not a shard's name"),
+    "a shard at an absolute path": (lambda m: index(m, "/etc/passwd"), "which is not a shard's name"),
+    "a shard with a null byte": (lambda m: index(m, "a\0.safetensors"), "missing"),
+    "an index that names itself": (lambda m: index(m, "model.safetensors.index.json"), "which is not a shard's name"),
+    "a billion layers": (lambda m: edit_config(m, num_hidden_layers=10**9), "`num_hidden_layers` is more than"),
+    "a billion layers within": (lambda m: edit_config(m, text_config={"n_layer": 10**9}), "`n_layer` is more than"),
+    "heads of a billion dimensions": (lambda m: edit_config(m, head_dim=10**9), "`head_dim` is more than"),
+    "a template that never ends": (
+        lambda m: (m / "chat_template.jinja").write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        "the chat template does not end within",
+    ),
+    "a template that fills the memory": (
+        lambda m: (m / "chat_template.jinja").write_text("{{ 'x' * 100000000000 }}"), "the chat template does not end within",
+    ),
+    "a tokenizer of a gigabyte": (lambda m: sparse(m / "tokenizer.json", 10**9), "tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_it_ends_soon_and_small(model: Path, tmp_path: Path, harm: str) -> None:
+    plant, culprit = HARM[harm]
+    plant(model)
+    before = sorted(tmp_path.rglob("*"))
+    words = ["prepare", "--model", model, "--output_dir", tmp_path / "out", "--json"]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftload.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate(timeout=120)
+    # a template's time limit comes on top
+    assert time.monotonic() - begin < (25 if "template" in harm else 15)
+    assert process.returncode == 4, err
+    assert culprit in json.loads(out)["error"]["message"]
+    assert len(err.splitlines()) <= 2
+    assert sorted(tmp_path.rglob("*")) == before
+    # of all children so far, this one included: torch and transformers alone have 0.5 GB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 1.2e9
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__.os }}"])  # fmt: skip
+def test_a_template_reaches_nothing(ftload: Ftload, model: Path, tmp_path: Path, template: str) -> None:
+    (model / "chat_template.jinja").write_text(template)
+    assert ftload("prepare", "--model", model, "--output_dir", tmp_path / "out", "--use_lora").code == 0
+    checked = ftload("verify", tmp_path / "out", "--quick", "--json")
+    assert checked.code == 7
+    problems = {row["name"]: row["problems"] for row in json.loads(checked.out)["checks"]}
+    assert problems["chat template"] == ["it does not render a question and its answer"]
+
+
+NASTY = "evil\x1b[31m\u202e\n# owned\n<script>alert(1)</script>`|x|`"
+
+
+def test_names_reach_neither_terminal_nor_markdown(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    tensors[NASTY] = tensors["model.norm.weight"].clone()
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    refused = ftload("prepare", "--model", model, "--output_dir", tmp_path / "out")
+    assert refused.code == 4
+    assert len(refused.err.splitlines()) <= 2
+    assert all(character.isprintable() for line in refused.err.splitlines() for character in line)
+    del tensors[NASTY]
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    named = model.rename(model.parent / "evil\x1b[31m\u202e\n# owned\n<b>`|")
+    done = ftload("prepare", "--model", named, "--output_dir", tmp_path / "out", "--use_lora")
+    assert done.code == 0, done.err
+    assert all(character.isprintable() for line in done.out.splitlines() for character in line)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+    assert "\n# owned" not in card
+    assert "<b>" not in card
+
+
+SECRET = "hf_verysecretverysecretverysecret0123"
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--model", "org/model"], {"HF_TOKEN": SECRET, "HF_ENDPOINT": "http://127.0.0.1:9"}),
+        (["--model", "org/model"], {"HF_ENDPOINT": f"http://user:{SECRET}@127.0.0.1:9"}),
+        (["--model", f"https://user:{SECRET}@127.0.0.1/org/model"], {}),
+        (["--model", f"https://127.0.0.1/org/model?token={SECRET}"], {}),
+    ],
+)
+def test_secrets_are_never_shown(
+    tmp_path: Path, words: list[str], environment: dict[str, str], debug: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ftload.cli", "prepare", *words, *debug, "--output_dir", tmp_path / "out", "--json"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **environment}, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode in (2, 3)
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_secrets_do_not_reach_the_report(model: Path, tmp_path: Path) -> None:
+    words = ["--model", model, "--output_dir", tmp_path / "out", "--use_lora", "--hf_entity", "me"]
+    environment = {**os.environ, "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
+    command = [sys.executable, "-m", "ftload.cli", "prepare", *map(str, words)]
+    assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == 0
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("what", ["truncated", "rewritten", "replaced"])
+def test_a_source_that_changes_while_it_is_read(model: Path, tmp_path: Path, what: str) -> None:
+    path = model / WEIGHTS
+    data = path.read_bytes()
+
+    class Changing(Silent):
+        def stage(self, name: str) -> None:
+            if name == "write":
+                if what == "truncated":
+                    os.truncate(path, len(data) // 2)
+                elif what == "rewritten":
+                    path.write_bytes(data[:-1] + b"\0")
+                else:
+                    (model / "new").write_bytes(data[::-1])
+                    (model / "new").rename(path)
+
+    words = ["--model", str(model), "--output_dir", str(tmp_path / "out"), "--max_shard_size", "50KB"]
+    with pytest.raises(CheckpointError, match=r"chang|ends within"):
+        prepare(parse_arguments(words), Changing())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_pickle_runs_nothing(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    (model / WEIGHTS).unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Harm()}))
+    assert ftload("prepare", "--model", model, "--output_dir", tmp_path / "out", "--allow_pickle").code == 4
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_source_in_a_pipe_is_not_waited_for(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    (model / WEIGHTS).unlink()
+    os.mkfifo(model / WEIGHTS)
+    done = threading.Event()
+    threading.Timer(30, lambda: done.is_set() or os._exit(99)).start()
+    assert ftload("prepare", "--model", model, "--output_dir", tmp_path / "out").code == 4
+    done.set()
