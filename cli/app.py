@@ -16,6 +16,7 @@ import typer
 from .errors import Interrupted, explain
 from .options import FlagsCommand
 from .output import OUTPUT, is_first_process
+from .plan import plan
 from .prepare import prepare
 from .verify import verify
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare", cls=FlagsCommand)(prepare)
+app.command("plan", cls=FlagsCommand)(plan)
 app.command("verify")(verify)
 
 

@@ -41,6 +41,15 @@ class Output:
 
             print_summary(report, directory, up_to_date=up_to_date)
 
+    def plan(self, plan: Mapping[str, Any], directory: str) -> None:
+        """The result of `plan`: with `--json` the plan itself, else tables."""
+        if self._as_json:
+            print(json.dumps(plan, indent=2))
+        elif not self._quiet:
+            from .summary import print_plan
+
+            print_plan(plan, directory)
+
     def verification(self, verification: Verification) -> int:
         """The result of `verify`; returns the exit code."""
         error = verification.error

@@ -1,4 +1,4 @@
-"""The table that closes a `prepare`: what was written, what was decided, and how to load it."""
+"""What commands show in the end: what was or would be written, what was decided, what verifies."""
 
 from __future__ import annotations
 
@@ -16,20 +16,68 @@ if TYPE_CHECKING:
 
 
 def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
-    """Print it to stdout, of an earlier run if that is `up_to_date`.
-
-    In a pipe without colours, as wide as it needs to be.
-    """
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=160)
-    parameters = report["parameters"]
+    """Print it to stdout, of an earlier run if that is `up_to_date`."""
+    console = _console()
     size = sum(file["bytes"] for file in report["files"])
     console.print(
         f"[bold]{_clean(report['source']['model'])}[/] → [bold]{_clean(directory)}[/] "
         f"({report['strategy']}, {format_bytes(size)})" + (" [bold green]up to date[/]" if up_to_date else ""),
         soft_wrap=True,
     )
+    _print_parameters(console, report["parameters"])
+    timings = report["timings"]
+    _print_details(
+        console,
+        [
+            *_details(report),
+            ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())),
+            ("memory", f"{format_bytes(report['peak_anonymous_bytes'])} at the peak while writing"),
+        ],
+    )
+    _print_notes(console, report)
+    console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
+    console.print(f"model, tokenizer = load_prepared({_clean(repr(directory))})", soft_wrap=True)
+
+
+def print_plan(plan: Mapping[str, Any], directory: str) -> None:
+    """What would be written, to stdout."""
+    console = _console()
+    needs, files, parameters = plan["needs"], plan["files"], plan["parameters"]
+    console.print(
+        f"[bold]{_clean(plan['source']['model'])}[/] → [bold]{_clean(directory)}[/] ({plan['strategy']}, a plan: "
+        "nothing is written)",
+        soft_wrap=True,
+    )
+    _print_parameters(console, parameters)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("parameters", "component", "bytes"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for component, row in parameters["by_component"].items():
+        table.add_row(f"{row['parameters']:,}", component, format_bytes(row["bytes"]))
+    console.print(table)
+    names = f"{files[0]['path']} … {files[-1]['path']}" if len(files) > 2 else ", ".join(f["path"] for f in files)
+    in_training = (f"{row['parameters']:,} {dtype}" for dtype, row in parameters["in_training"].items())
+    _print_details(
+        console,
+        [
+            ("in training", ", ".join(in_training)),
+            *_details(plan),
+            ("files", f"{len(files)}: {names}"),
+            ("reads", format_bytes(needs["read_bytes"])),
+            ("disk", format_bytes(needs["disk_bytes"])),
+            ("memory", f"{format_bytes(needs['memory_bytes'])} for tensors, beside interpreter and libraries"),
+        ],
+    )
+    _print_notes(console, plan)
+
+
+def _console() -> Console:
+    """Stdout; in a pipe without colours, as wide as it needs to be."""
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=160)
+
+
+def _print_parameters(console: Console, parameters: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("parameters", "stored", "tensors", "bytes"):
         table.add_column(column, justify="left" if column == "stored" else "right")
@@ -38,12 +86,18 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
     table.add_row(f"{parameters['total']:,}", "total", "", "")
     table.add_row(f"{parameters['trainable']:,}", f"trainable ({parameters['trainable_percent']:.2f} %)", "", "")
     console.print(table)
-    details = Table(box=None, pad_edge=False, show_header=False)
-    details.add_column(style="bold")
-    details.add_column(overflow="fold")
-    for name, value in _details(report):
-        details.add_row(name, _clean(value))
-    console.print(details)
+
+
+def _print_details(console: Console, details: list[tuple[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in details:
+        table.add_row(name, _clean(value))
+    console.print(table)
+
+
+def _print_notes(console: Console, report: Mapping[str, Any]) -> None:
     for decision in report["decisions"]:
         change = _clean(decision["effective"])
         if decision["effective"] != decision["requested"]:
@@ -53,8 +107,6 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
         )
     for warning in report["warnings"]:
         console.print(f"[yellow]warning[/] {_clean(warning)}", soft_wrap=True)
-    console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
-    console.print(f"model, tokenizer = load_prepared({_clean(repr(directory))})", soft_wrap=True)
 
 
 def print_checks(verification: Verification) -> None:
@@ -101,9 +153,6 @@ def _details(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     details.append(("attention", report["attention"]["effective"]))
     if report["kernels"]:
         details.append(("liger", ", ".join(report["kernels"]["liger"]["applied"]) or "not supported"))
-    timings = report["timings"]
-    details.append(("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())))
-    details.append(("memory", f"{format_bytes(report['peak_anonymous_bytes'])} at the peak while writing"))
     return details
 
 

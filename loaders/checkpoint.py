@@ -285,10 +285,7 @@ def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMet
 
 
 def _read_index(source: Source, index: str) -> dict[str, str]:
-    size = next(file.bytes for file in source.files if file.path == index)
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"`{index}` is {size} bytes long")
-    weight_map = _parse_json(source.read(index, 0, size), index).get("weight_map")
+    weight_map = read_json(source, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"`{index}` has no `weight_map`")
     for name, file in weight_map.items():
@@ -296,6 +293,14 @@ def _read_index(source: Source, index: str) -> dict[str, str]:
         if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith((".safetensors", ".bin")):
             raise CheckpointError(f"`{index}` places tensor `{name}` in {file!r}, which is not a shard's name")
     return weight_map
+
+
+def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in one of the source's JSON files. Raises `CheckpointError` for anything else, naming the file."""
+    size = next(file.bytes for file in source.files if file.path == name)
+    if size > most_bytes:
+        raise CheckpointError(f"`{name}` is {size} bytes long")
+    return _parse_json(source.read(name, 0, size), name)
 
 
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:

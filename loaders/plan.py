@@ -91,6 +91,11 @@ class Plan:
         return tuple(file for file in self.model_files if file.layout is None)
 
     @property
+    def files_read(self) -> tuple[str, ...]:
+        """The checkpoint's files whose weights are read."""
+        return self.checkpoint.weight_files if self.model_files else ()
+
+    @property
     def memory_bytes(self) -> int:
         """What the steps that run at a time allocate at most, within the budget."""
         needs = [step.operation.memory(self.chunk_bytes) for file in self.files if file.layout for step in file.steps]

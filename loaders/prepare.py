@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from .output_files import OutputFile
 from .plan import Plan
 from .processes import Processes, join_processes
 from .ready import Prepared, Sources, Timings, make_ready, resolve_sources
-from .report import REPORT_FILE
+from .report import REPORT_FILE, describe_plan
 from .request import Decision, Request, resolve_request
 from .side_files import write_side_files
 from .staging import Journal, Staging, check_output, find_finished, staged
@@ -76,6 +77,22 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
             with processes.failing_together():
                 report = _make(arguments, request, sources, making, staging, processes, timings)
             return Outcome(report=report, up_to_date=False)
+
+
+def plan_only(arguments: Arguments, progress: Progress) -> dict[str, Any]:
+    """What `prepare` would write and what it takes, as JSON values (see `describe_plan`).
+
+    Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
+    dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
+    """
+    request = resolve_request(arguments)
+    require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
+    sources = resolve_sources(request, arguments.tokenizer)
+    with tempfile.TemporaryDirectory(prefix="ftload-plan-") as work:
+        prepared = make_ready(arguments, request, sources, Path(work), Timings(progress))
+        if arguments.own.strict:
+            check_strict(prepared.decisions)
+        return describe_plan(prepared)
 
 
 def _make(
@@ -189,5 +206,5 @@ def _write_weights(
             source.fetch(plan.checkpoint.weight_files, lambda count: timings.progress.advance(bytes=count, tensors=0))
     with timings.stage("write"):
         written = write_tensors(plan, files, encode, stage, timings.progress, on_finished)
-    source.check_unchanged(plan.checkpoint.weight_files if plan.model_files else ())
+    source.check_unchanged(plan.files_read)
     return written

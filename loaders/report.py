@@ -18,40 +18,23 @@ from .environment import ftload_version, peak_memory_bytes, versions
 from .nf4 import STATE_SUFFIX
 from .operations import OutputTensor
 from .plan import Plan
+from .source import Source, config_file_names, tokenizer_file_names
 
 if TYPE_CHECKING:
-    from .arguments import Arguments
-    from .source import Source
+    from .ready import Prepared
     from .stream import Written
 
 SCHEMA_VERSION = "1"
 REPORT_FILE = "ftload_report.json"
 
 
-def build_report(
-    plan: Plan,
-    *,
-    arguments: Arguments,
-    making: str,
-    source: Source,
-    source_files: Iterable[str],
-    tokenizer: Mapping[str, Any],
-    warnings: Iterable[str],
-    decisions: Iterable[Any],
-    files: list[dict[str, Any]],
-    timings: Mapping[str, float],
-    written: Written,
-) -> dict[str, Any]:
-    """The report as JSON values.
-
-    `making` is the output's fingerprint; `source_files` are those that were used, `files` those that were written.
-    """
-    known = {file.path: file for file in source.files}
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What is known of an output before anything is written, as JSON values: the larger part of its report."""
+    plan, source, tokenizer = prepared.plan, prepared.sources.model, prepared.tokenizer.facts()
+    used = _used_files(prepared)
     return {
         "schema_version": SCHEMA_VERSION,
         "ftload_version": ftload_version(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": making,
         "strategy": plan.strategy.name,
         "source": {
             "model": source.model,
@@ -62,12 +45,12 @@ def build_report(
             "architecture": type(plan.skeleton.model).__name__,
             "model_type": plan.skeleton.config.model_type,
             "files": [
-                {"path": name, "bytes": known[name].bytes, "sha256": known[name].sha256}
-                for name in sorted(source_files)
-                if name in known
+                {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+                for file in sorted(source.files, key=lambda file: file.path)
+                if file.path in used
             ],
         },
-        "arguments": arguments.report(),
+        "arguments": prepared.arguments.report(),
         "base": plan.base,
         "parameters": count_parameters(plan),
         "embeddings": {
@@ -83,16 +66,53 @@ def build_report(
         "gradient_checkpointing": plan.request.gradient_checkpointing,
         "attention": dataclasses.asdict(plan.attention),
         "kernels": None if plan.kernels is None else {"liger": dataclasses.asdict(plan.kernels)},
-        "tokenizer": dict(tokenizer),
-        "decisions": [dataclasses.asdict(decision) for decision in decisions],
-        "warnings": list(warnings),
-        "files": files,
+        "tokenizer": tokenizer,
+        "decisions": [dataclasses.asdict(decision) for decision in prepared.decisions],
+        "warnings": list(prepared.warnings),
         "versions": versions(),
+        "memory_budget_bytes": plan.request.max_memory_bytes,
+    }
+
+
+def build_report(
+    prepared: Prepared, *, making: str, files: list[dict[str, Any]], timings: Mapping[str, float], written: Written
+) -> dict[str, Any]:
+    """The report as JSON values. `making` is the output's fingerprint, `files` those that were written."""
+    return {
+        **describe(prepared),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": making,
+        "files": files,
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
         "work": {kind: round(seconds, 3) for kind, seconds in written.seconds.items()},
-        "memory_budget_bytes": plan.request.max_memory_bytes,
         "peak_anonymous_bytes": written.peak_anonymous_bytes,
         "peak_rss_bytes": peak_memory_bytes(),
+    }
+
+
+def describe_plan(prepared: Prepared) -> dict[str, Any]:
+    """The document of `ftload plan`: what `describe` gives, the files to be written, and what writing them takes."""
+    plan = prepared.plan
+    linked = plan.request.base == "link"
+    return {
+        **describe(prepared),
+        "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
+        "needs": {
+            "disk_bytes": sum(file.size for file in plan.files if not (linked and file.layout is None)),
+            "memory_bytes": plan.memory_bytes,
+            "read_bytes": sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
+        },
+    }
+
+
+def _used_files(prepared: Prepared) -> set[str]:
+    source = prepared.sources.model
+    if source.gguf_file is not None:
+        return {source.gguf_file}
+    return {
+        *config_file_names(source.files),
+        *prepared.plan.checkpoint.weight_files,
+        *tokenizer_file_names(source.files),
     }
 
 

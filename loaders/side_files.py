@@ -16,7 +16,6 @@ from .model_config import load_generation_config
 from .plan import Plan
 from .ready import Prepared, Timings
 from .report import REPORT_FILE, adapter_base, build_report, data_bytes
-from .source import config_file_names, tokenizer_file_names
 from .stream import Written
 from .tokenizer import save_tokenizer
 
@@ -45,20 +44,7 @@ def write_side_files(
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with timings.stage("hash"), disk_errors(stage):
         files = [_file_entry(path, stage, hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
-    used = [file.path for file in source.files if file.path in _used_files(prepared)]
-    report = build_report(
-        plan,
-        arguments=prepared.arguments,
-        making=making,
-        source=source,
-        source_files=used,
-        tokenizer=prepared.tokenizer.facts(),
-        warnings=prepared.warnings,
-        decisions=prepared.decisions,
-        files=files,
-        timings=timings.seconds,
-        written=written,
-    )
+    report = build_report(prepared, making=making, files=files, timings=timings.seconds, written=written)
     with disk_errors(stage):
         (stage / "README.md").write_text(model_card(report), encoding="utf-8")
         report["files"] = sorted(
@@ -70,17 +56,6 @@ def write_side_files(
         sync_file(stage / REPORT_FILE)
         sync_file(stage)
     return report
-
-
-def _used_files(prepared: Prepared) -> set[str]:
-    source, plan = prepared.sources.model, prepared.plan
-    if source.gguf_file is not None:
-        return {source.gguf_file}
-    return {
-        *config_file_names(source.files),
-        *plan.checkpoint.weight_files,
-        *tokenizer_file_names(source.files),
-    }
 
 
 def _save_config(prepared: Prepared, stage: Path) -> None:
