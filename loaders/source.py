@@ -208,7 +208,9 @@ def resolve_source(model: str, revision: str | None) -> Source:
         path = Path(model).expanduser()
         if path.is_dir():
             path = path.resolve()
-            return Source(model=model, kind="local", revision=revision, commit=None, root=path, files=_list_files(path))
+            files = _list_files(path)
+            _check_links(path, files)
+            return Source(model=model, kind="local", revision=revision, commit=None, root=path, files=files)
         if path.is_file():
             return _resolve_file(model, revision, path.parent.resolve() / path.name)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
@@ -260,6 +262,22 @@ def _list_files(root: Path) -> tuple[SourceFile, ...]:
     # is_file is false for a link to nothing, such as the cache leaves when a blob is deleted
     files = [_local_file(path, root) for path in paths if path.is_file()]
     return tuple(sorted(files, key=lambda file: file.path))
+
+
+def _check_links(root: Path, files: Iterable[SourceFile]) -> None:
+    """Refuse links that lead out of a model: a template or a configuration is copied, and could be anybody's file.
+
+    Weights may be links, since nothing but tensors is read from them; so may what a hub's cache links to its blobs.
+    """
+    allowed = (root, root.parent.parent / "blobs")
+    for file in files:
+        path = root / file.path
+        target = path.resolve()
+        if file.path.endswith((".safetensors", ".bin", ".gguf")) or any(target.is_relative_to(p) for p in allowed):
+            continue
+        raise CheckpointError(
+            f"`{path}` is a link to `{target}`, out of the model's directory", hint="put the file itself there"
+        )
 
 
 def _local_file(path: Path, root: Path) -> SourceFile:

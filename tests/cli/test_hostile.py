@@ -200,6 +200,24 @@ def test_secrets_do_not_reach_the_report(model: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_model_is_not_followed(ftload: Ftload, model: Path, tmp_path: Path, name: str) -> None:
+    private = tmp_path / "private"
+    private.write_bytes((model / name).read_bytes() if (model / name).exists() else b"my private key")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(private)
+    refused = ftload("prepare", "--model", model, "--output_dir", tmp_path / "out")
+    assert refused.code == 4
+    assert f"`{model / name}` is a link to `{private}`, out of the model's directory" in refused.err
+
+
+def test_weights_and_the_directory_may_be_links(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    (model / WEIGHTS).rename(tmp_path / "big.safetensors")
+    (model / WEIGHTS).symlink_to(tmp_path / "big.safetensors")
+    (tmp_path / "link").symlink_to(model)
+    assert ftload("prepare", "--model", tmp_path / "link", "--output_dir", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize("what", ["truncated", "rewritten", "replaced"])
 def test_a_source_that_changes_while_it_is_read(model: Path, tmp_path: Path, what: str) -> None:
     path = model / WEIGHTS
