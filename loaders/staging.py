@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -130,6 +131,8 @@ def staged(output: Path) -> Iterator[Staging]:
                 _put_back(directory / "replaced", output)
                 for scratch in directory.glob("scratch-*"):
                     shutil.rmtree(scratch)
+                for trash in directory.parent.glob(f"{glob.escape(directory.name)}-*"):
+                    shutil.rmtree(trash, ignore_errors=True)  # of a run that was killed while it tidied up
             yield staging
         except (ResourceError, SourceError):
             keep = _keep_finished(staging)
@@ -198,6 +201,10 @@ def _lock(output: Path) -> tuple[Path, Any]:
             file = (directory / "lock").open("w")
         except FileNotFoundError:
             continue  # whoever held it has just removed the directory
+        except OSError:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+            raise
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
