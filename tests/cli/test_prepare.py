@@ -293,3 +293,26 @@ def test_experts_that_stay_16_bit_are_an_error_unless_allowed(ftload: Callable[.
     assert json.loads(done.out)["quantization"]["coverage_percent"] == pytest.approx(percent, abs=1e-4)
     for wrong in ("-1", "101", "nan"):
         assert ftload(*words, "--min_quantized", wrong).code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(ftload: Ftload, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "llama", vocab_size=136, dtype="bfloat16")
+    write_llama(tmp_path / "model", vocab_size=128)
+    words = ["prepare", "--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--device", "cuda"]
+    refused = ftload(*words, "--use_qlora")
+    assert refused.code == 5
+    assert refused.err.startswith("error: `--device cuda`: ")
+    assert not (tmp_path / "out").exists()
+    # nothing is encoded: the device has no part in it
+    assert ftload(*words).code == 0
+
+
+def test_bitsandbytes_encodes_as_the_kernel_does() -> None:
+    from ftload.loaders import nf4
+
+    values = torch.randn(1000, 64, dtype=torch.bfloat16)
+    codes, absmax = nf4.encode(values)
+    other_codes, other_absmax = nf4.encode_with_bitsandbytes(values, "cpu")
+    assert torch.equal(codes, other_codes)
+    assert torch.equal(absmax, other_absmax)

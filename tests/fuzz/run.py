@@ -83,7 +83,7 @@ def check(case: Case, bases: dict[str, Path], work: Path) -> int:
         problems.append("control characters on stderr")
     if code == 0 and "--quiet" not in flags and not stdout.getvalue():
         problems.append("exit code 0 and no word")
-    if code == 0 and "-h" not in flags and not any(work.rglob("ftload_report.json")):
+    if code == 0 and not {"-h", "--help"} & {*flags} and not any(work.rglob("ftload_report.json")):
         problems.append("exit code 0 and no output")
     if code != 0:
         if _list(work) != before:

@@ -353,4 +353,6 @@ def test_qlora_without_numba_is_the_same(tmp_path: Path, request: pytest.Fixture
 
 def _prepare(source: Path, output: Path) -> dict[str, Any]:
     words = ["--model", str(source), "--output_dir", str(output), "--lora_rank", "8", "--use_qlora"]
-    return prepare(parse_arguments(words), Silent())
+    outcome = prepare(parse_arguments(words), Silent())
+    assert outcome is not None
+    return outcome.report
