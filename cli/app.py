@@ -13,7 +13,9 @@ from typing import NoReturn
 
 import typer
 
+from .doctor import doctor
 from .errors import Interrupted, explain
+from .inspect_checkpoint import InspectCommand, inspect
 from .options import FlagsCommand
 from .output import OUTPUT, is_first_process
 from .plan import plan
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command("prepare", cls=FlagsCommand)(prepare)
 app.command("plan", cls=FlagsCommand)(plan)
 app.command("verify")(verify)
+app.command("inspect", cls=InspectCommand)(inspect)
+app.command("doctor")(doctor)
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
+    from ..loaders.comparison import Comparison
+    from ..loaders.doctor import Diagnosis
+    from ..loaders.inspection import Inspection
+    from ..loaders.inventory import StoredTensor
     from ..loaders.stream import Progress
     from ..loaders.verify import Verification
 
@@ -66,6 +70,39 @@ class Output:
         self._tell(explain(error))
         return error.code
 
+    def inspection(self, inspection: Inspection, tensors: tuple[StoredTensor, ...] | None) -> None:
+        """The result of `inspect`, with a list of some tensors or without."""
+        if self._as_json:
+            print(json.dumps(inspection.to_json(tensors)))
+        else:
+            from .inspection_tables import print_inspection
+
+            print_inspection(inspection, tensors)
+
+    def comparison(self, comparison: Comparison) -> None:
+        """The result of `inspect` with two checkpoints."""
+        if self._as_json:
+            print(json.dumps(comparison.to_json()))
+        else:
+            from .inspection_tables import print_comparison
+
+            print_comparison(comparison)
+
+    def diagnosis(self, diagnosis: Diagnosis) -> int:
+        """The result of `doctor`; returns the exit code."""
+        error = diagnosis.error
+        if self._as_json:
+            failure = {} if error is None else {"error": _json_error(explain(error))}
+            print(json.dumps({**diagnosis.to_json(), **failure}))
+        else:
+            from .diagnosis_tables import print_diagnosis
+
+            print_diagnosis(diagnosis)
+        if error is None:
+            return 0
+        self._tell(explain(error))
+        return error.code
+
     def failure(self, failure: Failure) -> None:
         """One line and a hint on stderr (with `--debug` a traceback first); with `--json` a document on stdout too."""
         if self._debug:
@@ -97,6 +134,17 @@ class Output:
 
         with _bar(Console(stderr=True)) as bar:
             yield _Shown(bar)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A word on stderr while something without a measure goes on: nothing unless stderr is a terminal."""
+        if self._quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status(what):
+            yield
 
 
 def _json_error(failure: Failure) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ def read_tokenizer_facts(source: Source) -> TokenizerFacts | None:
         decoder = config.get("added_tokens_decoder")
         for index, token in (decoder if isinstance(decoder, dict) else {}).items():
             content = _content(token)
-            if content is not None and index.isdecimal():
+            if content is not None and re.fullmatch(r"\d{1,9}", index):
                 vocabulary.setdefault(content, int(index))
     special = dict.fromkeys(_SPECIAL)
     for found in (read_json(source, "special_tokens_map.json") if "special_tokens_map.json" in names else {}, config):
