@@ -59,9 +59,9 @@ TEMPLATES: dict[str, str] = {
 """Every built-in template by the name that `--chat_template_name` takes."""
 
 
-MAX_SECONDS = 10
+MAX_SECONDS = 4
 """What rendering one conversation may take."""
-MAX_BYTES = 1024**3
+MAX_BYTES = 400_000_000
 """The memory that it may take, beyond what this process has."""
 
 
@@ -90,7 +90,7 @@ def render(
         os.waitpid(child, 0)
     if not answer:
         raise CheckpointError(
-            f"the chat template does not end within {MAX_SECONDS} seconds and {MAX_BYTES // 1024**3} GB of memory",
+            f"the chat template does not end within {MAX_SECONDS} seconds and {MAX_BYTES // 10**6} MB of memory",
             hint="pass another with --chat_template_name",
         )
     result = json.loads(answer)

@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import CheckpointError, SourceError
 from .pickles import Placed, read_pickle
@@ -163,7 +163,11 @@ def fetch_config(source: Source) -> None:
         _check_sizes(_parse_json(source.read(name, 0, size), str(source.root / name)), str(source.root / name))
 
 
-_MOST = {re.compile(r"layers?$"): 2_000, re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000}
+_MOST = {
+    re.compile(r"layers?$"): 2_000,
+    re.compile(r"labels$"): 100_000,
+    re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000,
+}
 """Keys of a configuration, and the largest value that they can have. Without a bound, a number of a few digits makes
 transformers build modules, or lists of them, until memory or patience end; the largest models have a tenth of this."""
 
@@ -224,7 +228,8 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
     """Parse and check the header of one safetensors file of `size` bytes.
 
     Every element is checked: dtype times shape is the length of the data, the data lie one after another and end
-    with the file. Raises `CheckpointError` naming the file.
+    with the file. What is taken here, the safetensors library takes too: the file may be copied as it is.
+    Raises `CheckpointError` naming the file.
     """
     if size < 8:
         raise CheckpointError(f"`{file}` is {size} bytes long: not a safetensors file", hint=_TRUNCATED)
@@ -235,8 +240,10 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(f"`{file}` has a header of {length} bytes in a file of {size}", hint=_TRUNCATED)
     raw = first[8 : 8 + length] if 8 + length <= len(first) else first[8:] + read(len(first), 8 + length)
-    header = _parse_json(raw, file)
-    header.pop("__metadata__", None)
+    header = _parse_json(raw, file, strict=True)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"`{file}`: the `__metadata__` of the header is malformed")
     tensors = [_tensor_meta(name, entry, file, 8 + length) for name, entry in header.items()]
     position = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
@@ -268,17 +275,24 @@ def _absent(source: Source, message: str, hint: str) -> CheckpointError | Source
 
 def _tensor_meta(name: str, entry: Any, file: str, data_begin: int) -> TensorMeta:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        dtype, shape, begin, end = None, (), 0, -1
-    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)) or begin > end or len(shape) > 64:
+        dtype, shape, begin, end = None, None, 0, -1
+    if (
+        not isinstance(shape, list)
+        or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+        or begin > end
+        or len(shape) > 64
+    ):
         raise CheckpointError(f"`{file}`: the header entry of `{name}` is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"`{file}`: tensor `{name}` has the unknown dtype `{dtype}`")
-    meta = TensorMeta(name=name, shape=shape, dtype=dtype, file=file, begin=data_begin + begin, end=data_begin + end)
+    meta = TensorMeta(
+        name=name, shape=tuple(shape), dtype=dtype, file=file, begin=data_begin + begin, end=data_begin + end
+    )
     if meta.nbytes != end - begin:
         raise CheckpointError(
-            f"`{file}`: tensor `{name}` of shape {list(shape)} and dtype {dtype} should take {meta.nbytes} bytes, "
+            f"`{file}`: tensor `{name}` of shape {shape} and dtype {dtype} should take {meta.nbytes} bytes, "
             f"its header says {end - begin}"
         )
     return meta
@@ -303,7 +317,9 @@ def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) ->
     return _parse_json(source.read(name, 0, size), name)
 
 
-def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+def _parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]:
+    """A JSON object without repeated keys; `strict` as in RFC 8259, not with all that Python's parser takes as well."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -311,7 +327,15 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(raw, object_pairs_hook=unique)
+        if strict:
+            text = raw.decode()
+            value = json.loads(
+                text, object_pairs_hook=unique, parse_constant=_refuse, parse_float=_refuse, parse_int=_integer
+            )
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+        else:
+            value = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         if raw.startswith(_LFS_POINTER):
             raise _lfs_pointer(file) from error
@@ -319,6 +343,16 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"`{file}` is not a JSON object", hint=_TRUNCATED)
     return value
+
+
+def _integer(literal: str) -> int:
+    """For an integer of a header; the library can't take more digits than a float has."""
+    return int(literal) if len(literal) <= 300 else _refuse(literal)
+
+
+def _refuse(literal: str) -> NoReturn:
+    """For what has no place in a header: fractions, NaN and infinity."""
+    raise ValueError(literal)
 
 
 def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview, tensor: TensorMeta) -> None:

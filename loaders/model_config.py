@@ -63,7 +63,7 @@ def load_generation_config(root: Path) -> GenerationConfig:
             return GenerationConfig.from_pretrained(root)
         except OSError:
             return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
                 hint="correct it, or delete it: training does without",

@@ -62,30 +62,54 @@ def find_packed(checkpoint: Checkpoint) -> dict[str, PackedTensor]:
         if not name.endswith(STATE_SUFFIX):
             continue
         weight = name.removesuffix(STATE_SUFFIX)
-        parts = tuple(
-            meta
-            for key in (weight, *(f"{weight}.{part}" for part in _PARTS))
-            if (meta := checkpoint.tensors.get(key)) is not None
-        )
-        raw = checkpoint.source.read(state.file, state.begin, state.end)
+        if state.nbytes > _MOST_STATE_BYTES:
+            raise CheckpointError(f"tensor `{name}` of `{state.file}` is too long to be a bitsandbytes state")
         try:
-            values = json.loads(raw)
-            shape = tuple(int(n) for n in values["shape"])
-            block_size = int(values["blocksize"])
-        except (ValueError, KeyError, TypeError) as error:
+            raw = checkpoint.source.read(state.file, state.begin, state.end)
+            shape, block_size, nested_block_size = _parse_state(raw)
+            sizes = _part_sizes(math.prod(shape), block_size, nested_block_size)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"tensor `{name}` of `{state.file}` is not a bitsandbytes state") from error
-        if not parts or parts[0].name != weight or parts[0].parameters != (math.prod(shape) + 1) // 2:
-            raise CheckpointError(f"tensor `{weight}` does not have the size that its 4-bit state tells")
-        packed[weight] = PackedTensor(
-            name=weight,
-            shape=shape,
-            parts=(*parts, state),
-            block_size=block_size,
-        )
+        parts = []
+        for suffix, size in sizes.items():
+            part = checkpoint.tensors.get(weight + suffix)
+            if part is None:
+                raise CheckpointError(f"tensor `{weight}{suffix}` of a 4-bit weight is missing")
+            if part.parameters != size:
+                raise CheckpointError(f"tensor `{part.name}` does not have the size that its 4-bit state tells")
+            parts.append(part)
+        packed[weight] = PackedTensor(name=weight, shape=shape, parts=(*parts, state), block_size=block_size)
     return packed
 
 
-_PARTS = ("absmax", "nested_absmax", "quant_map", "nested_quant_map")
+_MOST_STATE_BYTES = 64 * 1024
+"""A state has some 200."""
+
+
+def _parse_state(raw: bytes) -> tuple[tuple[int, ...], int, int | None]:
+    """Shape, block size and, with double quantisation, the size of its blocks.
+
+    Raises one of several errors unless everything is there that `QuantState.from_dict` takes.
+    """
+    values = json.loads(raw)
+    shape, block_size, nested = tuple(values["shape"]), values["blocksize"], values.get("nested_blocksize")
+    sizes = [*shape, block_size] if nested is None else [*shape, block_size, nested]
+    fits = all(type(size) is int and size > 0 for size in sizes) and values["quant_type"] == "nf4"
+    fits = fits and values["dtype"] in ("bfloat16", "float16", "float32")
+    if nested is not None:
+        fits = fits and values["nested_dtype"] == "float32" and math.isfinite(values["nested_offset"])
+    if not fits:
+        raise ValueError("not a state that bitsandbytes would take")
+    return shape, block_size, nested
+
+
+def _part_sizes(n: int, block_size: int, nested_block_size: int | None) -> dict[str, int]:
+    """Suffix to the number of elements, of what a weight of n elements is stored in beside its state."""
+    blocks = -(-n // block_size)
+    sizes = {"": (n + 1) // 2, ".absmax": blocks, ".nested_absmax": 0, ".quant_map": 16, ".nested_quant_map": 256}
+    if nested_block_size is None:
+        return {suffix: size for suffix, size in sizes.items() if "nested" not in suffix}
+    return {**sizes, ".nested_absmax": -(-blocks // nested_block_size)}
 
 
 def stored_shapes(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:

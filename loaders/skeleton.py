@@ -7,6 +7,7 @@ ties, keeps in float32 or finds missing is its own answer, for every architectur
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -208,7 +209,7 @@ def _load_on_meta(
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # packed tensors stand in `state` with their logical shapes
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _bounded(_PARTS_A_TENSOR * len(state) + _LEAST_PARTS):
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
@@ -222,10 +223,53 @@ def _load_on_meta(
             return loaded
     except ImportError as error:
         raise MissingRequirementError(f"this model's code needs more: {said_by(error)}") from error
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         raise CheckpointError(
             f"transformers can't build `{model_class.__name__}` from this configuration: {said_by(error)}"
         ) from error
+
+
+_PARTS_A_TENSOR = 200
+_LEAST_PARTS = 3000
+"""A model has some three modules and parameters for each stored tensor; hundreds if one holds many experts."""
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """Raise `CheckpointError` when more modules and parameters than `most` are made.
+
+    A configuration of a few bytes can ask for any number of layers, and each of them takes time and memory.
+    """
+    from torch.nn.modules.module import (
+        register_module_module_registration_hook,
+        register_module_parameter_registration_hook,
+    )
+
+    parts = 0
+
+    def count(*_: object) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > most:
+            raise CheckpointError(
+                "the configuration asks for a model of far more parts than there are tensors",
+                hint="config.json and the weights must belong together",
+            )
+
+    hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _shape(meta: TensorMeta, packed: Mapping[str, PackedTensor]) -> tuple[int, ...]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOST_TOKENS = 10_000_000
+"""Ids lie below. When a tokenizer is saved, `tokenizers` counts up to the last id and lists those that no token has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerKind:
     """What a tokenizer is, as far as the functions of tokenizer.py tell tokenizers apart."""
@@ -53,8 +57,12 @@ def load_tokenizer(
     if tokenizer.is_fast:
         # where files are missing, transformers makes up a tokenizer that knows its special tokens and nothing else
         special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-        if not tokenizer.get_vocab().keys() - special:
+        vocabulary = tokenizer.get_vocab()
+        if not vocabulary.keys() - special:
             raise _no_tokenizer(root)
+        last = max(vocabulary.values())
+        if last >= MOST_TOKENS:
+            raise CheckpointError(f"the tokenizer in `{root}` has a token of the id {last:,}", hint="is it damaged?")
     for key in ("is_local", "local_files_only"):
         # how it was loaded, not what it is: it would be saved, and differ between a hub and a directory
         tokenizer.init_kwargs.pop(key, None)

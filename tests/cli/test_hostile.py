@@ -67,6 +67,25 @@ def many_tensors(model: Path) -> None:
     header(model, ("{" + ",".join(entry % n for n in range(600_000)) + "}").encode())
 
 
+def add_token(model: Path, number: int) -> None:
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"]["far"] = number
+    path.write_text(json.dumps(document))
+
+
+def add_state(model: Path, state: bytes, size: int = 0) -> None:
+    """A 4-bit weight of 8 × 8, of which nothing else is there, with a state that is as long as it is, or as `size`."""
+    end = 32 + (size or len(state))
+    entries = {
+        "a": {"dtype": "U8", "shape": [32, 1], "data_offsets": [0, 32]},
+        "a.quant_state.bitsandbytes__nf4": {"dtype": "U8", "shape": [end - 32], "data_offsets": [32, end]},
+    }
+    content = json.dumps(entries).encode()
+    header(model, content, data=bytes(32) + state)
+    os.truncate(model / WEIGHTS, 8 + len(content) + end)
+
+
 HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a configuration of a gigabyte": (lambda m: sparse(m / "config.json", 10**9), "config.json` is 1000000000 bytes long"),
     "an index of a gigabyte": (
@@ -83,7 +102,7 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: header(m, json.dumps({"a": {"dtype": "U8", "shape": [10**9] * 1000, "data_offsets": [0, 0]}}).encode()), "malformed",
     ),
     "integers of a thousand digits": (
-        lambda m: header(m, b'{"a":{"dtype":"U8","shape":[1' + b"0" * 1000 + b'],"data_offsets":[0,1]}}'), "`a`",
+        lambda m: header(m, b'{"a":{"dtype":"U8","shape":[1' + b"0" * 1000 + b'],"data_offsets":[0,1]}}'), "is not valid JSON",
     ),
     "overlapping data": (
         lambda m: header(m, json.dumps({n: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for n in "ab"}).encode(), data=b"12"), "overlap",
@@ -103,6 +122,18 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a template that fills the memory": (
         lambda m: (m / "chat_template.jinja").write_text("{{ 'x' * 100000000000 }}"), "the chat template does not end within",
     ),
+    "a model of other parts than are stored": (
+        lambda m: edit_config(m, model_type="bamba", num_hidden_layers=2000), "far more parts than there are tensors",
+    ),
+    "a padding token beyond the embedding": (lambda m: edit_config(m, pad_token_id=10**12), "can't build `LlamaForCausalLM`"),
+    "a hundred million labels": (lambda m: edit_config(m, num_labels=10**8), "`num_labels` is more than"),
+    "generation settings nested 900 deep": (lambda m: (m / "generation_config.json").write_text(nested(900)), "generation_config.json` can't be used"),
+    "a token with the id of billions": (lambda m: add_token(m, 4 * 10**9), "has a token of the id 4,000,000,000"),
+    "a 4-bit state of a gigabyte": (lambda m: add_state(m, bytes(0), 10**9), "is too long to be a bitsandbytes state"),
+    "a 4-bit state of infinite size": (lambda m: add_state(m, b'{"shape": [1e999], "blocksize": 64}'), "is not a bitsandbytes state"),
+    "a 4-bit state nested 9,000 deep": (lambda m: add_state(m, nested(9_000).encode()), "is not a bitsandbytes state"),
+    "4-bit blocks of nothing": (lambda m: add_state(m, b'{"shape": [8, 8], "blocksize": 0}'), "is not a bitsandbytes state"),
+    "a 4-bit weight without its maxima": (lambda m: add_state(m, b'{"shape": [8, 8], "blocksize": 64, "quant_type": "nf4", "dtype": "bfloat16"}'), "`a.absmax` of a 4-bit weight is missing"),
     "a tokenizer of a gigabyte": (lambda m: sparse(m / "tokenizer.json", 10**9), "tokenizer"),
 }  # fmt: skip
 

@@ -123,6 +123,20 @@ def joined(header: bytes, data: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", (len(header) if length is None else length) % 2**64) + header + data
 
 
+def exchanged(header: dict[str, Any], data: bytes, name: str, value: bytes) -> bytes:
+    """The file with other bytes in one tensor, which is flat and of one byte an element."""
+    entries, parts, position = {}, [], 0
+    tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    for key, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        part = value if key == name else data[begin:end]
+        shape = [len(value)] if key == name else entry["shape"]
+        entries[key] = {**entry, "shape": shape, "data_offsets": [position, position + len(part)]}
+        parts.append(part)
+        position += len(part)
+    return joined(dump(entries), b"".join(parts))
+
+
 def write(name: str, content: bytes) -> Callable[[Path], None]:
     def plant(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -163,9 +177,15 @@ def cases(draw: st.DrawFn, bases: dict[str, Path]) -> Case:
         content, said = draw(spoilt_bytes(content, draw(st.sampled_from([16, 4000, len(content)]))))
         return Case(base=base, what=f"{weights.name}: {said}", plant=write(weights.name, content), flags=flags)
     if kind == "state":
-        # the small tensors at the start of the data: of a 4-bit model, its JSON states
-        content = weights.read_bytes()
-        header, data = split(content)
+        header, data = split(weights.read_bytes())
+        states = sorted(name for name in header if ".quant_state." in name)
+        if states and draw(st.booleans()):
+            name = draw(st.sampled_from(states))
+            begin, end = header[name]["data_offsets"]
+            state, said = draw(spoilt_json(json.loads(data[begin:end])))
+            content = exchanged(header, data, name, dump(state))
+            return Case(base=base, what=f"{name}: {said}", plant=write(weights.name, content), flags=flags)
+        # the small tensors at the start of the data
         spoilt, said = draw(spoilt_bytes(data, 2000))
         spoilt = (spoilt + bytes(len(data)))[: len(data)]
         return Case(

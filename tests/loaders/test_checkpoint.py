@@ -101,7 +101,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**ENTRY, "shape": [3]}}, b"12345678", r"tensor `a` of shape \[3\] and dtype F32 should take 12 bytes"),
         ({"a": {**ENTRY, "dtype": "F31"}}, b"12345678", "tensor `a` has the unknown dtype `F31`"),
         ({"a": {**ENTRY, "shape": [-2]}}, b"12345678", "the header entry of `a` is malformed"),
-        ({"a": {**ENTRY, "shape": [2.0]}}, b"12345678", "the header entry of `a` is malformed"),
+        ({"a": {**ENTRY, "shape": [2.0]}}, b"12345678", "is not valid JSON"),
         ({"a": {**ENTRY, "shape": "2"}}, b"12345678", "the header entry of `a` is malformed"),
         ({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"12345678", "the header entry of `a` is malformed"),
         ({"a": {**ENTRY, "data_offsets": ["0", "8"]}}, b"12345678", "the header entry of `a` is malformed"),
