@@ -68,7 +68,32 @@ def print_plan(plan: Mapping[str, Any], directory: str) -> None:
             ("memory", f"{format_bytes(needs['memory_bytes'])} for tensors, beside interpreter and libraries"),
         ],
     )
+    _print_training_memory(console, plan["training_memory"])
     _print_notes(console, plan)
+
+
+def _print_training_memory(console: Console, methods: list[Mapping[str, Any]]) -> None:
+    """Full fine-tuning, LoRA and QLoRA side by side: what fills the memory at its peak, and what fits on which GPU."""
+    known = [method for method in methods if "parts" in method]
+    if known:
+        setting = f"{known[0]['batch_size']} × {known[0]['length']:,} tokens"
+        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+        table.add_column(f"training, {setting}")
+        for method in known:
+            table.add_column(method["method"], justify="right")
+        names = dict.fromkeys(part["name"] for method in known for part in method["parts"])
+        for name in names:
+            sizes = ({part["name"]: part["bytes"] for part in method["parts"]}.get(name) for method in known)
+            table.add_row(name, *("" if size is None else format_bytes(size) for size in sizes))
+        table.add_row("total", *(f"[bold]{format_bytes(method['total_bytes'])}[/]" for method in known))
+        for row, fit in enumerate(known[0]["fits"]):
+            fits = [method["fits"][row] for method in known]
+            words = (f"batch {one['largest_batch']}" if one["fits"] else "[dim]no[/]" for one in fits)
+            table.add_row(f"fits {fit['gigabytes']} GB", *words)
+        console.print(table)
+    for method in methods:
+        if "reason" in method:
+            console.print(f"[dim]{method['method']}: no estimate: {_clean(method['reason'])}[/]", soft_wrap=True)
 
 
 def _console() -> Console:

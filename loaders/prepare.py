@@ -17,6 +17,7 @@ from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
 from .file_copy import link_problem
 from .identity import fingerprint
+from .memory import compare_methods
 from .output_files import OutputFile
 from .plan import Plan
 from .processes import Processes, join_processes
@@ -80,7 +81,7 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
 
 
 def plan_only(arguments: Arguments, progress: Progress) -> dict[str, Any]:
-    """What `prepare` would write and what it takes, as JSON values (see `describe_plan`).
+    """What `prepare` would write, what it takes, and what training takes then, as JSON values (see `describe_plan`).
 
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
     dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
@@ -92,7 +93,11 @@ def plan_only(arguments: Arguments, progress: Progress) -> dict[str, Any]:
         prepared = make_ready(arguments, request, sources, Path(work), Timings(progress))
         if arguments.own.strict:
             check_strict(prepared.decisions)
-        return describe_plan(prepared)
+        progress.stage("training memory")
+        return {
+            **describe_plan(prepared),
+            "training_memory": [estimate.to_json() for estimate in compare_methods(prepared.plan, arguments.flat)],
+        }
 
 
 def _make(

@@ -27,8 +27,9 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rows", [128, 136])
+@pytest.mark.parametrize(
+    ("architecture", "rows"), [*((name, 128) for name in ARCHITECTURES), ("llama", 136), ("gpt2", 136)]
+)
 def test_a_plan_is_its_report(ftload: Ftload, tmp_path: Path, architecture: str, rows: int) -> None:
     write_model(tmp_path / "model", architecture, vocab_size=rows, dtype="bfloat16")
     write_llama(tmp_path / "model", vocab_size=128)
@@ -39,11 +40,15 @@ def test_a_plan_is_its_report(ftload: Ftload, tmp_path: Path, architecture: str,
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
         plan = json.loads(planned.out)
         report = json.loads(ftload("prepare", *words).out)
-        assert {key: plan[key] for key in plan.keys() - {"files", "needs"}} == {
+        assert {key: plan[key] for key in plan.keys() - {"files", "needs", "training_memory"}} == {
             key: report[key] for key in report.keys() - KNOWN_ONLY_AFTERWARDS
         }
         written = (tmp_path / "out").rglob("*.safetensors")
         weights = {path.relative_to(tmp_path / "out").as_posix(): path.stat().st_size for path in written}
+        methods = {method["method"]: method for method in plan["training_memory"]}
+        assert list(methods) == ["full", "lora", "qlora"]
+        mine = methods[report["strategy"] if report["adapter"] else "full"]
+        assert mine["total_bytes"] == sum(part["bytes"] for part in mine["parts"]), mine
         assert {file["path"]: file["bytes"] for file in plan["files"]} == weights
         assert plan["needs"]["disk_bytes"] == sum(weights.values())
         stored = (tmp_path / "model" / "model.safetensors").stat().st_size

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama
 from .runs import prepare
@@ -70,8 +74,6 @@ def rename_layer(out: Path, old: bytes, new: bytes) -> None:
 
 def set_template(out: Path, text: str) -> None:
     """Another template, and a report that agrees with it."""
-    import hashlib
-
     (out / "chat_template.jinja").write_text(text)
     edit_report(out, "tokenizer", "chat_template_sha256", value=hashlib.sha256(text.encode()).hexdigest())
 
@@ -266,6 +268,55 @@ def test_a_place_that_is_no_directory_is_not_looked_for_on_a_hub(
         result = ftload("verify", place)
         assert (result.code, result.out) == (3, "")
         assert result.err.startswith(f"error: `{place}` {words}\nhint: give a directory")
+
+
+def test_a_base_on_the_hub(tmp_path: Path) -> None:
+    repository = write(tmp_path / "model")
+    with LoopbackHub() as hub:
+        hub.add("org/model", repository)
+
+        def run(*words: str) -> tuple[int, str]:
+            # in a process of its own: huggingface_hub reads its environment when it is imported
+            done = subprocess.run(
+                [sys.executable, "-m", "ftload.cli", *words],
+                env=hub.env(tmp_path / "home"), cwd=tmp_path, capture_output=True, text=True,
+            )  # fmt: skip
+            return done.returncode, done.stdout
+
+        assert run("prepare", "--model", "org/model", "--use_lora", *CHAT, "--output_dir", "out")[0] == 0
+        hub.forget()
+        assert run("verify", "out", "--quick")[0] == 0
+        assert hub.sent("*.safetensors") <= 65536  # the header alone
+        for key, value, words in (
+            ("bytes", 1, "`model.safetensors` of the base has"),
+            ("sha256", "0" * 64, "`model.safetensors` of the base has another sha256"),
+        ):
+            before = (tmp_path / "out/ftload_report.json").read_text()
+            edit(
+                tmp_path / "out/ftload_report.json",
+                lambda r, k=key, v=value: next(
+                    f for f in r["source"]["files"] if f["path"] == "model.safetensors"
+                ).update({k: v}),
+            )
+            code, out = run("verify", "out", "--quick")
+            assert code == 7
+            assert words in out
+            (tmp_path / "out/ftload_report.json").write_text(before)
+        # a commit that the hub does not have
+        for file, keys in (
+            ("ftload_report.json", ("adapter", "revision")),
+            ("adapter/adapter_config.json", ("revision",)),
+        ):
+            edit(
+                tmp_path / "out" / file,
+                lambda d, k=keys: (d["adapter"] if len(k) == 2 else d).update(revision="0" * 40),
+            )
+        make_hashes_fit(tmp_path / "out")
+        code, out = run("verify", "out", "--quick", "--json")
+        assert code == 7
+        failed = {row["name"] for row in json.loads(out)["checks"] if not row["ok"]}
+        assert "adapter" in failed
+        assert "files" not in failed
 
 
 def test_quick_reads_headers_alone(ftload: Ftload, outputs: dict[str, Path], tmp_path: Path) -> None:
