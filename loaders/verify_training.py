@@ -23,7 +23,7 @@ def check_training(context: Context) -> Iterator[str]:
     import torch
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")
             model, tokenizer = load_prepared(context.root, trust_remote_code=context.trust_remote_code)
     except FtloadError:

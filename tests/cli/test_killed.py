@@ -34,6 +34,6 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     tally = json.loads(done.stdout)
     assert tally["trials"] == TRIALS
     # the instants were spread over the whole run, its last stages included
-    assert tally["killed"] > TRIALS / 2, tally
-    assert tally["resumed"] > TRIALS / 20, tally
+    assert tally["killed"] > TRIALS / 3, tally
+    assert tally["resumed"] > TRIALS / 40, tally
     print(tally)
