@@ -164,7 +164,7 @@ def fetch_config(source: Source) -> None:
 
 
 _MOST = {
-    re.compile(r"layers?$"): 2_000,
+    re.compile(r"(layers?|cycles)$"): 2_000,
     re.compile(r"labels$"): 100_000,
     re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000,
 }
