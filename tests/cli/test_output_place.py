@@ -229,6 +229,16 @@ def fill(disk: Path, free: int) -> None:
     (disk / "filler").write_bytes(bytes(size))
 
 
+@pytest.fixture
+def one_worker() -> Iterator[None]:
+    """A worker for each processor that may be used: with one, files are written in the plan's order."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})
+    yield
+    os.sched_setaffinity(0, usable)
+
+
+@pytest.mark.usefixtures("one_worker")
 def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path) -> None:
     out = small_disk / "out"
     words = ["--model", str(model), "--output_dir", str(out), *FLAGS]
