@@ -16,7 +16,7 @@ import typer
 from .doctor import doctor
 from .errors import Interrupted, explain
 from .inspect_checkpoint import InspectCommand, inspect
-from .options import FlagsCommand
+from .options import FlagsCommand, PlanCommand
 from .output import OUTPUT, is_first_process
 from .plan import plan
 from .prepare import prepare
@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare", cls=FlagsCommand)(prepare)
-app.command("plan", cls=FlagsCommand)(plan)
+app.command("plan", cls=PlanCommand)(plan)
 app.command("verify")(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
 app.command("doctor")(doctor)
@@ -56,7 +56,7 @@ def _root(
 def main() -> NoReturn:
     """Run the command line of this process and end it with a code of the contract (see the README)."""
     # torch and transformers make a million objects that stay: searching them for garbage is a sixth of their import
-    gc.set_threshold(100_000)
+    gc.set_threshold(1_000_000)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):

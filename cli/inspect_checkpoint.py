@@ -30,6 +30,9 @@ def inspect(
         None, "--tensors", metavar="[GLOB]", help="List the tensors, or those whose names match.", show_default=False
     ),
     bytes: bool = typer.Option(False, "--bytes", help="Compare the contents of two checkpoints too, by sha256."),
+    html: str | None = typer.Option(
+        None, "--html", metavar="FILE", help="Write a page too, without scripts or network.", show_default=False
+    ),
     revision: str | None = typer.Option(None, "--revision", help="Branch, tag or commit on the hub."),
     json: bool = typer.Option(False, "--json", help="Print exactly one JSON document on stdout."),
     debug: bool = typer.Option(False, "--debug", help="Show a traceback with errors."),
@@ -42,18 +45,24 @@ def inspect(
     from ..loaders.comparison import compare
     from ..loaders.errors import UsageError
     from ..loaders.inspection import inspect as run
+    from .page import check_place, inspection_page, write_page
 
     OUTPUT.configure(as_json=json, quiet=False, debug=debug)
     if other is None:
         if bytes:
             raise UsageError("`--bytes` compares two checkpoints", hint="give another one")
+        if html is not None:
+            check_place(html)
         found = run(checkpoint, revision=revision)
         listed = None
         if tensors is not None:
             listed = tuple(tensor for tensor in found.tensors if fnmatchcase(tensor.name, tensors))
+        if html is not None:
+            write_page(html, inspection_page(found, listed))
         OUTPUT.inspection(found, listed)
         return
-    if tensors is not None:
-        raise UsageError("`--tensors` lists those of one checkpoint", hint="leave out the other one")
+    for option, value, what in (("--tensors", tensors, "lists those"), ("--html", html, "is a page")):
+        if value is not None:
+            raise UsageError(f"`{option}` {what} of one checkpoint", hint="leave out the other one")
     first, second = (run(model, revision=revision) for model in (checkpoint, other))
     OUTPUT.comparison(compare(first, second, contents=bytes))

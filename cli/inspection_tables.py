@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..loaders.inventory import grouped, sum_of
-from .summary import format_bytes
-from .tables import harmless, make_console, print_table
+from .tables import format_bytes, format_count, harmless, make_console, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,14 +44,14 @@ def print_inspection(inspection: Inspection, tensors: tuple[StoredTensor, ...] |
     if inspection.tensors:
         console.print()
         print_table(console, _components(inspection, console))
-    facts = Table(box=None, pad_edge=False, show_header=False)
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in _facts(inspection):
-        facts.add_row(name, harmless(value))
-    if facts.rows:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts(inspection):
+        table.add_row(name, harmless(value))
+    if table.rows:
         console.print()
-        print_table(console, facts)
+        print_table(console, table)
     for note in inspection.notes:
         console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
 
@@ -86,14 +84,6 @@ def print_comparison(comparison: Comparison) -> None:
             )
 
 
-def format_count(count: int) -> str:
-    """A count of parameters, in the units in which models are named: `8.03 B`."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
-
-
 def _plural(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
@@ -114,19 +104,19 @@ def _components(inspection: Inspection, console: Console) -> Table:
     if with_bars:
         table.add_column("", no_wrap=True, style="cyan")
     total = inspection.total.bytes
-    for component, tensors in grouped(inspection.tensors, "component").items():
-        for number, (dtype, group) in enumerate(grouped(tensors, "dtype").items()):
-            found = sum_of(group)
-            share = found.bytes / total if total else 0
-            row = [
-                component if not number else "",
-                dtype,
-                f"{found.tensors:,}",
-                f"{found.parameters:,}",
-                format_bytes(found.bytes),
-                f"{100 * share:.1f} %",
-            ]
-            table.add_row(*row, *((_bar(share),) if with_bars else ()))
+    last = None
+    for found in inspection.stored():
+        share = found["bytes"] / total if total else 0
+        row = [
+            found["component"] if found["component"] != last else "",
+            found["dtype"],
+            f"{found['tensors']:,}",
+            f"{found['parameters']:,}",
+            format_bytes(found["bytes"]),
+            f"{100 * share:.1f} %",
+        ]
+        last = found["component"]
+        table.add_row(*row, *((_bar(share),) if with_bars else ()))
     for dtype, found in inspection.by("dtype").items():
         row = ("", dtype, f"{found.tensors:,}", f"{found.parameters:,}", format_bytes(found.bytes))
         table.add_row("total" if dtype == min(inspection.by("dtype")) else "", *row[1:], style="bold")
@@ -138,7 +128,8 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
 
 
-def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    """What is known beside the tensors, each with its name."""
     if inspection.prepared is not None:
         yield "prepared", _prepared(inspection.prepared)
     if inspection.adapter is not None:

@@ -7,12 +7,13 @@ for 98 options, cuts long names off at 80 columns, and can't order its panels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
 
-from ..loaders.arguments import PANELS, Flag, all_flags
+from ..loaders.arguments import PANELS, PLAN, Flag, all_flags, plan_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,9 @@ _TYPES = {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT", "list": "LI
 
 class FlagsCommand(TyperCommand):
     """A command that takes every flag: it finds its words, unparsed, in `ctx.obj` as a tuple."""
+
+    flags: ClassVar[Mapping[str, Flag]] = all_flags()
+    panels: ClassVar[tuple[str, ...]] = PANELS
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep `args` for the command function; asking for help anywhere among them shows it."""
@@ -61,9 +65,16 @@ class FlagsCommand(TyperCommand):
         for block in (usage, *paragraphs, *(Text(note, "dim") for note in NOTES), Text(examples, "cyan")):
             console.print(Padding(block, (1, 1, 0, 1)), markup=False)
         console.print()
-        for title in PANELS:
-            flags = [flag for flag in all_flags().values() if flag.panel == title]
+        for title in self.panels:
+            flags = [flag for flag in self.flags.values() if flag.panel == title]
             console.print(Panel(_table(flags), title=title, title_align="left", border_style="dim"))
+
+
+class PlanCommand(FlagsCommand):
+    """`ftload plan`: every flag, and some of its own."""
+
+    flags: ClassVar[Mapping[str, Flag]] = {**plan_flags(), **all_flags()}
+    panels: ClassVar[tuple[str, ...]] = (PLAN, *PANELS)
 
 
 def _table(flags: list[Flag]) -> Table:

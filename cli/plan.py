@@ -8,12 +8,20 @@ from .output import OUTPUT
 
 
 def plan(ctx: typer.Context) -> None:
-    """Show what `prepare` would write with these flags, and what that takes. Reads headers, writes nothing."""
-    from ..loaders.command_line import parse_arguments
-    from ..loaders.prepare import plan_only
+    """Show what `prepare` would write with these flags, what that takes, and what training takes then.
 
-    arguments = parse_arguments(ctx.obj)
+    Reads headers, no weights, and writes nothing but the page of --html.
+    """
+    from ..loaders.command_line import parse_plan_arguments
+    from ..loaders.prepare import plan_only
+    from .page import check_place, plan_page, write_page
+
+    arguments, options = parse_plan_arguments(ctx.obj)
     OUTPUT.configure(as_json=arguments.own.json, quiet=arguments.own.quiet, debug=arguments.own.debug)
+    if options.html is not None:
+        check_place(options.html)
     with OUTPUT.progress() as progress:
-        found = plan_only(arguments, progress)
+        found = plan_only(arguments, options, progress)
+    if options.html is not None:
+        write_page(options.html, plan_page(found))
     OUTPUT.plan(found, arguments.flat.output_dir)

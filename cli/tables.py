@@ -1,4 +1,4 @@
-"""Tables for people, at a terminal or in a pipe."""
+"""Tables and numbers for people, at a terminal or in a pipe."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ def print_table(console: Console, table: Table) -> None:
 def harmless(text: str) -> str:
     """Text of a file or a library that neither a terminal nor rich takes for an instruction."""
     return escape(one_line(text))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and downloads are sold: `1.23 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def format_count(count: int) -> str:
+    """A count of parameters, in the units in which models are named: `8.03 B`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)

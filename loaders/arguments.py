@@ -3,7 +3,7 @@
 `FlatArguments` and `TokenizerConfig` carry the names, types and defaults of the two dataclasses that Open
 Instruct's SFT script parses its command line into, so that a training command line or YAML file can be handed
 to ftload unchanged; `OwnOptions` is what ftload adds. `command_line.py` parses into them and `cli/options.py`
-makes `--help` from them. The file is long because the contract has 98 flags.
+makes `--help` from them. The file is long because the contract has 100 flags.
 """
 
 # ruff: noqa: RUF009 - `field` below wraps dataclasses.field, which the rule can't see
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from types import MappingProxyType
@@ -30,6 +30,8 @@ OUTPUT = "Output"
 TRAINING = "Training: recorded only"
 PANELS = (MODEL, ADAPTER, QUANTISATION, TOKENIZER, OUTPUT, TRAINING)
 """The panels of `--help`, in the order in which they are shown."""
+PLAN = "Plan"
+"""The panel that `ftload plan` shows before them."""
 
 Origin: TypeAlias = Literal["default", "yaml", "cli"]
 """Where a flag's value came from."""
@@ -214,6 +216,18 @@ class OwnOptions:
     debug: bool = field(False, OUTPUT, "Show a traceback with errors")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What `ftload plan` takes beside all other flags."""
+
+    html: str | None = field(None, PLAN, "Write the plan to this file too, as one page without scripts or network")
+    fsdp: int | None = field(None, PLAN, "Count each GPU's share of this many under FSDP, which divides everything")
+    zero: int | None = field(
+        None, PLAN, "Count each GPU's share under DeepSpeed ZeRO: 1 divides optimizer states, 2 gradients, 3 weights"
+    )
+    gpus: int = field(8, PLAN, "GPUs that --zero divides among")
+
+
 _KINDS: dict[str, Kind] = {
     "bool": "bool",
     "int": "int",
@@ -247,21 +261,29 @@ class Flag:
 @functools.cache
 def all_flags() -> Mapping[str, Flag]:
     """Return every flag by name: the training script's, the tokenizer's, then ftload's own."""
-    flags: dict[str, Flag] = {}
-    for group in (FlatArguments, TokenizerConfig, OwnOptions):
-        defaults = group()
-        for declared in dataclasses.fields(group):
-            annotation = str(declared.type)
-            flags[declared.name] = Flag(
-                name=declared.name,
-                type=annotation,
-                kind=_KINDS[annotation.removesuffix(" | None")],
-                optional=annotation.endswith(" | None"),
-                default=getattr(defaults, declared.name),
-                group=group.__name__,
-                **declared.metadata,
-            )
-    return MappingProxyType(flags)
+    groups = (FlatArguments, TokenizerConfig, OwnOptions)
+    return MappingProxyType({flag.name: flag for group in groups for flag in _declared(group)})
+
+
+@functools.cache
+def plan_flags() -> Mapping[str, Flag]:
+    """Return by name what `ftload plan` takes beside `all_flags`."""
+    return MappingProxyType({flag.name: flag for flag in _declared(PlanOptions)})
+
+
+def _declared(group: type) -> Iterator[Flag]:
+    defaults = group()
+    for declared in dataclasses.fields(group):
+        annotation = str(declared.type)
+        yield Flag(
+            name=declared.name,
+            type=annotation,
+            kind=_KINDS[annotation.removesuffix(" | None")],
+            optional=annotation.endswith(" | None"),
+            default=getattr(defaults, declared.name),
+            group=group.__name__,
+            **declared.metadata,
+        )
 
 
 _CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@")

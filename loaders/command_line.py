@@ -20,10 +20,12 @@ from .arguments import (
     FlatArguments,
     Origin,
     OwnOptions,
+    PlanOptions,
     TokenizerConfig,
     all_flags,
     mask_credentials,
     parse_size,
+    plan_flags,
 )
 from .errors import UsageError
 
@@ -34,6 +36,8 @@ ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
 MOST_PROBLEMS = 50
 """Problems to list in one error."""
+MOST_GPUS = 100_000
+"""More than any that train one model; a larger number is a slip."""
 YAML_BYTES = 1 << 17
 YAML_NODES = 10_000
 """The most values in a YAML file whose aliases are expanded: without a bound, ten lines can mean billions."""
@@ -84,6 +88,39 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(
         flat=group(FlatArguments), tokenizer=group(TokenizerConfig), own=group(OwnOptions), origins=origins
     )
+
+
+def parse_plan_arguments(argv: Sequence[str]) -> tuple[Arguments, PlanOptions]:
+    """Read what `ftload plan` takes: the words of `parse_arguments`, and among them its own options.
+
+    Raises:
+        UsageError: as `parse_arguments`; if its own options are wrong, it names those alone.
+    """
+    words, rest, problems = list(argv), [], _Problems()
+    values: dict[str, Any] = {}
+    while words:
+        word = words.pop(0)
+        name, equals, attached = word.partition("=")
+        flag = plan_flags().get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        if flag is None:
+            rest.append(word)
+            continue
+        given = [attached] if equals else []
+        if not equals and words and not _is_flag(words[0]):
+            given.append(words.pop(0))
+        values[flag.name] = _from_words(flag, name, given, bool(equals), words, problems)
+    fsdp, zero, gpus = (values.get(name) for name in ("fsdp", "zero", "gpus"))
+    if fsdp is not None and zero is not None:
+        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
+    if zero is not None and zero not in (1, 2, 3):
+        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
+    if gpus is not None and zero is None:
+        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
+    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
+        if count is not None and not 1 <= count <= MOST_GPUS:
+            problems.add(f"`--{name}` is a number of GPUs, 1 to {MOST_GPUS:,}, not {count}")
+    problems.raise_if_any()
+    return parse_arguments(rest), PlanOptions(**values)
 
 
 class _Problems:

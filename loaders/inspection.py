@@ -93,6 +93,14 @@ class Inspection:
         """Sums by one of the tensors' attributes, in the order of its values."""
         return {value: sum_of(group) for value, group in grouped(self.tensors, attribute).items()}
 
+    def stored(self) -> list[dict[str, Any]]:
+        """Sums by component and, in each, by dtype, as JSON values."""
+        return [
+            {"component": component, "dtype": dtype, **asdict(sum_of(group))}
+            for component, tensors in grouped(self.tensors, "component").items()
+            for dtype, group in grouped(tensors, "dtype").items()
+        ]
+
     def to_json(self, tensors: Iterable[StoredTensor] | None) -> dict[str, Any]:
         """As JSON values, with the details of some tensors or without."""
         document = {
@@ -103,6 +111,7 @@ class Inspection:
             "total": asdict(self.total),
             "by_dtype": {dtype: asdict(found) for dtype, found in self.by("dtype").items()},
             "by_component": {component: asdict(found) for component, found in self.by("component").items()},
+            "stored": self.stored(),
             **{
                 key: None if value is None else asdict(value)
                 for key in ("architecture", "embeddings", "quantization", "tokenizer", "adapter", "prepared")

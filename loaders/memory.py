@@ -38,7 +38,7 @@ class Sharding:
 
     method: Literal["fsdp", "zero"]
     gpus: int
-    stage: Literal[1, 2, 3] = 3
+    stage: int = 3
     """1 divides optimizer states, 2 gradients too, 3 weights too (arXiv:1910.02054); FSDP is 3."""
 
 
@@ -348,7 +348,11 @@ def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting)
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     simulated = f"measured by simulation: one step on `meta`, {kernels}"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""
-    some = "" if peak.gradients >= gradients // share.gradients else f", of {gradients // share.gradients:,} in the end"
+    some = (
+        ""
+        if peak.gradients >= gradients // share.gradients
+        else f", of {gradients // share.gradients:,} bytes in the end"
+    )
     return (
         Part(
             name="gradients",

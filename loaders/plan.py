@@ -211,7 +211,7 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
     )
 
 
-_CHUNK_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 2 * 1024 * 1024
 """Small enough to stay in a processor's cache between reading, encoding and writing."""
 _LEAST_CHUNK_BYTES = 64 * 1024
 

@@ -17,7 +17,7 @@ from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
 from .file_copy import link_problem
 from .identity import fingerprint
-from .memory import compare_methods
+from .memory import Sharding, compare_methods
 from .output_files import OutputFile
 from .plan import Plan
 from .processes import Processes, join_processes
@@ -30,7 +30,7 @@ from .strategy import STRATEGIES
 from .stream import Progress, Written, write_tensors
 
 if TYPE_CHECKING:
-    from .arguments import Arguments
+    from .arguments import Arguments, PlanOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
             return Outcome(report=report, up_to_date=False)
 
 
-def plan_only(arguments: Arguments, progress: Progress) -> dict[str, Any]:
+def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) -> dict[str, Any]:
     """What `prepare` would write, what it takes, and what training takes then, as JSON values (see `describe_plan`).
 
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
@@ -96,8 +96,19 @@ def plan_only(arguments: Arguments, progress: Progress) -> dict[str, Any]:
         progress.stage("training memory")
         return {
             **describe_plan(prepared),
-            "training_memory": [estimate.to_json() for estimate in compare_methods(prepared.plan, arguments.flat)],
+            "training_memory": [
+                estimate.to_json()
+                for estimate in compare_methods(prepared.plan, arguments.flat, sharding=_sharding(options))
+            ],
         }
+
+
+def _sharding(options: PlanOptions) -> Sharding | None:
+    if options.fsdp is not None:
+        return Sharding(method="fsdp", gpus=options.fsdp)
+    if options.zero is not None:
+        return Sharding(method="zero", gpus=options.gpus, stage=options.zero)
+    return None
 
 
 def _make(

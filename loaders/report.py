@@ -96,6 +96,11 @@ def describe_plan(prepared: Prepared) -> dict[str, Any]:
     linked = plan.request.base == "link"
     return {
         **describe(prepared),
+        "stored": [
+            {"component": component, "dtype": dtype, **row}
+            for component, tensors in _by([*plan.stored_tensors(), *plan.adapter_tensors()], "component").items()
+            for dtype, row in _group(tensors).items()
+        ],
         "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
         "needs": {
             "disk_bytes": sum(file.size for file in plan.files if not (linked and file.layout is None)),

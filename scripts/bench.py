@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import os
 import platform
 import subprocess
@@ -14,6 +16,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+SHAPES = {
+    # Llama 3.2 1B and 3B, Llama 3.1 8B, 70B and 405B
+    "1.2b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+SPARSE_SHARD_BYTES = 5 * 10**9
 
 
 def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -33,6 +45,44 @@ def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def write_sparse(directory: Path, shape: dict[str, int]) -> None:
+    """A checkpoint of zeros: real headers, and data that the file system need not store."""
+    from transformers import LlamaConfig
+
+    from tests.tokenizers import write_llama3
+
+    config = LlamaConfig(
+        **shape, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    )
+    directory.mkdir()
+    write_llama3(directory, vocab_size=1000)
+    config.save_pretrained(directory)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, dimensions in llama_shapes(config).items():
+        count = 2 * math.prod(dimensions)
+        if size + count > SPARSE_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = dimensions
+        size += count
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, dimensions in tensors.items():
+            end = position + 2 * math.prod(dimensions)
+            header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [position, end]}
+            position = end
+            weight_map[name] = file
+        raw = json.dumps(header).encode()
+        with (directory / file).open("wb") as opened:
+            opened.write(len(raw).to_bytes(8, "little") + raw)
+            opened.truncate(8 + len(raw) + position)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def measure(command: list[Any]) -> tuple[float, int, str]:

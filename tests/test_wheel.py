@@ -21,10 +21,10 @@ def test_the_wheel_is_whole_and_runs(tmp_path: Path) -> None:
         f"ftload/{package}/{path.name}"
         for package in ("cli", "loaders")
         for path in (ROOT / package).iterdir()
-        if path.suffix in (".py", ".typed", ".json")
+        if path.suffix in (".py", ".typed", ".json", ".html")
     }
     assert "ftload/loaders/report.schema.json" in expected
-    assert "ftload/cli/py.typed" in expected
+    assert {"ftload/cli/py.typed", "ftload/cli/page.html"} <= expected
     assert held == expected
     program = f"""
 import site, sys

@@ -1,11 +1,18 @@
-"""Running `ftload prepare` where fixtures of a wider scope can, and looking at what it wrote without ftload's help."""
+"""Running ftload where fixtures of a wider scope can, or at a terminal; looking at what it wrote without its help."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
+import re
 import struct
+import subprocess
+import termios
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,29 @@ def prepare(model: str | Path, output: Path, *flags: str | Path) -> dict[str, An
         code = run(["prepare", *map(str, words)])
     assert code == 0, out.getvalue()
     return json.loads(out.getvalue())
+
+
+def at_a_terminal(command: Sequence[str | Path], directory: Path, *, columns: int) -> str:
+    """What a command that succeeds shows on a terminal so wide, colours included."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm-256color"}
+    done = subprocess.Popen(command, stdout=theirs, cwd=directory, env=environment)
+    os.close(theirs)
+    seen = bytearray()
+    while True:
+        try:
+            seen += os.read(ours, 65536)
+        except OSError:  # how Linux says that the other side has closed
+            break
+    os.close(ours)
+    assert done.wait(60) == 0
+    return seen.decode().replace("\r\n", "\n")
+
+
+def without_colours(shown: str) -> str:
+    """The text alone of what a terminal shows."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 def headers(directory: Path) -> dict[str, dict[str, Any]]:

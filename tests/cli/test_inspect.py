@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +17,7 @@ from ..conftest import Result
 from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama
-from .runs import prepare
+from .runs import at_a_terminal, prepare, without_colours
 from .spoilt import FILE
 
 Ftload = Callable[..., Result]
@@ -110,20 +105,8 @@ def test_nothing_heavy_is_imported(llama: Path) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_is_not_too_narrow(llama: Path, width: int) -> None:
     for words in ([], ["--tensors"], ["--help"]):
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-        environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
-        done = subprocess.Popen([*INSPECT, llama.name, *words], stdout=theirs, cwd=llama.parent, env=environment)
-        os.close(theirs)
-        seen = bytearray()
-        while True:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:  # how Linux says that the other side has closed
-                break
-        os.close(ours)
-        assert done.wait(60) == 0
-        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).splitlines()
+        shown = at_a_terminal([*INSPECT, llama.name, *words], llama.parent, columns=width)
+        lines = without_colours(shown).splitlines()
         assert len(lines) > 10
         assert max(map(len, lines)) <= width
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import typer
+from ftload.cli.app import app as ftload_app
 from ftload.cli.options import FlagsCommand
 from ftload.loaders.arguments import PANELS, all_flags
 from typer.testing import CliRunner
@@ -88,3 +89,10 @@ def test_help_tells_usage_types_choices_and_defaults() -> None:
     assert "--dataset_mixer JSON Data sets and their shares, as a JSON object" in lines
     assert "--dataset_mixer_list_splits LIST Splits of the data sets to train on [default: train]" in lines
     assert "--dataset_cache_mode TEXT Where the processed data set is cached: hf, local [default: local]" in lines
+
+
+def test_the_options_of_plan_come_first() -> None:
+    result = CliRunner().invoke(ftload_app, ["plan", "--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert re.findall(r"^╭─ ([^─]+) ─", result.stdout, re.MULTILINE) == ["Plan", *PANELS]
+    assert re.findall(r"^│ --(\w+)", result.stdout, re.MULTILINE)[:4] == ["html", "fsdp", "zero", "gpus"]

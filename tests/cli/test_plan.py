@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ..conftest import Result
 from ..hub import LoopbackHub
 from ..parity.models import ARCHITECTURES, write_model
 from ..tokenizers import write_llama
+from .runs import at_a_terminal, without_colours
 
 Ftload = Callable[..., Result]
 KNOWN_ONLY_AFTERWARDS = {"created", "fingerprint", "timings", "work", "peak_anonymous_bytes", "peak_rss_bytes", "files"}
@@ -40,7 +42,7 @@ def test_a_plan_is_its_report(ftload: Ftload, tmp_path: Path, architecture: str,
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
         plan = json.loads(planned.out)
         report = json.loads(ftload("prepare", *words).out)
-        assert {key: plan[key] for key in plan.keys() - {"files", "needs", "training_memory"}} == {
+        assert {key: plan[key] for key in plan.keys() - {"files", "needs", "stored", "training_memory"}} == {
             key: report[key] for key in report.keys() - KNOWN_ONLY_AFTERWARDS
         }
         written = (tmp_path / "out").rglob("*.safetensors")
@@ -51,6 +53,10 @@ def test_a_plan_is_its_report(ftload: Ftload, tmp_path: Path, architecture: str,
         assert mine["total_bytes"] == sum(part["bytes"] for part in mine["parts"]), mine
         assert {file["path"]: file["bytes"] for file in plan["files"]} == weights
         assert plan["needs"]["disk_bytes"] == sum(weights.values())
+        for total, key in (("by_component", "component"), ("by_dtype", "dtype")):
+            for name, row in report["parameters"][total].items():
+                rows = [one for one in plan["stored"] if one[key] == name]
+                assert {count: sum(one[count] for one in rows) for count in row} == row, (total, name)
         stored = (tmp_path / "model" / "model.safetensors").stat().st_size
         assert plan["needs"]["read_bytes"] == (0 if report["base"] == "reference" else stored)
         shutil.rmtree(tmp_path / "out")
@@ -118,3 +124,72 @@ def test_bad_input(
     assert json.loads(result.out)["error"]["code"] == code
     assert "Traceback" not in result.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def fitting(ftload: Ftload, model: Path, *words: str) -> dict[str, dict[str, Any]]:
+    result = ftload("plan", "--model", model, "--max_seq_length", "32", *words, "--json")
+    assert result.code == 0, result.err
+    return {one["method"]: one for one in json.loads(result.out)["training_memory"]}
+
+
+def part(method: dict[str, Any], name: str) -> int:
+    (found,) = (one["bytes"] for one in method["parts"] if one["name"] == name)
+    return found
+
+
+def test_what_sharding_divides(ftload: Ftload, llama: Path) -> None:
+    alone = fitting(ftload, llama)["full"]
+    fsdp = fitting(ftload, llama, "--fsdp", "4")["full"]
+    assert fsdp["sharding"] == {"method": "fsdp", "gpus": 4, "stage": 3}
+    assert part(fsdp, "weights") == -(-part(alone, "weights") // 4)
+    assert part(fsdp, "optimizer states") == -(-part(alone, "optimizer states") // 4)
+    assert part(fsdp, "activations") == part(alone, "activations")
+    stages = [fitting(ftload, llama, "--zero", str(stage), "--gpus=2")["full"] for stage in (1, 2, 3)]
+    elements = part(alone, "weights") // 2
+    for stage, one in enumerate(stages, start=1):
+        assert one["sharding"] == {"method": "zero", "gpus": 2, "stage": stage}
+        assert part(one, "optimizer states") == 12 * elements // 2
+        assert part(one, "weights") == part(alone, "weights") // (2 if stage == 3 else 1)
+        assert one["gradient_bytes"] == 2 * elements // (2 if stage >= 2 else 1)
+    assert fitting(ftload, llama, "--zero", "1")["full"]["sharding"]["gpus"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fsdp", "2", "--zero", "1"], "give one"),
+        (["--zero", "4"], "stages 1, 2 and 3, not 4"),
+        (["--zero", "many"], "takes an int, not `many`"),
+        (["--gpus", "4"], "`--gpus` goes with `--zero`"),
+        (["--fsdp", "0"], "1 to 100,000, not 0"),
+        (["--fsdp"], "`--fsdp` needs a value"),
+        (["--zero", "1", "2"], "`2`"),
+        (["--html"], "`--html` needs a value"),
+    ],
+)
+def test_options_that_are_refused(ftload: Ftload, llama: Path, words: list[str], said: str) -> None:
+    result = ftload("plan", "--model", llama, *words)
+    assert result.code == 2
+    assert said in result.err
+
+
+def test_prepare_does_not_know_them(ftload: Ftload, llama: Path) -> None:
+    assert ftload("prepare", "--model", llama, "--fsdp", "2").code == 2
+
+
+def test_what_fills_the_memory_is_drawn(llama: Path, tmp_path: Path) -> None:
+    """At a terminal: a bar for each method, all on one scale; in a pipe no blanks at the end of lines."""
+    command = [sys.executable, "-m", "ftload.cli", "plan", "--model", llama, "--max_seq_length", "32", "--use_qlora"]
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "█" not in piped
+    assert all(line == line.rstrip() for line in piped.splitlines())
+    assert "  fits  full" in piped
+    shown = without_colours(at_a_terminal(command, tmp_path, columns=120))
+    totals = re.search(r"^total +(.*)$", shown, re.MULTILINE)
+    assert totals is not None
+    sizes = [float(size) * {"GB": 1000, "MB": 1}[unit] for size, unit in re.findall(r"([0-9.]+) (GB|MB)", totals[1])]
+    bars = re.findall(r"^(full|lora|qlora) +(█+)", shown, re.MULTILINE)
+    assert [name for name, _ in bars] == ["full", "lora", "qlora"]
+    for (_, bar), size in zip(bars, sizes, strict=True):
+        assert len(bar) == pytest.approx(60 * size / max(sizes), abs=1)
+    assert "weights: counted from the checkpoint's headers" in shown

@@ -19,6 +19,7 @@ from ftload.loaders.arguments import (
     all_flags,
     mask_credentials,
     parse_size,
+    plan_flags,
     training_warnings,
 )
 from ftload.loaders.errors import UsageError
@@ -69,6 +70,17 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("debug", "bool", False, ()),
     ]
     assert len(all_flags()) == 100
+
+
+def test_what_plan_takes_beside_them() -> None:
+    declared = [(flag.name, flag.type, flag.default, flag.choices) for flag in plan_flags().values()]
+    assert declared == [
+        ("html", "str | None", None, ()),
+        ("fsdp", "int | None", None, ()),
+        ("zero", "int | None", None, ()),
+        ("gpus", "int", 8, ()),
+    ]
+    assert not plan_flags().keys() & all_flags().keys()
 
 
 def test_every_flag_has_a_panel_and_one_sentence_of_help() -> None:

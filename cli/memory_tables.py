@@ -1,0 +1,129 @@
+"""The training memory of `ftload plan`, for people: what fills it, why, and what fits where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .tables import format_bytes, harmless, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PART_COLOURS = ("blue", "cyan", "magenta", "yellow", "green", "red", "white", "bright_black")
+_BAR_WIDTH = 60
+
+
+def print_training_memory(console: Console, methods: list[Mapping[str, Any]]) -> None:
+    """Full fine-tuning, LoRA and QLoRA side by side."""
+    known = [method for method in methods if "parts" in method]
+    if known:
+        drawn = console.is_terminal and console.encoding.startswith("utf")
+        console.print()
+        print_table(console, _parts(known, drawn=drawn))
+        if drawn:
+            print_table(console, _bars(known))
+        console.print()
+        print_table(console, _fits(known))
+        console.print(f"[dim]{how_to_read(known[0])}[/]", soft_wrap=True)
+        for name, origin in origins(known):
+            console.print(f"[dim]{name}: {harmless(origin)}[/]", soft_wrap=True)
+    for method in methods:
+        if "reason" in method:
+            console.print(f"[dim]{method['method']}: no estimate: {harmless(method['reason'])}[/]", soft_wrap=True)
+
+
+def setting(method: Mapping[str, Any]) -> str:
+    """What is trained on, and on how many GPUs."""
+    words = f"{method['batch_size']} × {method['length']:,} tokens"
+    sharding = method["sharding"]
+    if sharding is None:
+        return words
+    kind = "FSDP" if sharding["method"] == "fsdp" else f"ZeRO-{sharding['stage']}"
+    return f"{words}, {kind} on {sharding['gpus']:,} GPUs"
+
+
+def part_names(methods: list[Mapping[str, Any]]) -> list[str]:
+    """The parts that any of the methods has, in their order."""
+    names = dict.fromkeys(part["name"] for method in methods for part in method["parts"])
+    return [name for name in names if any(part_bytes(method, name) for method in methods)]
+
+
+def part_bytes(method: Mapping[str, Any], name: str) -> int:
+    """The bytes of a part; 0 if the method has none."""
+    return sum(part["bytes"] for part in method["parts"] if part["name"] == name)
+
+
+def what_fits(fit: Mapping[str, Any]) -> str:
+    """The largest batch and the longest sequences on one GPU, in words; empty if nothing fits."""
+    batch = f"batch {fit['largest_batch']:,}" if fit["largest_batch"] else ""
+    length = f"{fit['largest_length']:,} tokens" if fit["largest_length"] else ""
+    return " or ".join(filter(None, (batch, length)))
+
+
+def how_to_read(method: Mapping[str, Any]) -> str:
+    """What the columns of the GPUs mean."""
+    return (
+        f"the largest batch of {method['length']:,} tokens each, or the longest sequences in a batch of "
+        f"{method['batch_size']}; per GPU, at the peak of a step. sequence length: {method['length_origin']}"
+    )
+
+
+def origins(methods: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Where each part's number comes from; where methods differ, for each of them."""
+    found = []
+    for name in part_names(methods):
+        by_origin: dict[str, list[str]] = {}
+        for method in methods:
+            for part in method["parts"]:
+                if part["name"] == name and part["bytes"]:
+                    by_origin.setdefault(part["origin"], []).append(method["method"])
+        for origin, users in by_origin.items():
+            found.append((name if len(by_origin) == 1 else f"{name} ({', '.join(users)})", origin))
+    return found
+
+
+def _parts(methods: list[Mapping[str, Any]], *, drawn: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"training, {setting(methods[0])}")
+    for method in methods:
+        table.add_column(method["method"], justify="right")
+    for number, name in enumerate(part_names(methods)):
+        mark = Text("■ ", PART_COLOURS[number]) if drawn else Text()
+        sizes = (part_bytes(method, name) for method in methods)
+        table.add_row(mark + Text(name), *(format_bytes(size) if size else "" for size in sizes))
+    table.add_row("total", *(format_bytes(method["total_bytes"]) for method in methods), style="bold")
+    return table
+
+
+def _bars(methods: list[Mapping[str, Any]]) -> Table:
+    """A bar for each method, all on one scale, of what fills the memory."""
+    largest = max(method["total_bytes"] for method in methods)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for method in methods:
+        bar, end = Text(), 0.0
+        for colour, name in zip(PART_COLOURS, part_names(methods), strict=False):
+            begin, end = end, end + part_bytes(method, name) / largest * _BAR_WIDTH
+            bar.append("█" * (round(end) - round(begin)), colour)
+        table.add_row(method["method"], bar, format_bytes(method["total_bytes"]))
+    return table
+
+
+def _fits(methods: list[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("fits", justify="right")
+    for method in methods:
+        table.add_column(method["method"], no_wrap=True)
+    for fits in zip(*(method["fits"] for method in methods), strict=True):
+        cells = []
+        for fit in fits:
+            words = what_fits(fit)
+            if fit["fits"]:
+                cells.append(Text(f"yes: {words}", "green"))
+            else:
+                cells.append(Text(f"only {words}" if words else "no", "dim"))
+        table.add_row(f"{fits[0]['gigabytes']} GB", *cells)
+    return table
