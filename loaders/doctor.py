@@ -298,7 +298,10 @@ def _token_place() -> str | None:
 
 
 def _preparing(packages: tuple[str, ...], findings: Mapping[str, Finding]) -> Ability:
-    ability = _ability((*_COMMON, *packages), findings)
+    # PEFT's files are written without it: it must be there, for training, but need not work
+    there = {name for name, finding in findings.items() if finding.state != "absent"}
+    needed = (*_COMMON, *(name for name in packages if name != "peft" or name not in there))
+    ability = _ability(needed, findings)
     if ability.works and "bitsandbytes" in packages and not findings["numba"].usable:
         return Ability(works=True, detail="slowly: bitsandbytes encodes where numba can't", mend=findings["numba"].mend)
     return ability

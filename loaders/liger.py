@@ -1,7 +1,8 @@
 """The Liger strategy: the standard weights, and Liger's Triton kernels when they are loaded.
 
-Nothing of Liger is stored on disk. The kernels are applied to the loaded model alone, not to transformers' classes, so
-that other models in the process stay as they are.
+Nothing of Liger is stored on disk. The kernels are applied to the loaded model, and its forward pass is replaced on it
+alone. Liger also replaces rotary embedding, norm and MLP in transformers' module of that architecture: other models of
+the same architecture in the process may come to use them too.
 """
 
 from __future__ import annotations

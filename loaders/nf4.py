@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import Checkpoint, TensorMeta
-from .errors import CheckpointError, said_by
+from .errors import CheckpointError, MissingRequirementError, said_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,12 +171,11 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
 def encode_with_bitsandbytes(values: Tensor, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """The encoder on a GPU, and where numba can't be used: bitsandbytes itself."""
     import torch
-    from bitsandbytes.functional import quantize_4bit
 
     flat = values.reshape(-1).contiguous().to(device)
     if not torch.isfinite(flat).all():
         raise ValueError("NaN or infinity")
-    codes, state = quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    codes, state = _bitsandbytes().quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
     return codes.reshape(-1).cpu(), state.absmax.cpu()
 
 
@@ -266,15 +265,24 @@ def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
 
     function = _library_function()
     if function is None:
-        from bitsandbytes.functional import quantize_blockwise
-
-        codes, state = quantize_blockwise(values, code=dynamic_map(), blocksize=NESTED_BLOCK)
+        codes, state = _bitsandbytes().quantize_blockwise(values, code=dynamic_map(), blocksize=NESTED_BLOCK)
         return codes, state.absmax
     codes = torch.empty(values.shape, dtype=torch.uint8)
     maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (dynamic_map(), values, maxima, codes))
     function(*pointers, ctypes.c_longlong(NESTED_BLOCK), ctypes.c_longlong(values.numel()))
     return codes, maxima
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes' functions. Raises `MissingRequirementError` where it does not import."""
+    try:
+        import bitsandbytes.functional
+    except Exception as error:  # a build for another machine raises whatever it likes
+        raise MissingRequirementError(
+            f"bitsandbytes does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+        ) from error
+    return bitsandbytes.functional
 
 
 @cache

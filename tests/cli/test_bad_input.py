@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from .conftest import ROWS
 from .spoilt import CASES, FILE, WEIGHT, edit_json, set_weight
 
 KINDS = {2: "usage", 3: "source", 4: "checkpoint", 5: "environment", 6: "resource", 7: "verification", 8: "output"}
+IN_THE_WEIGHTS = {"NaN", "infinity"}
+"""Cases that headers do not show."""
 CODE = "open('{marker}', 'w').close()\n"
 
 Ftload = Callable[..., Result]
@@ -77,6 +80,29 @@ def test_a_model_that_can_not_be_prepared(ftload: Ftload, model: Path, tmp_path:
     case.spoil(model)
     words = ["--model", str(model), "--output_dir", str(tmp_path / "out"), *case.flags]
     assert_refused(ftload, tmp_path, words, code=case.code, culprit=case.culprit, hint=case.hint)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_and_inspect_stop_at_it_too(ftload: Ftload, model: Path, tmp_path: Path, name: str) -> None:
+    """A plan fails as preparing does, unless the weights themselves are at fault; headers can always be looked at."""
+    case = CASES[name]
+    case.spoil(model)
+    before = snapshot(tmp_path)
+    planned = ftload("plan", "--model", model, *case.flags, "--html", tmp_path / "page.html")
+    if name in IN_THE_WEIGHTS:
+        assert planned.code == 0
+        (tmp_path / "page.html").unlink()
+    else:
+        assert_one_line(planned, code=case.code, culprit=case.culprit, hint=case.hint)
+        assert planned.out == ""
+    inspected = ftload("inspect", model, "--html", tmp_path / "page.html")
+    if inspected.code == 0:
+        (tmp_path / "page.html").unlink()
+    else:
+        assert inspected.code in (3, 4)
+        assert inspected.out == ""
+        assert re.fullmatch(r"error: .+\n(hint: .+\n)?", inspected.err)
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

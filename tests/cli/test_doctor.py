@@ -120,11 +120,30 @@ def test_strategies_and_the_exit_code(examined: subprocess.CompletedProcess[str]
     strategies = document["strategies"]
     assert strategies["standard"]["prepare"]["works"] is strategies["standard"]["train"]["works"] is True
     for name in ("lora", "qlora"):
+        assert strategies[name]["prepare"]["works"] is True  # it writes PEFT's files without PEFT: see the next test
         assert strategies[name]["train"]["works"] is False
         assert strategies[name]["train"]["detail"] == "peft is broken"
     assert examined.returncode == document["error"]["code"] == 5
     assert document["error"]["message"].startswith("`lora` can't work here: peft is broken: ")
     assert document["error"]["hint"] == "run `pip install --force-reinstall --no-deps peft`"
+
+
+def test_preparing_with_broken_libraries(tmp_path: Path, llama: Path) -> None:
+    """A broken PEFT is not in the way; a broken bitsandbytes is told as what it is."""
+    words = [sys.executable, "-m", "ftload.cli", "prepare", "--model", llama, "--lora_rank", "8", "--quiet"]
+
+    def run(name: str, *flags: str, **broken: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / name).mkdir()
+        env = {**os.environ, "PYTHONPATH": str(plant(tmp_path / name, broken))}
+        command = [*words, "--output_dir", tmp_path / name / "out", *flags]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    for flag in ("--use_lora", "--use_qlora"):
+        done = run(flag[2:], flag, peft="import os; os.kill(os.getpid(), 11)")
+        assert (done.returncode, done.stderr) == (0, "")
+    done = run("bitsandbytes", "--use_qlora", bitsandbytes="raise OSError('no such library')")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[0] == "error: bitsandbytes does not import: no such library"
 
 
 def test_a_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
