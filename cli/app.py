@@ -59,6 +59,10 @@ def main() -> NoReturn:
     gc.set_threshold(1_000_000)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when ftload was started
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    _keep_stdout()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a character must not end the run
@@ -70,6 +74,19 @@ def main() -> NoReturn:
     os._exit(code)
 
 
+def _keep_stdout() -> None:
+    """Let only Python write to stdout.
+
+    tokenizers (Rust) prints by itself what it does not know in a tokenizer's files: it would get into a JSON document,
+    and a checkpoint's escape sequences into a terminal.
+    """
+    descriptor, encoding, buffering = sys.stdout.fileno(), sys.stdout.encoding, 1 if sys.stdout.isatty() else -1
+    sys.stdout = os.fdopen(os.dup(descriptor), "w", buffering, encoding)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 def run(words: list[str]) -> int:
     """Run a command line; returns the exit code."""
     flags = {word.replace("_", "-").removesuffix("=true") for word in words}
@@ -79,11 +96,12 @@ def run(words: list[str]) -> int:
     try:
         code = app(words or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()
-    except BrokenPipeError:
-        # whoever read our output has gone; python would complain again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # click and rich make an exit of it when whoever reads our output has gone
+        if BrokenPipeError in (type(error), type(error.__context__)):
+            # python would complain again when it closes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         failure = explain(error)
         OUTPUT.failure(failure)
         return failure.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from ..loaders.errors import FtloadError, ResourceError, UsageError
@@ -25,7 +26,7 @@ class Failure:
     hint: str | None
 
 
-def explain(error: Exception) -> Failure:
+def explain(error: Exception | SystemExit) -> Failure:
     """Turn any exception into a `Failure`. What is not expected is a bug in ftload, exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)
@@ -38,6 +39,10 @@ def explain(error: Exception) -> Failure:
         )
     if isinstance(error, MemoryError):
         return Failure(code=ResourceError.code, kind=ResourceError.kind, message="out of memory", hint=None)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        # files are named where they are written: what is left is stdout
+        message = f"can't write to stdout: {error.strerror}"
+        return Failure(code=ResourceError.code, kind=ResourceError.kind, message=message, hint=None)
     # typer brings its own copy of click, in some versions under a private name: its errors are known by their shape
     describe = getattr(error, "format_message", None)
     if callable(describe):
