@@ -9,7 +9,6 @@ Code that can't run on `meta` is stood in for (`stand_ins.py`).
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -280,8 +279,7 @@ def _cut(model: PreTrainedModel, path: str, chosen: list[int], setting: Setting)
     if types is not None:
         text.layer_types = [types[number] for number in chosen]
     text.num_hidden_layers = len(chosen)
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of `gradient_checkpointing_enable`, whose new name is too new
+    with quiet_transformers():
         _prepare(copy, path, chosen, setting)
     layers: Any = copy.get_submodule(path)
     return _Cut(model=copy, layers=tuple(layers), gradients=tuple(_gradient_bytes(layer) for layer in layers))

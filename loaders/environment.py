@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def liger_problem() -> str | None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and log lines off stderr; what matters in them is checked and reported here."""
+    """Keep progress bars, log lines and warnings off stderr; what matters in them is checked and reported here."""
     from transformers.utils import logging as transformers_logging
 
     bitsandbytes = logging.getLogger("bitsandbytes")
@@ -117,7 +118,8 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         bitsandbytes.setLevel(levels[0])
         transformers_logging.set_verbosity(levels[1])

@@ -63,6 +63,13 @@ def load_tokenizer(
         last = max(vocabulary.values())
         if last >= MOST_TOKENS:
             raise CheckpointError(f"the tokenizer in `{root}` has a token of the id {last:,}", hint="is it damaged?")
+    try:
+        _ = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    except RecursionError:  # what is unknown is looked up as the unknown token, and that is unknown too
+        raise CheckpointError(
+            f"a special token of the tokenizer is not in its vocabulary, nor is the unknown `{tokenizer.unk_token}`",
+            hint="mend tokenizer_config.json, or take another with --tokenizer_name_or_path",
+        ) from None
     for key in ("is_local", "local_files_only"):
         # how it was loaded, not what it is: it would be saved, and differ between a hub and a directory
         tokenizer.init_kwargs.pop(key, None)

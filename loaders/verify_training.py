@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,7 @@ def check_training(context: Context) -> Iterator[str]:
     import torch
 
     try:
-        with warnings.catch_warnings(), quiet_transformers():
-            warnings.simplefilter("ignore")
+        with quiet_transformers():
             model, tokenizer = load_prepared(context.root, trust_remote_code=context.trust_remote_code)
     except FtloadError:
         raise
@@ -39,8 +37,7 @@ def check_training(context: Context) -> Iterator[str]:
     # SGD keeps no states: the step must fit where the model and its gradients do
     optimizer = torch.optim.SGD(trainable.values(), lr=1e-2)
     device = next(iter(trainable.values())).device
-    with warnings.catch_warnings(), quiet_transformers():
-        warnings.simplefilter("ignore")
+    with quiet_transformers():
         output = model(**_batch(tokenizer, device))
         output.loss.backward()
     if not math.isfinite(output.loss.item()):

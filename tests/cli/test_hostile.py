@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from ..conftest import Result
 from ..parity.models import write_model
 from ..tokenizers import write_llama
+from .spoilt import edit_json
 
 Ftload = Callable[..., Result]
 WEIGHTS = "model.safetensors"
@@ -174,6 +175,25 @@ def test_a_template_reaches_nothing(ftload: Ftload, model: Path, tmp_path: Path,
 
 
 NASTY = "evil\x1b[31m\u202e\n# owned\n<script>alert(1)</script>`|x|`"
+
+
+def test_special_tokens_that_are_not_there(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    """Looking up one of them would never end in transformers: the unknown token is looked up for it, and so on."""
+    edit_json(model / "tokenizer_config.json", unk_token="")
+    assert ftload("plan", "--model", model, "--quiet").code == 0
+    edit_json(model / "tokenizer_config.json", eos_token="")
+    result = ftload("plan", "--model", model)
+    assert result.code == 4
+    assert "special token of the tokenizer is not in its vocabulary" in result.err
+
+
+def test_libraries_do_not_warn(model: Path, tmp_path: Path) -> None:
+    """torch warns of tensors without elements; what is wrong with them is ours to tell, in one line."""
+    edit_json(model / "config.json", intermediate_size=0)
+    command = [sys.executable, "-m", "ftload.cli", "plan", "--model", model, "--use_qlora"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
 
 
 def test_names_reach_neither_terminal_nor_markdown(ftload: Ftload, model: Path, tmp_path: Path) -> None:
