@@ -2,7 +2,7 @@
 
 Neither reading nor drawing can be typer's. Its parser knows no lists up to the next flag, no booleans with
 and without a value, no YAML file first: that is `parse_arguments`. And typer's own help takes half a second
-for 98 options, cuts long names off at 80 columns, and can't order its panels.
+for a hundred options, cuts long names off at 80 columns, and can't order its panels.
 """
 
 from __future__ import annotations

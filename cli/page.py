@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+import shlex
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loaders.disk import disk_errors
-from ..loaders.errors import OutputError
+from ..loaders.errors import OutputError, UsageError
 from .errors import one_line
 from .inspection_tables import facts
 from .memory_tables import how_to_read, origins, part_bytes, part_names, setting, what_fits
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from ..loaders.inspection import Inspection
     from ..loaders.inventory import StoredTensor
 
-_BEGINNING = "<!doctype html>"
+_BEGINNING = b"<!doctype html>\n<!-- a page of ftload -->"
 _PLANE = Rectangle(0, 0, 100, 44)
 """Of the treemap: its sides are in percent of the page's width."""
 _COLOURS = 8
@@ -51,27 +54,42 @@ class _Cell:
 
 
 def check_place(name: str) -> None:
-    """Raise `OutputError` unless a page can be written to this file: a new one, or one that is a page already."""
+    """Raise unless a page can be written to this file: a new one, an empty one, or a page of before."""
+    if name in ("", "-"):
+        raise UsageError("`--html` needs the name of a file")
     path = Path(name)
-    with disk_errors(path):
-        if path.exists() or path.is_symlink():
-            with path.open("rb") as file:
-                if file.read(len(_BEGINNING)) not in (_BEGINNING.encode(), b""):
-                    raise OutputError(f"`{path}` exists and is not a page of ftload's", hint="choose another --html")
-        elif not path.parent.is_dir():
-            raise OutputError(f"can't write `{path}`: its directory does not exist", hint="choose another --html")
+    with _place_errors(path):
+        try:
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise OutputError(f"can't write `{path}`: its directory does not exist") from None
+            return
+        # a pipe would be waited for, and a device or a link would be replaced by a file
+        if not is_file or path.read_bytes()[: len(_BEGINNING)] not in (_BEGINNING, b""):
+            raise OutputError(f"`{path}` exists and is not a page of ftload's")
 
 
 def write_page(name: str, page: str) -> None:
     """Write the page as a whole or not at all."""
     path = Path(name)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
+    part = path.with_name(f".ftload-{secrets.token_hex(8)}")
+    with _place_errors(path):
         try:
-            part.write_text(page, encoding="utf-8")
+            with part.open("x", encoding="utf-8") as file:
+                file.write(page)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _place_errors(path: Path) -> Iterator[None]:
+    try:
+        with disk_errors(path):
+            yield
+    except OutputError as error:
+        raise OutputError(error.message, hint="choose another --html") from error
 
 
 def plan_page(plan: Mapping[str, Any]) -> str:
@@ -96,7 +114,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
     figures = [
         ("parameters", format_count(parameters["total"])),
         ("trainable", f"{format_count(parameters['trainable'])} ({parameters['trainable_percent']:.2f} %)"),
-        *((name, format_bytes(needs[f"{key}_bytes"])) for name, key, _ in NEEDS),
+        *((f"preparing: {name}", format_bytes(needs[f"{key}_bytes"])) for name, key, _ in NEEDS),
     ]
     notes = [
         f"{one['what']}: {one['requested']} → {one['effective']} ({one['reason']})"
@@ -181,7 +199,7 @@ def _memory(methods: list[Mapping[str, Any]]) -> dict[str, Any]:
                     {
                         "gigabytes": fit["gigabytes"],
                         "fits": fit["fits"],
-                        "words": what_fits(fit),
+                        "words": what_fits(fit) if fit["fits"] or not what_fits(fit) else f"only {what_fits(fit)}",
                         "shares": [
                             (number, part_bytes(method, name) / fit["gigabytes"] / 1e7)
                             for number, name in enumerate(names)
@@ -200,8 +218,8 @@ def _memory(methods: list[Mapping[str, Any]]) -> dict[str, Any]:
 def _typed(value: Any) -> str:
     """The value of a flag as it is typed."""
     if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value)
+        return shlex.join(map(str, value))
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
 def _cells(stored: Iterable[Mapping[str, Any]]) -> list[_Cell]:

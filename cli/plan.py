@@ -10,7 +10,7 @@ from .output import OUTPUT
 def plan(ctx: typer.Context) -> None:
     """Show what `prepare` would write with these flags, what that takes, and what training takes then.
 
-    Reads headers, no weights, and writes nothing but the page of --html.
+    Reads headers, no weights (but all of a .gguf file), and writes nothing but the page of --html.
     """
     from ..loaders.command_line import parse_plan_arguments
     from ..loaders.prepare import plan_only

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -65,16 +65,45 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         UsageError: names every unknown flag and key, every bad value and every misplaced word.
     """
+    problems = _Problems(all_flags())
+    return _arguments(*_read(argv, problems), problems)
+
+
+def parse_plan_arguments(argv: Sequence[str]) -> tuple[Arguments, PlanOptions]:
+    """Read what `ftload plan` takes: the words of `parse_arguments`, and among the flags its own.
+
+    Raises:
+        UsageError: as `parse_arguments`.
+    """
+    problems = _Problems({**all_flags(), **plan_flags()})
+    from_yaml, from_cli = _read(argv, problems)
+    own = {name: from_cli.pop(name) for name in plan_flags() if name in from_cli}
+    fsdp, zero, gpus = (own.get(name) for name in ("fsdp", "zero", "gpus"))
+    if fsdp is not None and zero is not None:
+        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
+    if zero is not None and zero not in (1, 2, 3):
+        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
+    if gpus is not None and "zero" not in own:
+        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
+    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
+        if count is not None and not 2 <= count <= MOST_GPUS:
+            problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
+    return _arguments(from_yaml, from_cli, problems), PlanOptions(**own)
+
+
+def _read(argv: Sequence[str], problems: _Problems) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of the YAML file, if there is one, and those of the flags."""
     words = list(argv)
-    problems = _Problems()
     from_yaml: dict[str, Any] = {}
     if words and not _is_flag(words[0]):
         try:
             from_yaml = _read_yaml(words.pop(0), problems)
         except UsageError as error:
             problems.add(error.message, error.hint)
-    from_cli = _read_flags(words, problems)
+    return from_yaml, _read_flags(words, problems)
 
+
+def _arguments(from_yaml: dict[str, Any], from_cli: dict[str, Any], problems: _Problems) -> Arguments:
     values = from_yaml | from_cli
     origins: dict[str, Origin] = {}
     for name in all_flags():
@@ -90,43 +119,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
 
 
-def parse_plan_arguments(argv: Sequence[str]) -> tuple[Arguments, PlanOptions]:
-    """Read what `ftload plan` takes: the words of `parse_arguments`, and among them its own options.
-
-    Raises:
-        UsageError: as `parse_arguments`; if its own options are wrong, it names those alone.
-    """
-    words, rest, problems = list(argv), [], _Problems()
-    values: dict[str, Any] = {}
-    while words:
-        word = words.pop(0)
-        name, equals, attached = word.partition("=")
-        flag = plan_flags().get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        if flag is None:
-            rest.append(word)
-            continue
-        given = [attached] if equals else []
-        if not equals and words and not _is_flag(words[0]):
-            given.append(words.pop(0))
-        values[flag.name] = _from_words(flag, name, given, bool(equals), words, problems)
-    fsdp, zero, gpus = (values.get(name) for name in ("fsdp", "zero", "gpus"))
-    if fsdp is not None and zero is not None:
-        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
-    if zero is not None and zero not in (1, 2, 3):
-        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
-    if gpus is not None and zero is None:
-        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
-    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
-        if count is not None and not 1 <= count <= MOST_GPUS:
-            problems.add(f"`--{name}` is a number of GPUs, 1 to {MOST_GPUS:,}, not {count}")
-    problems.raise_if_any()
-    return parse_arguments(rest), PlanOptions(**values)
-
-
 class _Problems:
-    """What is wrong so far, and the first hint that came with it."""
+    """What is wrong so far, and the first hint that came with it; `flags` are those that are known."""
 
-    def __init__(self) -> None:
+    def __init__(self, flags: Mapping[str, Flag]) -> None:
+        self.flags = flags
         self.messages: list[str] = []
         self.hint: str | None = None
 
@@ -137,7 +134,7 @@ class _Problems:
     def add_unknown(self, kind: str, typed: str, place: str = "") -> None:
         dashes = "--" if kind == "flag" else ""
         name = typed.lstrip("-").replace("-", "_").lower()
-        near = difflib.get_close_matches(name, [*all_flags(), *ALIASES], n=2)
+        near = difflib.get_close_matches(name, [*self.flags, *ALIASES], n=2)
         nearest = " or ".join(f"`{dashes}{found}`" for found in near)
         self.add(
             f"unknown {kind} `{_shown(typed)}`{place}{nearest and f' (nearest: {nearest})'}",
@@ -177,9 +174,9 @@ def _is_flag(word: str) -> bool:
     return False
 
 
-def _find(name: str) -> Flag | None:
+def _find(name: str, flags: Mapping[str, Flag]) -> Flag | None:
     name = name.replace("-", "_")
-    return all_flags().get(ALIASES.get(name, name))
+    return flags.get(ALIASES.get(name, name))
 
 
 def _is_null(text: str) -> bool:
@@ -240,8 +237,8 @@ def _read_flags(words: list[str], problems: _Problems) -> dict[str, Any]:
             given.append(words.pop(0))
 
         spelled = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
-        flag = _find(spelled)
-        negated = _find(spelled.removeprefix("no_")) if spelled.startswith("no_") else None
+        flag = _find(spelled, problems.flags)
+        negated = _find(spelled.removeprefix("no_"), problems.flags) if spelled.startswith("no_") else None
         if flag is not None:
             value = _from_words(flag, name, given, bool(equals), words, problems)
         elif negated is not None and negated.kind == "bool":
@@ -367,7 +364,7 @@ def _from_mapping(root: yaml.MappingNode, shown: str, problems: _Problems) -> di
     for key_node, node in root.value:
         key = key_node.value if isinstance(key_node.value, str) else "?"
         label = f"`{_shown(key)}` in {shown}"
-        flag = _find(key)
+        flag = _find(key, all_flags())
         if flag is None:
             problems.add_unknown("key", key, f" in {shown}")
             continue

@@ -121,6 +121,10 @@ def estimate_training_memory(
     length, length_origin = _length(plan, flags)
     size = flags.per_device_train_batch_size
     setting = training_setting(plan, flags)
+    share = _Share(sharding, accumulates=flags.gradient_accumulation_steps > 1)
+    if share.weights > 1 and setting.four_bit:
+        reason = "its 4-bit weights are stored as uint8, which FSDP and ZeRO-3 do not divide: they flatten floats"
+        return NoEstimate(method=method, reason=reason)
     try:
         steps = _Steps(plan, flags, setting)
         footprint = steps.run(size, length, padded=size > 1)
@@ -128,14 +132,13 @@ def estimate_training_memory(
         by_length = steps.curves(size, length)
     except Exception as error:  # a model's own code may do what has no meaning without data
         return NoEstimate(method=method, reason=f"its training step can't be simulated: {said_by(error)}")
-    share = _Share(sharding)
     lasting = _lasting_parts(plan, flags, sharding, share)
     always = sum(part.bytes for part in lasting)
     gathered = _gathered_bytes(plan, setting) if share.weights > 1 else 0
     gradients = sum(count * item for count, item in _trainable(plan))
     update = Moment(
         name="optimizer step", activations=0, logits=0, gradients=gradients // share.gradients,
-        temporary=_optimizer_temporaries(plan, flags) // share.optimizer,
+        temporary=_optimizer_temporaries(plan, flags, sharding) // share.optimizer,
     )  # fmt: skip
     moments = (*(share.of_moment(moment, gathered) for moment in footprint.moments), update)
     peak = max(moments, key=lambda moment: moment.total)
@@ -161,7 +164,7 @@ def estimate_training_memory(
         length_origin=length_origin,
         attention=setting.attention,
         sharding=sharding,
-        parts=(*lasting, *_moment_parts(peak, share, gradients, setting)),
+        parts=(*lasting, *_moment_parts(peak, share, gradients, setting, 0 if peak is update else gathered)),
         moment=peak.name,
         moments=moments,
         gradient_bytes=gradients // share.gradients,
@@ -307,13 +310,20 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, *, sharding: Sharding | No
         if flags.fused_optimizer:
             size += 4 * len(trainable)
         origin = "formula: torch's AdamW, two states in the dtype of each trained parameter"
+        if sharding is not None:
+            origin += " (without mixed precision, under which FSDP keeps weights and states in float32)"
         if flags.use_8bit_optimizer:
             origin += " (use_8bit_optimizer is for QLoRA alone)"
     return Part(name=name, bytes=size, origin=_shared(origin, sharding.gpus if sharding else 1))
 
 
-def _optimizer_temporaries(plan: Plan, flags: FlatArguments) -> int:
-    """What the step itself allocates: torch's unfused AdamW holds the roots of all second states at once."""
+def _optimizer_temporaries(plan: Plan, flags: FlatArguments, sharding: Sharding | None) -> int:
+    """What the step itself allocates: torch's unfused AdamW holds the roots of all second states at once.
+
+    DeepSpeed turns its share of the gradients into float32 (`stage_1_and_2.py`).
+    """
+    if sharding is not None and sharding.method == "zero":
+        return 4 * sum(count for count, _ in _trainable(plan))
     if plan.quantization_config is not None or flags.fused_optimizer:
         return 0
     return sum(count * item for count, item in _trainable(plan))
@@ -326,11 +336,13 @@ def _shared(origin: str, gpus: int) -> str:
 class _Share:
     """What each GPU holds of weights, gradients and optimizer states: one part in so many."""
 
-    def __init__(self, sharding: Sharding | None) -> None:
+    def __init__(self, sharding: Sharding | None, *, accumulates: bool) -> None:
         gpus = 1 if sharding is None else sharding.gpus
         stage = 0 if sharding is None else 3 if sharding.method == "fsdp" else sharding.stage
         self.optimizer = gpus if stage >= 1 else 1
-        self.gradients = gpus if stage >= 2 else 1
+        # FSDP keeps whole gradients while it accumulates (`no_sync`, which accelerate enters then)
+        whole = sharding is not None and sharding.method == "fsdp" and accumulates
+        self.gradients = gpus if stage >= 2 and not whole else 1
         self.weights = gpus if stage >= 3 else 1
 
     def of_moment(self, moment: Moment, gathered: int) -> Moment:
@@ -344,7 +356,7 @@ def _gathered_bytes(plan: Plan, setting: Setting) -> int:
     return 2 * max(layers) + outside
 
 
-def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting) -> tuple[Part, ...]:
+def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting, gathered: int) -> tuple[Part, ...]:
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     simulated = f"measured by simulation: one step on `meta`, {kernels}"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""
@@ -361,7 +373,15 @@ def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting)
         ),
         Part(name="activations", bytes=peak.activations, origin=f"{simulated}{checkpointing}"),
         Part(name="logits and loss", bytes=peak.logits, origin=simulated),
-        Part(name="temporary buffers", bytes=peak.temporary, origin=simulated),
+        Part(
+            name="temporary buffers",
+            bytes=peak.temporary,
+            origin=f"{simulated}; {gathered:,} bytes are gathered weights, counted: two layers and all outside them"
+            if gathered
+            else "formula: what the optimizer's step allocates"
+            if peak.name == "optimizer step"
+            else simulated,
+        ),
     )
 
 

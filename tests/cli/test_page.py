@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ftload.cli.tables import format_bytes
 
 from ..conftest import Result
 from ..parity.models import write_model
@@ -183,7 +185,11 @@ def test_the_numbers_are_the_plan_s(planned: tuple[Path, dict[str, Any]]) -> Non
     for file in plan["files"]:
         assert f"{file['path']}||{file['bytes']:,}" in text
     for method in plan["training_memory"]:
-        assert method["method"] in text
+        for part in method["parts"]:
+            assert not part["bytes"] or f"|{format_bytes(part['bytes'])}|" in text, part
+        assert f"|{format_bytes(method['total_bytes'])}|" in text
+        for fit in method["fits"]:
+            assert f"{fit['largest_length']:,} tokens" in text
     assert "--lora_rank||8" in text
 
 
@@ -205,18 +211,23 @@ def test_names_in_a_checkpoint_are_text(ftload: Ftload, tmp_path: Path) -> None:
 def test_places_that_are_refused(ftload: Ftload, llama: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "file").write_bytes(b"weights")
     (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "other.html").write_text("<!doctype html><title>somebody's own</title>")
+    os.mkfifo(tmp_path / "pipe")
+    places = sorted(path.name for path in tmp_path.iterdir())
     words = ["plan", "--model", llama] if command == "plan" else ["inspect", llama]
-    for name in ("file", "link", "nowhere/page.html", "."):
+    for name in ("file", "link", "other.html", "pipe", "nowhere/page.html", ".", "n" * 300):
         result = ftload(*words, "--html", tmp_path / name, "--json")
         assert result.code == 8, result
         assert json.loads(result.out)["error"]["code"] == 8
-        assert len(result.err.splitlines()) <= 2
+        assert result.err.splitlines()[1:] == ["hint: choose another --html"]
+    assert ftload(*words, "--html", "").code == 2
     assert (tmp_path / "file").read_bytes() == b"weights"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert "somebody" in (tmp_path / "other.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == places
     # a page of before is replaced, and nothing else is left
     for _ in range(2):
         assert ftload(*words, "--html", tmp_path / "page.html", "--json").code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "page.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*places, "page.html"])
 
 
 def test_two_checkpoints_have_no_page(ftload: Ftload, llama: Path, tmp_path: Path) -> None:

@@ -152,6 +152,17 @@ def test_what_sharding_divides(ftload: Ftload, llama: Path) -> None:
         assert part(one, "weights") == part(alone, "weights") // (2 if stage == 3 else 1)
         assert one["gradient_bytes"] == 2 * elements // (2 if stage >= 2 else 1)
     assert fitting(ftload, llama, "--zero", "1")["full"]["sharding"]["gpus"] == 8
+    # while gradients are accumulated, FSDP keeps them whole
+    accumulated = fitting(ftload, llama, "--fsdp", "4", "--gradient_accumulation_steps", "2")["full"]
+    assert (accumulated["gradient_bytes"], fsdp["gradient_bytes"]) == (2 * elements, -(-2 * elements // 4))
+    # DeepSpeed turns its share of the gradients into float32 when it steps
+    (update,) = (moment for moment in stages[1]["moments"] if moment["name"] == "optimizer step")
+    assert update["temporary"] == 4 * elements // 2
+    # 4-bit weights can't be divided; where they stay whole, there is an estimate
+    assert "uint8" in fitting(ftload, llama, "--fsdp", "4")["qlora"]["reason"]
+    assert "uint8" in fitting(ftload, llama, "--zero", "3")["qlora"]["reason"]
+    adapter = fitting(ftload, llama, "--zero", "2")["qlora"]
+    assert part(adapter, "optimizer states") == -(-12 * part(adapter, "adapter") // 4 // 8)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,9 @@ def test_what_sharding_divides(ftload: Ftload, llama: Path) -> None:
         (["--zero", "4"], "stages 1, 2 and 3, not 4"),
         (["--zero", "many"], "takes an int, not `many`"),
         (["--gpus", "4"], "`--gpus` goes with `--zero`"),
-        (["--fsdp", "0"], "1 to 100,000, not 0"),
+        (["--fsdp", "1"], "2 to 100,000, not 1"),
+        (["--use_qlora", "--fsdp", "2", "false"], "`false` after `--fsdp 2`"),
+        (["--fsdp", "2", "--loara", "--zero", "9"], "unknown flag `--loara`"),
         (["--fsdp"], "`--fsdp` needs a value"),
         (["--zero", "1", "2"], "`2`"),
         (["--html"], "`--html` needs a value"),
