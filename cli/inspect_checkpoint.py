@@ -45,19 +45,22 @@ def inspect(
     from ..loaders.comparison import compare
     from ..loaders.errors import UsageError
     from ..loaders.inspection import inspect as run
-    from .page import check_place, inspection_page, write_page
 
     OUTPUT.configure(as_json=json, quiet=False, debug=debug)
     if other is None:
         if bytes:
             raise UsageError("`--bytes` compares two checkpoints", hint="give another one")
         if html is not None:
+            from .page import check_place
+
             check_place(html)
         found = run(checkpoint, revision=revision)
         listed = None
         if tensors is not None:
             listed = tuple(tensor for tensor in found.tensors if fnmatchcase(tensor.name, tensors))
         if html is not None:
+            from .page import inspection_page, write_page
+
             write_page(html, inspection_page(found, listed))
         OUTPUT.inspection(found, listed)
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .tables import format_bytes, format_count, harmless, make_console, print_table
+from .tables import UNBOUNDED, format_bytes, format_count, harmless, make_console, print_details, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..loaders.tokenizer_facts import TokenizerFacts
 
 _BAR_WIDTH = 12
-_UNBOUNDED = 10_000
 _SHOWN = 20
 """Differences of a kind that are listed."""
 
@@ -44,14 +43,10 @@ def print_inspection(inspection: Inspection, tensors: tuple[StoredTensor, ...] |
     if inspection.tensors:
         console.print()
         print_table(console, _components(inspection, console))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts(inspection):
-        table.add_row(name, harmless(value))
-    if table.rows:
+    known = list(facts(inspection))
+    if known:
         console.print()
-        print_table(console, table)
+        print_details(console, known)
     for note in inspection.notes:
         console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
 
@@ -208,7 +203,7 @@ def _print_tensors(console: Console, tensors: tuple[StoredTensor, ...]) -> None:
         console.print("no tensor matches")
         return
     table = _tensor_table(tensors, with_files=True)
-    if console.measure(table, options=console.options.update(max_width=_UNBOUNDED)).maximum > console.width:
+    if console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum > console.width:
         # names matter more than where they lie
         table = _tensor_table(tensors, with_files=False)
     print_table(console, table)

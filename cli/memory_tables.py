@@ -58,10 +58,13 @@ def part_bytes(method: Mapping[str, Any], name: str) -> int:
 
 
 def what_fits(fit: Mapping[str, Any]) -> str:
-    """The largest batch and the longest sequences on one GPU, in words; empty if nothing fits."""
+    """The largest batch and the longest sequences on one GPU, in words; `only …` where what was asked for does not fit,
+    and empty if nothing does.
+    """
     batch = f"batch {fit['largest_batch']:,}" if fit["largest_batch"] else ""
     length = f"{fit['largest_length']:,} tokens" if fit["largest_length"] else ""
-    return " or ".join(filter(None, (batch, length)))
+    words = " or ".join(filter(None, (batch, length)))
+    return f"only {words}" if words and not fit["fits"] else words
 
 
 def how_to_read(method: Mapping[str, Any]) -> str:
@@ -118,12 +121,9 @@ def _fits(methods: list[Mapping[str, Any]]) -> Table:
     for method in methods:
         table.add_column(method["method"], no_wrap=True)
     for fits in zip(*(method["fits"] for method in methods), strict=True):
-        cells = []
-        for fit in fits:
-            words = what_fits(fit)
-            if fit["fits"]:
-                cells.append(Text(f"yes: {words}", "green"))
-            else:
-                cells.append(Text(f"only {words}" if words else "no", "dim"))
+        cells = (
+            Text(f"yes: {what_fits(fit)}", "green") if fit["fits"] else Text(what_fits(fit) or "no", "dim")
+            for fit in fits
+        )
         table.add_row(f"{fits[0]['gigabytes']} GB", *cells)
     return table

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..loaders.comparison import Comparison
     from ..loaders.doctor import Diagnosis
+    from ..loaders.errors import FtloadError
     from ..loaders.inspection import Inspection
     from ..loaders.inventory import StoredTensor
     from ..loaders.stream import Progress
@@ -58,17 +59,17 @@ class Output:
         """The result of `verify`; returns the exit code."""
         error = verification.error
         if self._as_json:
-            failure = {} if error is None else {"error": _json_error(explain(error))}
             checks = [{**asdict(check), "ok": check.ok} for check in verification.checks]
-            print(json.dumps({"directory": verification.directory, "ok": verification.ok, "checks": checks, **failure}))
+            print(
+                json.dumps(
+                    {"directory": verification.directory, "ok": verification.ok, "checks": checks, **_verdict(error)}
+                )
+            )
         elif not self._quiet:
             from .summary import print_checks
 
             print_checks(verification)
-        if error is None:
-            return 0
-        self._tell(explain(error))
-        return error.code
+        return self._end(error)
 
     def inspection(self, inspection: Inspection, tensors: tuple[StoredTensor, ...] | None) -> None:
         """The result of `inspect`, with a list of some tensors or without."""
@@ -92,12 +93,15 @@ class Output:
         """The result of `doctor`; returns the exit code."""
         error = diagnosis.error
         if self._as_json:
-            failure = {} if error is None else {"error": _json_error(explain(error))}
-            print(json.dumps({**diagnosis.to_json(), **failure}))
+            print(json.dumps({**diagnosis.to_json(), **_verdict(error)}))
         else:
             from .diagnosis_tables import print_diagnosis
 
             print_diagnosis(diagnosis)
+        return self._end(error)
+
+    def _end(self, error: FtloadError | None) -> int:
+        """Tell what was found wrong, if anything was; returns the exit code."""
         if error is None:
             return 0
         self._tell(explain(error))
@@ -145,6 +149,10 @@ class Output:
 
         with Console(stderr=True).status(what):
             yield
+
+
+def _verdict(error: FtloadError | None) -> dict[str, Any]:
+    return {} if error is None else {"error": _json_error(explain(error))}
 
 
 def _json_error(failure: Failure) -> dict[str, Any]:

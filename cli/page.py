@@ -17,7 +17,7 @@ from ..loaders.errors import OutputError, UsageError
 from .errors import one_line
 from .inspection_tables import facts
 from .memory_tables import how_to_read, origins, part_bytes, part_names, setting, what_fits
-from .summary import NEEDS, details, in_training
+from .summary import NEEDS, decision_words, details, in_training
 from .tables import format_bytes, format_count
 from .treemap import Rectangle, squarify
 
@@ -66,8 +66,13 @@ def check_place(name: str) -> None:
                 raise OutputError(f"can't write `{path}`: its directory does not exist") from None
             return
         # a pipe would be waited for, and a device or a link would be replaced by a file
-        if not is_file or path.read_bytes()[: len(_BEGINNING)] not in (_BEGINNING, b""):
+        if not is_file or _first_bytes(path) not in (_BEGINNING, b""):
             raise OutputError(f"`{path}` exists and is not a page of ftload's")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING))
 
 
 def write_page(name: str, page: str) -> None:
@@ -116,12 +121,6 @@ def plan_page(plan: Mapping[str, Any]) -> str:
         ("trainable", f"{format_count(parameters['trainable'])} ({parameters['trainable_percent']:.2f} %)"),
         *((f"preparing: {name}", format_bytes(needs[f"{key}_bytes"])) for name, key, _ in NEEDS),
     ]
-    notes = [
-        f"{one['what']}: {one['requested']} → {one['effective']} ({one['reason']})"
-        if one["requested"] != one["effective"]
-        else f"{one['what']}: {one['effective']} ({one['reason']})"
-        for one in plan["decisions"]
-    ]
     return _render(
         title=plan["source"]["model"],
         subtitle=f"{plan['strategy']}, as ftload would prepare it",
@@ -130,7 +129,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
         memory=None if not known else _memory(known),
         missing=[(one["method"], one["reason"]) for one in plan["training_memory"] if "reason" in one],
         tables=tables,
-        notes=[*notes, *plan["warnings"]],
+        notes=[*map(decision_words, plan["decisions"]), *plan["warnings"]],
         version=plan["ftload_version"],
     )
 
@@ -199,7 +198,7 @@ def _memory(methods: list[Mapping[str, Any]]) -> dict[str, Any]:
                     {
                         "gigabytes": fit["gigabytes"],
                         "fits": fit["fits"],
-                        "words": what_fits(fit) if fit["fits"] or not what_fits(fit) else f"only {what_fits(fit)}",
+                        "words": what_fits(fit),
                         "shares": [
                             (number, part_bytes(method, name) / fit["gigabytes"] / 1e7)
                             for number, name in enumerate(names)
@@ -269,5 +268,5 @@ def _render(*, stored: Sequence[Mapping[str, Any]], **values: Any) -> str:
     cells = _cells(stored)
     dtypes = dict.fromkeys((cell.dtype, cell.colour) for cell in cells)
     return environment.get_template("page.html").render(
-        cells=cells, dtypes=list(dtypes), ratio=f"{_PLANE.width} / {_PLANE.height}", **values
+        cells=cells, dtypes=list(dtypes), colours=_COLOURS, ratio=f"{_PLANE.width} / {_PLANE.height}", **values
     )

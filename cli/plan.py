@@ -14,14 +14,17 @@ def plan(ctx: typer.Context) -> None:
     """
     from ..loaders.command_line import parse_plan_arguments
     from ..loaders.prepare import plan_only
-    from .page import check_place, plan_page, write_page
 
     arguments, options = parse_plan_arguments(ctx.obj)
     OUTPUT.configure(as_json=arguments.own.json, quiet=arguments.own.quiet, debug=arguments.own.debug)
     if options.html is not None:
+        from .page import check_place
+
         check_place(options.html)
     with OUTPUT.progress() as progress:
         found = plan_only(arguments, options, progress)
     if options.html is not None:
+        from .page import plan_page, write_page
+
         write_page(options.html, plan_page(found))
     OUTPUT.plan(found, arguments.flat.output_dir)

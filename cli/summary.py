@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from .memory_tables import print_training_memory
-from .tables import format_bytes, harmless, make_console, print_table
+from .tables import format_bytes, harmless, make_console, print_details, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
     )
     _print_parameters(console, report["parameters"])
     timings = report["timings"]
-    _print_details(
+    print_details(
         console,
         [
             *details(report),
@@ -67,7 +67,7 @@ def print_plan(plan: Mapping[str, Any], directory: str) -> None:
     print_table(console, table)
     console.print()
     names = f"{files[0]['path']} … {files[-1]['path']}" if len(files) > 2 else ", ".join(f["path"] for f in files)
-    _print_details(
+    print_details(
         console,
         [
             ("in training", in_training(parameters)),
@@ -91,24 +91,9 @@ def _print_parameters(console: Console, parameters: Mapping[str, Any]) -> None:
     print_table(console, table)
 
 
-def _print_details(console: Console, details: list[tuple[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in details:
-        table.add_row(name, harmless(value))
-    print_table(console, table)
-
-
 def _print_notes(console: Console, report: Mapping[str, Any]) -> None:
     for decision in report["decisions"]:
-        change = harmless(decision["effective"])
-        if decision["effective"] != decision["requested"]:
-            change = f"{harmless(decision['requested'])} → {change}"
-        console.print(
-            f"[yellow]decided[/] {harmless(decision['what'])}: {change} ({harmless(decision['reason'])})",
-            soft_wrap=True,
-        )
+        console.print(f"[yellow]decided[/] {harmless(decision_words(decision))}", soft_wrap=True)
     for warning in report["warnings"]:
         console.print(f"[yellow]warning[/] {harmless(warning)}", soft_wrap=True)
 
@@ -124,6 +109,14 @@ def print_checks(verification: Verification) -> None:
             console.print(f"       {'':{width}} [red]{harmless(problem)}[/]", soft_wrap=True)
     if verification.ok:
         console.print(f"[bold]{harmless(verification.directory)}[/] verifies", soft_wrap=True)
+
+
+def decision_words(decision: Mapping[str, Any]) -> str:
+    """What was decided, and why: of a report or a plan."""
+    change = decision["effective"]
+    if change != decision["requested"]:
+        change = f"{decision['requested']} → {change}"
+    return f"{decision['what']}: {change} ({decision['reason']})"
 
 
 def in_training(parameters: Mapping[str, Any]) -> str:

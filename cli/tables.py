@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .errors import one_line
 
-_UNBOUNDED = 10_000
+UNBOUNDED = 10_000
 """Columns."""
 
 
 def make_console() -> Console:
     """A console on stdout: as wide as the terminal; in a pipe, where lines are for `grep`, nothing is folded."""
     console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_UNBOUNDED)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=UNBOUNDED)
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -27,6 +29,16 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         console.print(line.rstrip(), markup=False, soft_wrap=True)
+
+
+def print_details(console: Console, details: Iterable[tuple[str, str]]) -> None:
+    """Print a line for each name and value."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in details:
+        table.add_row(name, harmless(value))
+    print_table(console, table)
 
 
 def harmless(text: str) -> str:

@@ -135,9 +135,9 @@ def estimate_training_memory(
     lasting = _lasting_parts(plan, flags, sharding, share)
     always = sum(part.bytes for part in lasting)
     gathered = _gathered_bytes(plan, setting) if share.weights > 1 else 0
-    gradients = sum(count * item for count, item in _trainable(plan))
+    gradients = sum(count * item for count, item in _trainable(plan)) // share.gradients
     update = Moment(
-        name="optimizer step", activations=0, logits=0, gradients=gradients // share.gradients,
+        name="optimizer step", activations=0, logits=0, gradients=gradients,
         temporary=_optimizer_temporaries(plan, flags, sharding) // share.optimizer,
     )  # fmt: skip
     moments = (*(share.of_moment(moment, gathered) for moment in footprint.moments), update)
@@ -164,10 +164,10 @@ def estimate_training_memory(
         length_origin=length_origin,
         attention=setting.attention,
         sharding=sharding,
-        parts=(*lasting, *_moment_parts(peak, share, gradients, setting, 0 if peak is update else gathered)),
+        parts=(*lasting, *_moment_parts(peak, share, gradients, setting, gathered)),
         moment=peak.name,
         moments=moments,
-        gradient_bytes=gradients // share.gradients,
+        gradient_bytes=gradients,
         saved_bytes=footprint.saved,
         fits=tuple(fit(gigabytes) for gigabytes in GPU_GIGABYTES),
     )
@@ -357,14 +357,16 @@ def _gathered_bytes(plan: Plan, setting: Setting) -> int:
 
 
 def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting, gathered: int) -> tuple[Part, ...]:
+    """`gradients` are the bytes of all of them on one GPU."""
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     simulated = f"measured by simulation: one step on `meta`, {kernels}"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""
-    some = (
-        ""
-        if peak.gradients >= gradients // share.gradients
-        else f", of {gradients // share.gradients:,} bytes in the end"
-    )
+    some = f", of {gradients:,} bytes in the end" if peak.gradients < gradients else ""
+    temporary = simulated
+    if peak.name == "optimizer step":
+        temporary = "formula: what the optimizer's step allocates"
+    elif gathered:
+        temporary += f"; {gathered:,} bytes are gathered weights, counted: two layers and all outside them"
     return (
         Part(
             name="gradients",
@@ -373,15 +375,7 @@ def _moment_parts(peak: Moment, share: _Share, gradients: int, setting: Setting,
         ),
         Part(name="activations", bytes=peak.activations, origin=f"{simulated}{checkpointing}"),
         Part(name="logits and loss", bytes=peak.logits, origin=simulated),
-        Part(
-            name="temporary buffers",
-            bytes=peak.temporary,
-            origin=f"{simulated}; {gathered:,} bytes are gathered weights, counted: two layers and all outside them"
-            if gathered
-            else "formula: what the optimizer's step allocates"
-            if peak.name == "optimizer step"
-            else simulated,
-        ),
+        Part(name="temporary buffers", bytes=peak.temporary, origin=temporary),
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..conftest import ROWS
 from ..parity.models import write_model
-from .conftest import ROWS
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 FILE = "model.safetensors"

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ..conftest import Result
+from ..conftest import ROWS, Result
 from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama
-from .conftest import ROWS
 from .spoilt import CASES, FILE, WEIGHT, edit_json, set_weight
 
 KINDS = {2: "usage", 3: "source", 4: "checkpoint", 5: "environment", 6: "resource", 7: "verification", 8: "output"}

@@ -18,10 +18,9 @@ import torch
 from ftload.loaders.checkpoint import Checkpoint
 from safetensors.torch import load_file
 
-from ..conftest import Result
+from ..conftest import ROWS, Result
 from ..parity.models import write_model
 from ..tokenizers import write_llama
-from .conftest import ROWS
 from .runs import FLAGS, headers, list_files, prepare
 
 Ftload = Callable[..., Result]

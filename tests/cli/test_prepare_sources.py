@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..conftest import ROWS
 from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama, write_qwen
-from .conftest import ROWS
 from .runs import headers, prepare
 
 FILE = "model.safetensors"

@@ -24,19 +24,9 @@ from ftload.loaders.memory import (
 from ftload.loaders.plan import Plan
 
 from ..cli.runs import FLAGS, prepare
-from ..parity.models import write_model
-from ..tokenizers import write_llama
 from .plans import make_plan
 
 GIGABYTES = (16, 24, 32, 40, 48, 80, 96, 141, 192)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama") / "model"
-    write_model(directory, "llama", vocab_size=144, dtype="bfloat16")
-    write_llama(directory)
-    return directory
 
 
 def estimate(plan: Plan, flags: FlatArguments, **more: Any) -> TrainingMemory:

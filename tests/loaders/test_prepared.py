@@ -30,14 +30,6 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama") / "model"
-    write_model(directory, "llama", vocab_size=144, dtype="bfloat16")
-    write_llama(directory)
-    return directory
-
-
 def load(directory: Path) -> tuple[Any, Any, list[str]]:
     """The model, the tokenizer, and what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
