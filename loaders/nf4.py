@@ -151,11 +151,11 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     codes = _scratch((n + 1) // 2)
     absmax = np.empty(-(-n // BLOCK), np.float32)
     if flat.dtype == torch.bfloat16:
-        arguments = flat.view(torch.int16).numpy()[:whole], codes[: whole // 2], absmax, _bounds()
-        finite = nf4_kernel.encode_bfloat16(*arguments)
+        bits = flat.view(torch.int16).numpy()[:whole]
+        finite = nf4_kernel.encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds())
     else:
-        arguments = flat[:whole].to(torch.float32).numpy(), codes[: whole // 2], absmax, _bounds()
-        finite = nf4_kernel.encode_float32(*arguments)
+        wide = flat[:whole].to(torch.float32).numpy()
+        finite = nf4_kernel.encode_float32(wide, codes[: whole // 2], absmax, _bounds())
     rest = flat[whole:].to(torch.float32).numpy()
     if not (finite and np.isfinite(rest).all()):
         raise ValueError("NaN or infinity")
@@ -242,6 +242,18 @@ def _bounds() -> Any:
 
     values = np.array(CODE_BOOK, np.float32)
     return np.append((values[:-1] + values[1:]) / np.float32(2), np.float32(2))
+
+
+@cache
+def _thresholds() -> Any:
+    """What bfloat16 weights are compared with, by their block's maximum (int16, 32768 × 16)."""
+    import numpy as np
+
+    from . import nf4_kernel
+
+    thresholds = np.empty((2**15, 16), np.int16)
+    nf4_kernel.find_thresholds(_bounds(), thresholds)
+    return thresholds
 
 
 _local = threading.local()

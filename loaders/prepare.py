@@ -17,7 +17,6 @@ from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
 from .file_copy import link_problem
 from .identity import fingerprint
-from .memory import Sharding, compare_methods
 from .output_files import OutputFile
 from .plan import Plan
 from .processes import Processes, join_processes
@@ -31,6 +30,7 @@ from .stream import Progress, Written, write_tensors
 
 if TYPE_CHECKING:
     from .arguments import Arguments, PlanOptions
+    from .memory import Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +86,8 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
     dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
     """
+    from .memory import compare_methods
+
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
     sources = resolve_sources(request, arguments.tokenizer)
@@ -104,6 +106,8 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
 
 
 def _sharding(options: PlanOptions) -> Sharding | None:
+    from .memory import Sharding
+
     if options.fsdp is not None:
         return Sharding(method="fsdp", gpus=options.fsdp)
     if options.zero is not None:

@@ -126,6 +126,10 @@ def write_tensors(
         torch.set_num_threads(threads)
 
 
+_Task = tuple[Callable[..., None], Any, Any]
+"""A function and its arguments."""
+
+
 class _Execution:
     """One run over all steps of a plan."""
 
@@ -169,18 +173,27 @@ class _Execution:
                 for writer in writers:
                     writer.abandon()
 
-    def _tasks(self, writers: list[_FileWriter]) -> Iterator[tuple[Callable[..., None], Any, Any]]:
-        """What a worker takes at a time: a function and its arguments."""
-        adapter = self._plan.adapter_file
-        for writer in sorted(writers, key=lambda writer: writer.file is not adapter):
-            steps = writer.file.steps
-            if writer.file is adapter:
-                # its layers' random numbers must be drawn one after another, by one worker: it had better begin early
-                yield self._run, writer, steps
-            else:
-                yield from ((self._run, writer, (step,)) for step in sorted(steps, key=lambda step: -step.nbytes))
+    def _tasks(self, writers: list[_FileWriter]) -> list[_Task]:
+        """What a worker takes at a time, in the order in which it is begun."""
+        adapters = [writer for writer in writers if writer.file is self._plan.adapter_file]
+        models = [writer for writer in writers if writer not in adapters]
+        tasks: list[_Task] = [
+            (self._run, writer, (step,))
+            for writer in models
+            for step in sorted(writer.file.steps, key=lambda step: -step.nbytes)
+        ]
+        for writer in adapters:
+            # One worker draws all of it, layer after layer, while the others go on; one hashes the last file. Both had
+            # better end together. A byte of the adapter takes as long as one of a model, and hashing one a quarter
+            hashed = models[-1].file.size // 4 if models else 0
+            left, place = (writer.file.size - hashed) * (self._plan.workers - 1), len(tasks)
+            while left > 0 and place > 0:
+                place -= 1
+                left -= tasks[place][2][0].nbytes
+            tasks.insert(place, (self._run, writer, writer.file.steps))
+        return tasks
 
-    def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
+    def _copies(self) -> Iterator[_Task]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
         for file in self._files:
             if file.layout is None:
@@ -336,10 +349,14 @@ class _FileWriter:
     def _write_at(self, data: memoryview, position: int) -> None:
         descriptor = self._opened()
         while data:
-            count = os.pwrite(descriptor, data, position)
+            count = os.pwrite(descriptor, data[:_WRITTEN_AT_ONCE], position)
             start_writing_back(descriptor, position, count)
             data = data[count:]
             position += count
+
+
+_WRITTEN_AT_ONCE = 512 * 1024
+"""Bytes: larger writes make the kernel look for larger free pages, which takes twice as long."""
 
 
 def _check_written(file: OutputFile, path: Path) -> None:
