@@ -1,9 +1,9 @@
 """Executing a plan: every output tensor is made once and put in its place, several at a time, in bounded memory.
 
-A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps,
-file after file and the largest of each first; reading, encoding and writing all release the interpreter's lock, so
-that one worker's reading overlaps another's encoding. A step begins when what it allocates at most fits into the budget
-beside those that are running. A file whose last step is done is made durable, hashed and told of.
+A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps, as
+`in_order` lists them; reading, encoding and writing all release the interpreter's lock, so that one worker's reading
+overlaps another's encoding. A step begins when what it allocates at most fits into the budget beside those that are
+running. A file whose last step is done is made durable, hashed and told of.
 """
 
 from __future__ import annotations
@@ -126,8 +126,29 @@ def write_tensors(
         torch.set_num_threads(threads)
 
 
-_Task = tuple[Callable[..., None], Any, Any]
-"""A function and its arguments."""
+def in_order(
+    files: tuple[OutputFile, ...], adapter: OutputFile | None, workers: int
+) -> list[tuple[OutputFile, tuple[Step, ...]]]:
+    """What a worker takes at a time: file after file, the largest step of each first; an adapter as a whole.
+
+    One worker draws the adapter, layer after layer, while the others go on, and one hashes the model's last file: the
+    adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the model, and
+    hashing one a quarter of that.
+    """
+    order: list[tuple[OutputFile, tuple[Step, ...]]] = [
+        (file, (step,))
+        for file in files
+        if file is not adapter
+        for step in sorted(file.steps, key=lambda step: -step.nbytes)
+    ]
+    if adapter is not None and adapter in files:
+        hashed = order[-1][0].size // 4 if order else 0
+        left, place = (adapter.size - hashed) * (workers - 1), len(order)
+        while left > 0 and place > 0:
+            place -= 1
+            left -= sum(step.nbytes for step in order[place][1])
+        order.insert(place, (adapter, adapter.steps))
+    return order
 
 
 class _Execution:
@@ -156,12 +177,13 @@ class _Execution:
 
     def run(self) -> None:
         """Take the steps to workers; the first error stops all of them."""
-        writers = [
-            _FileWriter(file, file.layout, self._directory, self._advance)
+        writers = {
+            file: _FileWriter(file, file.layout, self._directory, self._advance)
             for file in self._files
             if file.layout is not None
-        ]
-        tasks = [*self._copies(), *self._tasks(writers)]
+        }
+        work = in_order(tuple(writers), self._plan.adapter_file, self._plan.workers)
+        tasks = [*self._copies(), *((self._run, writers[file], steps) for file, steps in work)]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
             try:
                 done, _ = wait([pool.submit(run, *arguments) for run, *arguments in tasks], None, FIRST_EXCEPTION)
@@ -170,30 +192,10 @@ class _Execution:
             finally:
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
-                for writer in writers:
+                for writer in writers.values():
                     writer.abandon()
 
-    def _tasks(self, writers: list[_FileWriter]) -> list[_Task]:
-        """What a worker takes at a time, in the order in which it is begun."""
-        adapters = [writer for writer in writers if writer.file is self._plan.adapter_file]
-        models = [writer for writer in writers if writer not in adapters]
-        tasks: list[_Task] = [
-            (self._run, writer, (step,))
-            for writer in models
-            for step in sorted(writer.file.steps, key=lambda step: -step.nbytes)
-        ]
-        for writer in adapters:
-            # One worker draws all of it, layer after layer, while the others go on; one hashes the last file. Both had
-            # better end together. A byte of the adapter takes as long as one of a model, and hashing one a quarter
-            hashed = models[-1].file.size // 4 if models else 0
-            left, place = (writer.file.size - hashed) * (self._plan.workers - 1), len(tasks)
-            while left > 0 and place > 0:
-                place -= 1
-                left -= tasks[place][2][0].nbytes
-            tasks.insert(place, (self._run, writer, writer.file.steps))
-        return tasks
-
-    def _copies(self) -> Iterator[_Task]:
+    def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
         for file in self._files:
             if file.layout is None:
