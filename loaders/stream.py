@@ -358,7 +358,7 @@ class _FileWriter:
 
 
 _WRITTEN_AT_ONCE = 512 * 1024
-"""Bytes: larger writes make the kernel look for larger free pages, which takes twice as long."""
+"""Bytes: where this was measured (ext4), writing took a third less time than with 2 MiB at once."""
 
 
 def _check_written(file: OutputFile, path: Path) -> None:
