@@ -8,7 +8,8 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,55 @@ def _errors_of_rust() -> Iterator[None]:
             raise
         number = int(said[1])
         raise OSError(number, os.strerror(number)) from error
+
+
+def read_at(descriptor: int, view: memoryview, position: int, *, keep: bool) -> int:
+    """Fill `view` with what a file has at `position`, and tell how many bytes that were (preadv(2)).
+
+    Without `keep`, what was not in the page cache before is not left there, where the system can do that
+    (RWF_DONTCACHE, Linux 6.14): reading more than memory holds pushes nothing else out, and takes a few pages again
+    and again instead of ever new ones.
+    """
+    if not keep:
+        with contextlib.suppress(OSError, NotImplementedError):
+            return os.preadv(descriptor, [view], position, _RWF_DONTCACHE)
+    return os.preadv(descriptor, [view], position)
+
+
+_RWF_DONTCACHE = 0x80
+
+
+@contextlib.contextmanager
+def read_ahead(paths: Iterable[Path], most: int) -> Iterator[None]:
+    """Have the page cache take these files in, one after another and at most so many bytes, while a block runs.
+
+    A hint: a file that can't be read is told of when it is needed.
+    """
+    stopped = threading.Event()
+    thread = threading.Thread(target=_read_ahead, args=(paths, most, stopped), name="ftload-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _read_ahead(paths: Iterable[Path], most: int, stopped: threading.Event) -> None:
+    with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+        for path in paths:
+            with path.open("rb") as file:
+                position = 0
+                while most > 0 and not stopped.is_set():
+                    # from a file to /dev/null nothing is copied: the pages are read, and that is all
+                    count = os.sendfile(nowhere.fileno(), file.fileno(), position, min(most, _READ_AHEAD_AT_ONCE))
+                    if not count:
+                        break
+                    position += count
+                    most -= count
+
+
+_READ_AHEAD_AT_ONCE = 16 * 1024 * 1024
 
 
 def start_writing_back(descriptor: int, begin: int, count: int) -> None:

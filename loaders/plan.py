@@ -179,7 +179,7 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
             f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
             "only, and k-bit preparation makes them float32 in training"
         )
-    workers = len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) + 1  # there is work for all processors while one waits for the disk
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":

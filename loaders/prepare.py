@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import nf4
-from .disk import disk_errors
+from .checkpoint import find_weights
+from .disk import disk_errors, read_ahead
 from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
 from .file_copy import link_problem
@@ -24,6 +25,7 @@ from .ready import Prepared, Sources, Timings, make_ready, resolve_sources
 from .report import REPORT_FILE, describe_plan
 from .request import Decision, Request, resolve_request
 from .side_files import write_side_files
+from .source import Source
 from .staging import Journal, Staging, check_output, find_finished, staged
 from .strategy import STRATEGIES
 from .stream import Progress, Written, write_tensors
@@ -128,13 +130,16 @@ def _make(
     scratch = staging.scratch(processes.rank)
     with disk_errors(scratch):
         scratch.mkdir()
-    prepared = make_ready(arguments, request, sources, scratch, timings)
     encode = nf4.encode
-    if prepared.plan.encodes:
-        # not part of the plan: importing numba takes a while, and nothing that is planned depends on it
-        with timings.stage("encoder"):
-            encode, decision = _choose_encoder(request)
-        prepared = prepared.decide(decision)
+    # while libraries are imported, the disk would have nothing to do
+    needed = _surely_read(request, sources.model) if processes.count == 1 else ()
+    with read_ahead(needed, available_memory_bytes() // 2):
+        prepared = make_ready(arguments, request, sources, scratch, timings)
+        if prepared.plan.encodes:
+            # not part of the plan: importing numba takes a while, and nothing that is planned depends on it
+            with timings.stage("encoder"):
+                encode, decision = _choose_encoder(request)
+            prepared = prepared.decide(decision)
     if request.base == "link" and prepared.plan.copied_files:
         prepared = _link_or_copy(prepared, scratch)
     if arguments.own.strict:
@@ -154,6 +159,15 @@ def _make(
         staging.publish(overwrite=request.overwrite)
     processes.gather("published", True)
     return report
+
+
+def _surely_read(request: Request, source: Source) -> tuple[Path, ...]:
+    """The files of weights here that are read whatever the plan will be: LoRA may leave the base where it is."""
+    if request.strategy == "lora" and request.base not in ("copy", "link"):
+        return ()
+    listed = {file.path for file in source.files}
+    paths = (source.root / name for name in find_weights(source)[0] if name in listed)
+    return tuple(path for path in paths if path.exists())  # of a hub's files, those that are in its cache
 
 
 def _choose_encoder(request: Request) -> tuple[nf4.Encoder, Decision | None]:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders.checkpoint import Checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..conftest import ROWS, Result
+from ..page_cache import cached_bytes, forget
 from ..parity.models import write_model
 from ..tokenizers import write_llama
 from .runs import FLAGS, headers, list_files, prepare
@@ -315,3 +316,24 @@ def test_bitsandbytes_encodes_as_the_kernel_does() -> None:
     other_codes, other_absmax = nf4.encode_with_bitsandbytes(values, "cpu")
     assert torch.equal(codes, other_codes)
     assert torch.equal(absmax, other_absmax)
+
+
+@pytest.mark.parametrize(
+    ("flags", "read"),
+    [(["--use_qlora"], True), ([], True), (["--use_lora"], False), (["--use_lora", "--base", "copy"], True)],
+)
+def test_weights_are_read_ahead_unless_the_base_may_stay_where_it_is(
+    model: Path, tmp_path: Path, flags: list[str], read: bool
+) -> None:
+    weights = model / "model.safetensors"
+    save_file({"w": torch.zeros(2**23)}, weights)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard of"}))
+    forget(weights)
+    command = [sys.executable, "-m", "ftload.cli", "prepare", "--model", model, "--output_dir", tmp_path / "out"]
+
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+
+    assert "unheard of" in done.stderr  # which it finds out after it has imported what takes long
+    cached = cached_bytes(weights)
+    assert (cached >= weights.stat().st_size) if read else (cached == 0)
