@@ -143,6 +143,7 @@ def measured_peak(step: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -169,8 +170,10 @@ def test_peak_is_that_of_real_steps(architecture: str, lora: bool, checkpointing
         tokens = torch.randint(3, 30, (batch.size, batch.length))
 
         def step(model: Any = model, tokens: torch.Tensor = tokens) -> None:
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
-            output.loss.backward()
+            # oneDNN's bfloat16 kernels, where a processor has them, take room that has to do with the processor alone
+            with torch.backends.mkldnn.flags(enabled=False):
+                output = model(input_ids=tokens, labels=tokens, use_cache=False)
+                output.loss.backward()
 
         step()
         if accumulate:
