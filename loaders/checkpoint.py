@@ -12,11 +12,8 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .disk import read_at
-from .environment import available_memory_bytes
 from .errors import CheckpointError, SourceError
 from .pickles import Placed, read_pickle
 from .source import Source, config_file_names
@@ -111,32 +108,17 @@ class Checkpoint:
         path = self.source.root / tensor.file
         try:
             with path.open("rb", buffering=0) as file:
+                file.seek(tensor.begin)
                 for begin in range(tensor.begin, tensor.end, size):
                     count = min(size, tensor.end - begin)
                     if buffer is None or len(buffer) < count:
                         view = memoryview(bytearray(count))
                     else:
                         view = memoryview(buffer)[:count]
-                    self._fill(view, file.fileno(), begin, tensor)
+                    _read_exactly(file.readinto, view, tensor)
                     yield torch.frombuffer(view, dtype=dtype)
         except OSError as error:
             raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
-
-    def _fill(self, view: memoryview, descriptor: int, position: int, tensor: TensorMeta) -> None:
-        while view:
-            count = read_at(descriptor, view, position, keep=self._keep)
-            if not count:
-                raise CheckpointError(
-                    f"`{tensor.file}` ends within tensor `{tensor.name}`",
-                    hint="the file changed while it was read",
-                )
-            view = view[count:]
-            position += count
-
-    @cached_property
-    def _keep(self) -> bool:
-        """Whether what is read may stay in the page cache: not, where that would take more than half of the memory."""
-        return 2 * sum(tensor.nbytes for tensor in self.tensors.values()) <= available_memory_bytes()
 
     def _gathered(self, tensor: TensorMeta, strides: tuple[int, ...], elements: int) -> Iterator[Tensor]:
         """The chunks of a tensor whose elements lie scattered in its bytes, all of which are held."""
@@ -204,18 +186,6 @@ def _check_sizes(document: Any, file: str) -> None:
                         raise CheckpointError(f"`{file}`: `{key}` is more than the {most:,} of any real model")
 
 
-def find_weights(source: Source) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The safetensors files that transformers would load, and where their index places each tensor, if there is one.
-
-    Raises `CheckpointError` for an index that is malformed.
-    """
-    names = {file.path for file in source.files}
-    if SINGLE_FILE in names:
-        return (SINGLE_FILE,), {}
-    weight_map = _read_index(source, INDEX_FILE) if INDEX_FILE in names else {}
-    return tuple(sorted(set(weight_map.values()))), weight_map
-
-
 def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
     """Find the weight files as transformers would and read their headers.
 
@@ -223,13 +193,18 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
     """
     names = {file.path: file for file in source.files}
     warnings: tuple[str, ...] = ()
-    files, weight_map = find_weights(source)
-    if not files:
-        if PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
-            return _open_pickles(source, allow_pickle=allow_pickle)
+    if SINGLE_FILE in names:
+        weight_map: dict[str, str] = {}
+        files: tuple[str, ...] = (SINGLE_FILE,)
+        if INDEX_FILE in names:
+            warnings = (f"both `{SINGLE_FILE}` and `{INDEX_FILE}` are there: the single file is used",)
+    elif INDEX_FILE in names:
+        weight_map = _read_index(source, INDEX_FILE)
+        files = tuple(sorted(set(weight_map.values())))
+    elif PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
+        return _open_pickles(source, allow_pickle=allow_pickle)
+    else:
         raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
-    if SINGLE_FILE in names and INDEX_FILE in names:
-        warnings = (f"both `{SINGLE_FILE}` and `{INDEX_FILE}` are there: the single file is used",)
     for name in files:
         if name not in names:
             raise _absent(source, f"`{name}` is listed in `{INDEX_FILE}` but missing", "download the model again")
@@ -378,6 +353,17 @@ def _integer(literal: str) -> int:
 def _refuse(literal: str) -> NoReturn:
     """For what has no place in a header: fractions, NaN and infinity."""
     raise ValueError(literal)
+
+
+def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview, tensor: TensorMeta) -> None:
+    while view:
+        count = readinto(view)
+        if not count:
+            raise CheckpointError(
+                f"`{tensor.file}` ends within tensor `{tensor.name}`",
+                hint="the file changed while it was read",
+            )
+        view = view[count:]
 
 
 def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:

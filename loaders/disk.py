@@ -1,4 +1,4 @@
-"""Files on a disk: made durable, hashed, and what to say when it fails."""
+"""Files on a disk: read in time, made durable, hashed, and what to say when it fails."""
 
 from __future__ import annotations
 
@@ -48,22 +48,6 @@ def _errors_of_rust() -> Iterator[None]:
             raise
         number = int(said[1])
         raise OSError(number, os.strerror(number)) from error
-
-
-def read_at(descriptor: int, view: memoryview, position: int, *, keep: bool) -> int:
-    """Fill `view` with what a file has at `position`, and tell how many bytes that were (preadv(2)).
-
-    Without `keep`, what was not in the page cache before is not left there, where the system can do that
-    (RWF_DONTCACHE, Linux 6.14): reading more than memory holds pushes nothing else out, and takes a few pages again
-    and again instead of ever new ones.
-    """
-    if not keep:
-        with contextlib.suppress(OSError, NotImplementedError):
-            return os.preadv(descriptor, [view], position, _RWF_DONTCACHE)
-    return os.preadv(descriptor, [view], position)
-
-
-_RWF_DONTCACHE = 0x80
 
 
 @contextlib.contextmanager

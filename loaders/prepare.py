@@ -7,12 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import nf4
-from .checkpoint import find_weights
 from .disk import disk_errors, read_ahead
 from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
@@ -162,12 +162,14 @@ def _make(
 
 
 def _surely_read(request: Request, source: Source) -> tuple[Path, ...]:
-    """The files of weights here that are read whatever the plan will be: LoRA may leave the base where it is."""
+    """The weights on this machine that are read whatever the plan will be: LoRA may leave the base where it is.
+
+    By their usual names: it would take a request to the hub to see which ones its index lists.
+    """
     if request.strategy == "lora" and request.base not in ("copy", "link"):
         return ()
-    listed = {file.path for file in source.files}
-    paths = (source.root / name for name in find_weights(source)[0] if name in listed)
-    return tuple(path for path in paths if path.exists())  # of a hub's files, those that are in its cache
+    names = (file.path for file in source.files if fnmatch(file.path, "model*.safetensors"))
+    return tuple(path for name in names if (path := source.root / name).exists())
 
 
 def _choose_encoder(request: Request) -> tuple[nf4.Encoder, Decision | None]:

@@ -257,28 +257,3 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
     assert raised.value.hint == "this is an adapter: give the model that it was trained on"
     with pytest.raises(CheckpointError, match="holds no weights"):
         _open(tmp_path)
-
-
-@pytest.mark.parametrize("larger", [False, True])
-def test_weights_of_more_than_half_the_memory_do_not_stay_in_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, larger: bool
-) -> None:
-    path = tmp_path / "model.safetensors"
-    weights = torch.arange(2**24, dtype=torch.int32)
-    save_file({"w": weights}, path)
-    checkpoint = _open(tmp_path)
-    memory = 2 * weights.nbytes - (1 if larger else 0)
-    monkeypatch.setattr("ftload.loaders.checkpoint.available_memory_bytes", lambda: memory)
-    flags = set()
-
-    def preadv(descriptor: int, buffers: list[memoryview], position: int, flag: int = 0) -> int:
-        flags.add(flag)
-        return real(descriptor, buffers, position)
-
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", preadv)
-
-    read = torch.cat([chunk.clone() for chunk in checkpoint.chunks(checkpoint.tensors["w"], 2**19, bytearray(2**21))])
-
-    assert torch.equal(read, weights)
-    assert flags == ({0x80} if larger else {0})  # RWF_DONTCACHE; what it does is shown in test_disk.py
