@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -28,25 +27,23 @@ def files(tmp_path: Path) -> list[Path]:
 def test_reading_ahead_goes_from_file_to_file_up_to_its_limit(files: list[Path]) -> None:
     limit = _SIZE + _SIZE // 4
     with read_ahead(files, limit):
-        until = time.monotonic() + 30
-        while sum(map(cached_bytes, files)) < limit and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.2)  # it goes no further, wait or not
+        for thread in _readers():
+            thread.join(30)  # at its limit it ends by itself
+        assert not _readers()
     first, second, third = map(cached_bytes, files)
     assert first == _SIZE
     assert _SIZE // 4 <= second < _SIZE  # the system itself reads a little more than it is asked for
     assert third == 0
-    assert not _is_reading()
 
 
 def test_reading_ahead_ends_with_its_block_and_says_nothing_of_errors(files: list[Path], tmp_path: Path) -> None:
     with read_ahead([tmp_path / "absent", *files], 4 * _SIZE):
         pass
-    assert not _is_reading()
+    assert not _readers()
     with pytest.raises(KeyError), read_ahead(files, 4 * _SIZE):
         raise KeyError
-    assert not _is_reading()
+    assert not _readers()
 
 
-def _is_reading() -> bool:
-    return any(thread.name == "ftload-ahead" for thread in threading.enumerate())
+def _readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "ftload-ahead"]
