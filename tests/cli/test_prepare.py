@@ -336,4 +336,5 @@ def test_weights_are_read_ahead_unless_the_base_may_stay_where_it_is(
 
     assert "unheard of" in done.stderr  # which it finds out after it has imported what takes long
     cached = cached_bytes(weights)
-    assert (cached >= weights.stat().st_size) if read else (cached == 0)
+    # not to the last page: a busy disk may not get further, and the system may take back what it likes
+    assert (cached > weights.stat().st_size // 4) if read else (cached == 0)

