@@ -135,6 +135,11 @@ class Plan:
             yield from step.outputs
 
 
+def count_workers() -> int:
+    """One more than processors: there is work for all of these while a worker waits for the disk."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:
     """Decide everything. Raises the error that executing the plan would run into, before anything is written."""
     decisions = list(request.decisions)
@@ -179,7 +184,7 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
             f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
             "only, and k-bit preparation makes them float32 in training"
         )
-    workers = len(os.sched_getaffinity(0)) + 1  # there is work for all processors while one waits for the disk
+    workers = count_workers()
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":
