@@ -153,20 +153,42 @@ class PeakMemory:
                 return
 
 
+def control_groups(controller: str) -> Iterator[Path]:
+    """The control groups that confine this process, from its own to the root, of both versions (cgroups(7)).
+
+    In a container its own group may be at the root, whatever it is called outside: not all that come need exist.
+    """
+    try:
+        own = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # a system without control groups
+        return
+    for line in own:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _GROUPS / controller if controllers else _GROUPS
+        group = root / path.lstrip("/")
+        yield from (directory for directory in (group, *group.parents) if directory.is_relative_to(root))
+
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
 def available_memory_bytes() -> int:
-    """The memory that can still be had: of the machine, or of the control group that this process is confined to."""
+    """The memory that can still be had: of the machine, or of the control groups that this process is confined to."""
     entries = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(entries["MemAvailable"].split()[0]) * 1024
-    for limit, used in (
-        ("memory.max", "memory.current"),  # cgroup v2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # cgroup v1
-    ):
-        root = Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # no such group, or `max`: no limit
-            stat = dict(line.split() for line in (root / limit).with_name("memory.stat").read_text().splitlines())
-            reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-            group = int((root / limit).read_text()) - int((root / used).read_text()) + reclaimable
-            available = min(available, max(0, group))
+    for group in control_groups("memory"):
+        for limit, used, prefix in (
+            ("memory.max", "memory.current", ""),  # version 2
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
+        ):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or `max`: no limit
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                reclaimable = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+                left = int((group / limit).read_text()) - int((group / used).read_text()) + reclaimable
+                available = min(available, max(0, left))
     return available
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .environment import available_memory_bytes, ftload_version
+from .environment import available_memory_bytes, control_groups, ftload_version
 
 State = Literal["ok", "absent", "broken", "untried"]
 
@@ -64,25 +65,24 @@ def _processors() -> Finding:
 
 
 def _quota() -> float | None:
-    """The processors' worth of time that the control group allows."""
-    root = Path("/sys/fs/cgroup")
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
-        try:
-            quota, period = " ".join((root / file).read_text() for file in files).split()
-            return int(quota) / int(period) if int(quota) > 0 else None
-        except (OSError, ValueError):  # no such group, or `max`
-            continue
-    return None
+    """The processors' worth of time that the control groups allow."""
+    allowed = []
+    for group in control_groups("cpu"):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
+            with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+                quota, period = " ".join((group / file).read_text() for file in files).split()
+                if int(quota) > 0:
+                    allowed.append(int(quota) / int(period))
+    return min(allowed, default=None)
 
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
     available, limit = available_memory_bytes(), total
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limit = min(limit, int(Path("/sys/fs/cgroup", file).read_text()))
-        except (OSError, ValueError):  # no such group, or `max`
-            continue
+    for group in control_groups("memory"):
+        for file in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+                limit = min(limit, int((group / file).read_text()))
     detail = f"{_gigabytes(available)} available of {_gigabytes(total)}"
     if limit < total:
         detail += f", limited to {_gigabytes(limit)} by the control group"
