@@ -17,6 +17,8 @@ from .errors import CheckpointError, SourceError
 _FICLONE = 0x40049409
 """The ioctl that makes one file share another's blocks (ioctl_ficlone(2)): btrfs, XFS, bcachefs …"""
 _PIECE_BYTES = 16 * 1024 * 1024
+_HELD_BYTES = 1024 * 1024
+"""What a copy holds in memory where the kernel can't copy by itself."""
 
 
 class FileCopy:
@@ -98,7 +100,7 @@ class FileCopy:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
-            copied = os.pwrite(target, os.pread(source, count, begin), begin)
+            copied = os.pwrite(target, os.pread(source, min(count, _HELD_BYTES), begin), begin)
         if not copied:
             raise CheckpointError(f"`{self._source}` became shorter while it was copied")
         return copied

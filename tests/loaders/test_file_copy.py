@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,30 @@ def test_content_and_hash(tmp_path: Path, how: str) -> None:
         assert digest.result(60) == hashlib.sha256(CONTENT).hexdigest()
     assert copy.target.read_bytes() == CONTENT
     assert copy.target.samefile(tmp_path / "source") == (how == "link")
+
+
+def test_where_the_kernel_can_not_copy_little_is_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    held: list[int] = []
+    read = os.pread
+
+    def noting(descriptor: int, count: int, offset: int) -> bytes:
+        data = read(descriptor, count, offset)
+        held.append(len(data))
+        return data
+
+    monkeypatch.setattr("os.copy_file_range", refuse)
+    monkeypatch.setattr("os.pread", noting)
+    copy = copy_of(tmp_path)
+    copy.copy()
+    assert copy.hash() == hashlib.sha256(CONTENT).hexdigest()
+    assert copy.target.read_bytes() == CONTENT
+    assert sum(held) == len(CONTENT)
+    assert max(held) == 2**20
 
 
 @pytest.mark.parametrize("how", ["copy", "link"])
