@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import mmap
 import os
 import re
 import threading
@@ -54,33 +55,52 @@ def _errors_of_rust() -> Iterator[None]:
 def read_ahead(paths: Iterable[Path], most: int) -> Iterator[None]:
     """Have the page cache take these files in, one after another and at most so many bytes, while a block runs.
 
-    A hint: a file that can't be read is told of when it is needed.
+    A hint: a file that can't be read is told of when it is needed, and nobody waits for a piece that is still on its
+    way when the block ends: a share on the network may take its time.
     """
     stopped = threading.Event()
-    thread = threading.Thread(target=_read_ahead, args=(paths, most, stopped), name="ftload-ahead", daemon=True)
-    thread.start()
+    arguments = (paths, most, stopped)
+    threading.Thread(target=_read_ahead, args=arguments, name="ftload-ahead", daemon=True).start()
     try:
         yield
     finally:
         stopped.set()
-        thread.join()
 
 
 def _read_ahead(paths: Iterable[Path], most: int, stopped: threading.Event) -> None:
-    with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+    nowhere = Path(os.devnull)
+    if not nowhere.is_char_device():  # in some bare containers; a file would be written in its place
+        return
+    with nowhere.open("wb") as null:
         for path in paths:
-            with path.open("rb") as file:
+            with contextlib.suppress(OSError), path.open("rb") as file:
                 position = 0
                 while most > 0 and not stopped.is_set():
-                    # from a file to /dev/null nothing is copied: the pages are read, and that is all
-                    count = os.sendfile(nowhere.fileno(), file.fileno(), position, min(most, _READ_AHEAD_AT_ONCE))
+                    # to /dev/null nothing is copied: the pages are read, and that is all
+                    count = os.sendfile(null.fileno(), file.fileno(), position, min(most, _READ_AHEAD_AT_ONCE))
                     if not count:
                         break
+                    if not position and not _stays_cached(path):
+                        return
                     position += count
                     most -= count
 
 
 _READ_AHEAD_AT_ONCE = 16 * 1024 * 1024
+"""Bytes. After each piece the interpreter's lock must be had again, for which one may wait 5 ms."""
+
+
+def _stays_cached(path: Path) -> bool:
+    """Whether the page cache has the beginning of a file for whoever opens it next (mincore(2)).
+
+    Most FUSE file systems have the cache dropped whenever a file is opened: what is read ahead would travel twice.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_COPY) as mapped:
+        state = ctypes.c_ubyte()
+        begin = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(begin), ctypes.c_size_t(1), ctypes.byref(state))
+        del begin  # a mapping that is pointed into can't be closed
+    return bool(failed or state.value & 1)
 
 
 def start_writing_back(descriptor: int, begin: int, count: int) -> None:

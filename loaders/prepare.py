@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import nf4
+from .checkpoint import SINGLE_FILE
 from .disk import disk_errors, read_ahead
 from .environment import available_memory_bytes, cuda_problem, require
 from .errors import MissingRequirementError, ResourceError
@@ -132,7 +133,7 @@ def _make(
         scratch.mkdir()
     encode = nf4.encode
     # while libraries are imported, the disk would have nothing to do
-    needed = _surely_read(request, sources.model) if processes.count == 1 else ()
+    needed = () if processes.count > 1 or staging.is_begun else _surely_read(request, sources.model)
     with read_ahead(needed, available_memory_bytes() // 2):
         prepared = make_ready(arguments, request, sources, scratch, timings)
         if prepared.plan.encodes:
@@ -162,14 +163,17 @@ def _make(
 
 
 def _surely_read(request: Request, source: Source) -> tuple[Path, ...]:
-    """The weights on this machine that are read whatever the plan will be: LoRA may leave the base where it is.
+    """The weights, as far as they are on this machine, that are read whatever the plan will be.
 
-    By their usual names: it would take a request to the hub to see which ones its index lists.
+    LoRA may leave the base where it is. Shards by their usual names: which ones the index lists, a hub would have to be
+    asked. (Files that come to be cloned are not read after all: only the hash reads the clone.)
     """
     if request.strategy == "lora" and request.base not in ("copy", "link"):
         return ()
-    names = (file.path for file in source.files if fnmatch(file.path, "model*.safetensors"))
-    return tuple(path for name in names if (path := source.root / name).exists())
+    names = [file.path for file in source.files]
+    if SINGLE_FILE in names:
+        return (source.root / SINGLE_FILE,)
+    return tuple(source.root / name for name in names if fnmatch(name, "model-*-of-*.safetensors"))
 
 
 def _choose_encoder(request: Request) -> tuple[nf4.Encoder, Decision | None]:

@@ -40,6 +40,11 @@ class Staging:
         """The output as it grows."""
         return self.directory / "output"
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run has left something, with which the next one may go on."""
+        return any(self.directory.glob("journal-*"))
+
     def scratch(self, rank: int) -> Path:
         """A place for what a process needs on the way; it does not outlive the run."""
         return self.directory / f"scratch-{rank}"

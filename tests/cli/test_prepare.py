@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders.checkpoint import Checkpoint
+from ftload.loaders.staging import staged
 from safetensors.torch import load_file, save_file
 
 from ..conftest import ROWS, Result
@@ -319,18 +320,31 @@ def test_bitsandbytes_encodes_as_the_kernel_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "read"),
-    [(["--use_qlora"], True), ([], True), (["--use_lora"], False), (["--use_lora", "--base", "copy"], True)],
+    ("flags", "begun", "read"),
+    [
+        (["--use_qlora"], False, True),
+        ([], False, True),
+        (["--base", "link"], False, True),
+        (["--use_lora", "--base", "copy"], False, True),
+        (["--use_lora"], False, False),  # the base may stay where it is
+        (["--use_qlora"], True, False),  # an earlier run may have read it
+    ],
 )
-def test_weights_are_read_ahead_unless_the_base_may_stay_where_it_is(
-    model: Path, tmp_path: Path, flags: list[str], read: bool
+def test_weights_are_read_ahead_if_they_are_surely_read(
+    model: Path, tmp_path: Path, flags: list[str], begun: bool, read: bool
 ) -> None:
-    weights = model / "model.safetensors"
-    save_file({"w": torch.zeros(2**23)}, weights)
+    weights, stale, out = model / "model.safetensors", model / "model-00001-of-00002.safetensors", tmp_path / "out"
+    for path in (weights, stale):
+        save_file({"w": torch.zeros(2**23)}, path)
+        forget(path)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard of"}))
-    forget(weights)
-    command = [sys.executable, "-m", "ftload.cli", "prepare", "--model", model, "--output_dir", tmp_path / "out"]
+    if begun:
+        with staged(out) as staging:
+            place = staging.directory
+        place.mkdir()
+        (place / "journal-0").touch()
+    command = [sys.executable, "-m", "ftload.cli", "prepare", "--model", model, "--output_dir", out]
 
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
 
@@ -338,3 +352,4 @@ def test_weights_are_read_ahead_unless_the_base_may_stay_where_it_is(
     cached = cached_bytes(weights)
     # not to the last page: a busy disk may not get further, and the system may take back what it likes
     assert (cached > weights.stat().st_size // 4) if read else (cached == 0)
+    assert cached_bytes(stale) == 0
