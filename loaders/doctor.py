@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from .environment import installed_version
+from .environment import installed_version, usable_processors
 from .errors import FtloadError, MissingRequirementError
 from .machine import Finding, hub_setting, look_at_gpus, look_at_machine
 from .strategy import STRATEGIES
@@ -155,7 +155,7 @@ def _is_there(module: str) -> bool:
 def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, Any]]:
     """Run probes, as many at a time as there are processors; name to answer."""
     running: list[subprocess.Popen[bytes]] = []
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, usable_processors())
     with ThreadPoolExecutor(workers) as pool:
         try:
             return dict(zip(names, pool.map(lambda name: run_probe(name, seconds, running), names), strict=True))

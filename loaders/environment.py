@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import sys
@@ -173,6 +174,24 @@ def control_groups(controller: str) -> Iterator[Path]:
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def processor_quota() -> float | None:
+    """The processors' worth of time that the control groups allow; None where they set no limit."""
+    allowed = []
+    for group in control_groups("cpu"):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
+            with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+                quota, period = " ".join((group / file).read_text() for file in files).split()
+                if int(quota) > 0:
+                    allowed.append(int(quota) / int(period))
+    return min(allowed, default=None)
+
+
+def usable_processors() -> int:
+    """The processors that this process can keep busy: those it may run on, or the time that it is allowed on them."""
+    usable, quota = len(os.sched_getaffinity(0)), processor_quota()
+    return usable if quota is None else min(usable, math.ceil(quota))
 
 
 def available_memory_bytes() -> int:

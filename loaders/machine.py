@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .environment import available_memory_bytes, control_groups, ftload_version
+from .environment import available_memory_bytes, control_groups, ftload_version, processor_quota
 
 State = Literal["ok", "absent", "broken", "untried"]
 
@@ -58,22 +58,10 @@ def look_at_machine() -> Iterator[Finding]:
 def _processors() -> Finding:
     usable, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count()
     detail = f"{usable} threads" if usable == all_of_them else f"{usable} of {all_of_them} threads"
-    quota = _quota()
+    quota = processor_quota()
     if quota is not None and quota < usable:
         detail += f", limited to the time of {quota:g} by the control group"
     return Finding(name="processors", state="ok", detail=detail, facts={"threads": usable, "quota": quota})
-
-
-def _quota() -> float | None:
-    """The processors' worth of time that the control groups allow."""
-    allowed = []
-    for group in control_groups("cpu"):
-        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
-            with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
-                quota, period = " ".join((group / file).read_text() for file in files).split()
-                if int(quota) > 0:
-                    allowed.append(int(quota) / int(period))
-    return min(allowed, default=None)
 
 
 def _memory() -> Finding:

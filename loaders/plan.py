@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import nlargest
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .catalog import LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
-from .environment import Attention, resolve_attention
+from .environment import Attention, resolve_attention, usable_processors
 from .errors import MissingRequirementError, ResourceError, UsageError, said_by
 from .liger import liger_kernels
 from .lora import adapter_steps
@@ -137,7 +136,7 @@ class Plan:
 
 def count_workers() -> int:
     """One more than processors: there is work for all of these while a worker waits for the disk."""
-    return len(os.sched_getaffinity(0)) + 1
+    return usable_processors() + 1
 
 
 def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skeleton: Skeleton) -> Plan:

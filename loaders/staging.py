@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .disk import disk_errors, hash_file, sync_file
+from .environment import usable_processors
 from .errors import OutputError, ResourceError, SourceError
 from .report import REPORT_FILE
 
@@ -62,7 +63,7 @@ class Staging:
                 journal.unlink()
             finished |= found or {}
         paths = {path: self.stage / path for path in finished}
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_processors()) as pool:
             hashes = dict(zip(paths, pool.map(_hash_or_none, paths.values()), strict=True))
         finished = {path: digest for path, digest in finished.items() if hashes[path] == digest}
         with disk_errors(self.stage):
@@ -164,7 +165,7 @@ def find_finished(output: Path, making: str, *, overwrite: bool) -> dict[str, An
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         hashes = pool.map(_hash_or_none, files)
     damaged = [path for (path, digest), found in zip(files.items(), hashes, strict=True) if digest != found]
     if damaged and overwrite:

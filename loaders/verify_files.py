@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import TORCH_NAMES, Checkpoint, TensorMeta, fetch_config, open_checkpoint, read_header
 from .disk import hash_file
-from .environment import quiet_transformers
+from .environment import quiet_transformers, usable_processors
 from .identity import can_have_a_part
 from .model_config import load_config, load_generation_config
 from .nf4 import STATE_SUFFIX, find_packed
@@ -136,7 +135,7 @@ def check_files(context: Context) -> Iterator[str]:
             return f"`{name}` is not what was written: its sha256 differs"
         return None
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         for name, problem in zip(listed, pool.map(look_at, listed), strict=True):
             context.progress.advance(bytes=listed[name]["bytes"], tensors=0)
             if problem is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ftload.loaders.environment import available_memory_bytes
+from ftload.loaders.environment import available_memory_bytes, usable_processors
 from ftload.loaders.machine import look_at_machine
 
 MB = 10**6
@@ -55,6 +55,30 @@ def test_a_container_sees_its_group_at_the_root(groups: Path) -> None:
 
 def test_without_control_groups_the_machine_counts(groups: Path) -> None:
     assert available_memory_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "usable"),
+    [("50000 100000", 1), ("100000 100000", 1), ("110000 100000", 2), ("900000 100000", 3), ("max 100000", 3)],
+)
+def test_processors_are_as_many_as_their_time_allows(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, allowed: str, usable: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    (groups.parent / "own").write_text("0::/job\n")
+    (groups / "job").mkdir(parents=True)
+    (groups / "job/cpu.max").write_text(allowed)
+    assert usable_processors() == usable
+
+
+def test_a_quota_of_version_1_counts_and_none_is_minus_one(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    (groups.parent / "own").write_text("6:cpu,cpuacct:/job\n")
+    for group, quota in (("cpu", -1), ("cpu/job", 150_000)):
+        (groups / group).mkdir(parents=True, exist_ok=True)
+        (groups / group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (groups / group / "cpu.cfs_period_us").write_text("100000\n")
+    assert usable_processors() == 2
 
 
 def test_the_doctor_tells_the_least_of_all_groups(groups: Path) -> None:
