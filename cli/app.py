@@ -96,7 +96,7 @@ def run(words: list[str]) -> int:
     try:
         code = app(words or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, Interrupted) as error:
         # click and rich make an exit of it when whoever reads our output has gone
         if BrokenPipeError in (type(error), type(error.__context__)):
             # python would complain again when it closes stdout

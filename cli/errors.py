@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from ..loaders.errors import FtloadError, ResourceError, UsageError
 
 
-class Interrupted(Exception):
-    """The process was asked to stop; `code` is 128 and the signal's number."""
+class Interrupted(BaseException):
+    """The process was asked to stop; `code` is 128 and the signal's number.
+
+    No `Exception`, like Python's own `KeyboardInterrupt`: wherever a library is tried, any of those is an answer.
+    """
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -26,7 +29,7 @@ class Failure:
     hint: str | None
 
 
-def explain(error: Exception | SystemExit) -> Failure:
+def explain(error: BaseException) -> Failure:
     """Turn any exception into a `Failure`. What is not expected is a bug in ftload, exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)

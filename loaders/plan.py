@@ -224,15 +224,13 @@ def _check_memory(
     request: Request, model_files: tuple[OutputFile, ...], adapter_file: OutputFile | None, chunk_bytes: int
 ) -> None:
     files = model_files if adapter_file is None else (*model_files, adapter_file)
-    for file in files:
-        for step in file.steps:
-            need = step.operation.memory(chunk_bytes)
-            if need > request.max_memory_bytes:
-                raise ResourceError(
-                    f"tensor `{step.outputs[0].name}` needs {need:,} bytes at once, `--max_memory` allows "
-                    f"{request.max_memory_bytes:,}",
-                    hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
-                )
+    needs = [(step.operation.memory(chunk_bytes), step.outputs[0].name) for file in files for step in file.steps]
+    need, name = max(needs, default=(0, ""))
+    if need > request.max_memory_bytes:
+        raise ResourceError(
+            f"tensor `{name}` needs {need:,} bytes at once, `--max_memory` allows {request.max_memory_bytes:,}",
+            hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
+        )
 
 
 def _coverage(skeleton: Skeleton, steps: tuple[Step, ...]) -> Coverage:

@@ -71,12 +71,13 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
             return None
         with staged(request.output) as staging:
             report = find_finished(request.output, making, overwrite=request.overwrite)
+            if report is None:
+                check_output(request.output, overwrite=request.overwrite)
             processes.agree_on("place", str(staging.directory) if report is None else None)
             if report is not None:
                 if arguments.own.strict:
                     check_strict(Decision(**decision) for decision in report["decisions"])
                 return Outcome(report=report, up_to_date=True)
-            check_output(request.output, overwrite=request.overwrite)
             # again: when the place is tidied up, nobody may be writing any longer
             with processes.failing_together():
                 report = _make(arguments, request, sources, making, staging, processes, timings)

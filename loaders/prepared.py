@@ -28,7 +28,8 @@ def load_prepared(
     this machine; a difference to what was asked for is a Python warning. The directory may have been moved since it
     was written.
 
-    Raises `CheckpointError` when the directory holds no report that this version understands.
+    Raises `CheckpointError` when the directory holds no report that this version understands, and when the base that an
+    adapter refers to is gone.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +42,11 @@ def load_prepared(
             "pretrained_model_name_or_path": report["adapter"]["base"],
             "revision": report["adapter"]["revision"] or "main",
         }
+        place = Path(report["adapter"]["base"])
+        if place.is_absolute() and not place.exists():
+            raise CheckpointError(
+                f"the base of `{directory}`, `{place}`, does not exist", hint="prepare it again with --base copy"
+            )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     checkpointing = report["gradient_checkpointing"]
     with quiet_transformers():

@@ -194,6 +194,25 @@ def check_output(output: Path, *, overwrite: bool) -> None:
                 f"`{output}` was not written by ftload: it holds no `{REPORT_FILE}`",
                 hint="--overwrite deletes only what ftload wrote: remove the directory yourself",
             )
+        foreign = next(_foreign_files(output), None)
+        if foreign is not None:
+            raise OutputError(
+                f"`{output}` holds `{foreign}`, which ftload did not write",
+                hint="move it away: --overwrite deletes only what ftload wrote",
+            )
+
+
+def _foreign_files(output: Path) -> Iterator[str]:
+    """What a prepared directory holds beside what its report lists, and it holds nothing else when it is written."""
+    try:
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+        written = {REPORT_FILE, *(entry["path"] for entry in report["files"])}
+    except (ValueError, KeyError, TypeError):
+        written = {REPORT_FILE}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and name not in written:
+            yield name
 
 
 def _lock(output: Path) -> tuple[Path, Any]:

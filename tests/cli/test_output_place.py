@@ -97,6 +97,25 @@ def test_a_damaged_output_is_not_up_to_date(ftload: Ftload, model: Path, work: P
     assert shard.read_bytes() == good
 
 
+def test_overwriting_spares_what_somebody_else_put_there(ftload: Ftload, model: Path, work: Path) -> None:
+    words = ["prepare", "--model", model, "--output_dir", work / "out", "--overwrite"]
+    assert ftload(*words, *FLAGS).code == 0
+    checkpoint, hidden, link = (work / "out" / name for name in ("checkpoint-100/weights", ".git/HEAD", "logs"))
+    for path in (checkpoint, hidden):
+        path.parent.mkdir()
+        path.write_text("mine")
+    link.symlink_to(model)
+    for path in (hidden, checkpoint, link):
+        before = times(work)
+        refused = ftload(*words, "--use_lora")
+        assert refused.code == 8
+        name = path.relative_to(work / "out").as_posix()
+        assert f"holds `{name}`, which ftload did not write\nhint: move it away" in refused.err
+        assert times(work) == before
+        path.unlink()
+    assert ftload(*words, "--use_lora").code == 0
+
+
 def test_strict_holds_for_what_is_up_to_date(ftload: Ftload, model: Path, work: Path) -> None:
     words = ["prepare", "--model", model, "--output_dir", work / "out", *FLAGS]
     assert ftload(*words).code == 0

@@ -14,6 +14,7 @@ import bitsandbytes.functional as bnb
 import ftload.loaders
 import pytest
 import torch
+from ftload.cli.errors import Interrupted
 from ftload.loaders import nf4
 from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
@@ -325,6 +326,15 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numba_works_here() -> None:
     assert nf4.numba_problem() is None
+
+
+def test_a_signal_is_not_an_answer_to_whether_numba_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(values: torch.Tensor) -> None:
+        raise Interrupted(130)
+
+    monkeypatch.setattr(nf4, "encode", interrupted)
+    with pytest.raises(Interrupted):
+        nf4.numba_problem()
 
 
 def test_numba_that_does_not_import(without_numba: None) -> None:

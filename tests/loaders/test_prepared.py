@@ -94,6 +94,15 @@ def test_each_strategy_trains_after_a_move(llama: Path, tmp_path: Path, strategy
     train_one_step(model, tokenizer)
 
 
+def test_a_base_that_is_gone_is_named(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    prepare(base, tmp_path / "out", "--use_lora", "--base", "reference")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"`{base}`, does not exist"):
+        load_prepared(tmp_path / "out")
+
+
 @pytest.mark.parametrize("flag", ["--use_lora", "--use_qlora"])
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_adapters_of_other_architectures_train(tmp_path: Path, architecture: str, flag: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -92,6 +93,20 @@ def test_one_process_that_fails_fails_all_and_nothing_is_left(source: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_is_there_is_told_of_by_all(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    for written in (False, True):
+        if written:  # by another request
+            (tmp_path / "out/mine").rename(tmp_path / "out/ftload_report.json")
+            (tmp_path / "out/ftload_report.json").write_text("{}")
+        processes = start(2, "--model", source, "--output_dir", tmp_path / "out", *FLAGS)
+        results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+        assert [code for _, _, code in results] == [8, 8], results
+        assert all("exists and is not empty" in err for _, err, _ in results), results
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_first_process_is_killed(source: Path, tmp_path: Path) -> None:
     # drawing an adapter of this rank, which falls to the first, takes longer than the test
     flags = ["--use_lora", "--lora_rank", "1000000", "--max_memory", "100GB"]
@@ -145,6 +160,11 @@ def test_every_budget_gives_the_same_bytes(source: Path, hashes: dict[str, str],
 
 def test_a_budget_that_one_tensor_exceeds_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), *FLAGS, "--max_memory", "10KB"]
-    with pytest.raises(ResourceError, match=r"tensor `.*` needs .* bytes at once, `--max_memory` allows 10,000"):
+    with pytest.raises(
+        ResourceError, match=r"tensor `.*` needs .* bytes at once, `--max_memory` allows 10,000"
+    ) as raised:
         prepare(parse_arguments(words), Silent())
     assert list(tmp_path.iterdir()) == []
+    enough = re.fullmatch(r"pass --max_memory (\w+) or more", raised.value.hint or "")
+    assert enough is not None
+    assert prepare(parse_arguments([*words[:-1], enough[1]]), Silent()) is not None
