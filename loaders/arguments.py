@@ -62,7 +62,7 @@ class FlatArguments:
         None, MODEL, "Hub id, local directory or .gguf file to prepare; --model is short for it"
     )
     config_name: str | None = field(None, MODEL, "Hub id or path of another model's config to use")
-    use_flash_attn: bool = field(True, MODEL, "Ask for FlashAttention 2, or eager attention where it can't be had")
+    use_flash_attn: bool = field(True, MODEL, "Ask for FlashAttention 2; where it can't be had, sdpa or else eager")
     model_revision: str | None = field(None, MODEL, "Branch, tag or commit of the model")
     additional_model_arguments: dict | str | None = field(
         {}, MODEL, """Overrides of the model's config, e.g. '{"attention_dropout": 0.1}'"""

@@ -69,10 +69,12 @@ def test_a_bad_model_does_not(model: Path, tmp_path: Path, text: str) -> None:
     assert "is truncated" in done.stderr
 
 
-def test_an_unreachable_hub_is_not_a_failure(tmp_path: Path) -> None:
-    done = run(script(), Path("org/model"), tmp_path)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.splitlines()[-1] == "the hub can't be reached: nothing was checked"
+@pytest.mark.parametrize("text", [script(), workflow()], ids=["script", "workflow"])
+@pytest.mark.parametrize("name", ["org/model", "/no/such/model"])
+def test_a_model_that_can_not_be_had_has_its_own_code(tmp_path: Path, text: str, name: str) -> None:
+    done = run(text, Path(name), tmp_path)
+    assert done.returncode == 3
+    assert f"`{name}`" in done.stderr
 
 
 def test_every_file_has_its_line() -> None:
