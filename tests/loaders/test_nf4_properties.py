@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -315,6 +316,23 @@ def test_four_threads_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         for index, found in zip(turns, pool.map(lambda index: encode(pieces[index]), turns), strict=True):
             assert_same_bits(found, expected[index])
+
+
+def test_threads_that_quantise_maxima_first_at_once() -> None:
+    """Each makes a map of the codes, and one map is kept: the others must last as long as they are used."""
+    maxima = torch.rand(3000, generator=torch.Generator().manual_seed(0)) - 0.5
+    expected = nf4._quantize_blockwise(maxima)
+    start = threading.Barrier(3)
+
+    def quantise(_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start.wait(60)
+        return nf4._quantize_blockwise(maxima)
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3000):  # without that, it went wrong in one of 250
+            nf4.dynamic_map.cache_clear()
+            for found in pool.map(quantise, range(3)):
+                assert_same_bits(found, expected)
 
 
 @pytest.fixture
