@@ -96,7 +96,7 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
     sources = resolve_sources(request, arguments.tokenizer)
     with tempfile.TemporaryDirectory(prefix="ftload-plan-") as work:
-        prepared = make_ready(arguments, request, sources, Path(work), Timings(progress))
+        prepared = make_ready(arguments, request, sources, Path(work), Timings(progress), headers_only=True)
         if arguments.own.strict:
             check_strict(prepared.decisions)
         progress.stage("training memory")

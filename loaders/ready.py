@@ -111,8 +111,19 @@ _MAX_TOKENIZER_BYTES = 100_000_000
 """Of one file of a tokenizer; the largest that are known have 35 MB, and reading takes several times as much memory."""
 
 
-def make_ready(arguments: Arguments, request: Request, sources: Sources, work: Path, timings: Timings) -> Prepared:
-    """Everything up to the plan. Reads headers, not weights; `work` is used for what a GGUF file is turned into."""
+def make_ready(
+    arguments: Arguments,
+    request: Request,
+    sources: Sources,
+    work: Path,
+    timings: Timings,
+    *,
+    headers_only: bool = False,
+) -> Prepared:
+    """Everything up to the plan; `work` is used for what a GGUF file is turned into.
+
+    Reads headers, and weights in one case, unless `headers_only`: of tied parameters that are both stored (`ties.py`).
+    """
     strategy = STRATEGIES[request.strategy]
     options = arguments.tokenizer
     source, tokenizer_source = sources.model, sources.tokenizer
@@ -157,7 +168,7 @@ def make_ready(arguments: Arguments, request: Request, sources: Sources, work: P
         )
         skeleton = build_skeleton(
             checkpoint, config, trust_remote_code=request.trust_remote_code,
-            tokenizer_size=tokenizer.facts()["size"],
+            tokenizer_size=tokenizer.facts()["size"], headers_only=headers_only,
         )  # fmt: skip
         plan = make_plan(request, strategy, checkpoint, skeleton)
     return Prepared(

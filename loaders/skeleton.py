@@ -17,7 +17,8 @@ from .checkpoint import Checkpoint, TensorMeta
 from .environment import quiet_transformers
 from .errors import CheckpointError, MissingRequirementError, said_by
 from .nf4 import PackedTensor, find_packed
-from .tensor_map import Group, ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
+from .tensor_map import ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
+from .ties import tie_equal_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,16 @@ class Skeleton:
 
 
 def build_skeleton(
-    checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool, tokenizer_size: int
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool,
+    tokenizer_size: int,
+    headers_only: bool = False,
 ) -> Skeleton:
     """Load the headers of `checkpoint` into a model on `meta` and grow its embeddings to fit the tokenizer.
 
+    Where a tied parameter is stored all the same, weights are read, unless `headers_only`: see `ties.py`.
     Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
     another shape.
     """
@@ -75,7 +82,7 @@ def build_skeleton(
     warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
 
     quantisable = _quantisable_modules(model_class, config)
-    warnings += _tie_equal_weights(checkpoint, model, mapping)
+    warnings += tie_equal_weights(checkpoint, model, mapping, headers_only=headers_only)
     embedding, head = _embedding_names(model)
     shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     rows_before = shapes_before[embedding][0]
@@ -354,38 +361,3 @@ def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
     output = model.get_output_embeddings()
     head = f"{names[id(output)]}.weight" if output is not None else None
     return f"{names[id(model.get_input_embeddings())]}.weight", head
-
-
-_COMPARED_AT_ONCE = 4 * 1024 * 1024
-"""Elements of two tensors that are in memory when they are compared."""
-
-
-def _tie_equal_weights(checkpoint: Checkpoint, model: PreTrainedModel, mapping: list[Group]) -> list[str]:
-    """Where the configuration ties two parameters and the checkpoint holds both: tie them if they are equal.
-
-    This is the one question whose answer is in the weights themselves, and only such checkpoints raise it.
-    """
-    import torch
-
-    sources = {group.parameters[0]: group.sources[0] for group in mapping if group.conversion is None}
-    warnings = []
-    for target, origin in list(model.all_tied_weights_keys.items()):
-        if target not in sources or origin not in sources or model.get_parameter(target) is model.get_parameter(origin):
-            continue
-        dtype = model.get_parameter(origin).dtype
-        first, second = sources[target], sources[origin]
-        checkpoint.source.fetch({first.file, second.file})
-        pairs = zip(
-            checkpoint.chunks(first, _COMPARED_AT_ONCE), checkpoint.chunks(second, _COMPARED_AT_ONCE), strict=True
-        )
-        equal = first.shape == second.shape and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
-        if equal:
-            parent, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, model.get_parameter(origin))
-        else:
-            del model.all_tied_weights_keys[target]
-            warnings.append(
-                f"`{target}` and `{origin}` are tied in the configuration but differ in the checkpoint: both are kept, "
-                "untied, as transformers does"
-            )
-    return warnings

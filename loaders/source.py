@@ -85,6 +85,10 @@ class Source:
             elif on_progress:
                 on_progress(files[name].bytes)
 
+    def is_here(self, names: Iterable[str]) -> bool:
+        """Whether nothing of these files would have to travel."""
+        return all((self.root / name).exists() for name in names)
+
     def read(self, name: str, begin: int, end: int) -> bytes:
         """The bytes `begin` (first) to `end` (exclusive) of a file.
 
