@@ -177,7 +177,7 @@ def make_ready(
         plan=plan,
         tokenizer=tokenizer,
         decisions=(*decisions, *tokenizer.decisions, *plan.decisions),
-        warnings=(*source.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *plan.warnings),
+        warnings=(*weights.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *plan.warnings),
     )
 
 
