@@ -23,7 +23,8 @@ NOTES = (
     "The flags are those of a training command line, which works here unchanged, and so does its YAML file, "
     "given first: flags override it.",
     "In names `-` and `_` are alike. A flag without a type is a boolean: it stands alone, takes true or "
-    "false, or is turned off with --no_ before its name. A LIST goes on to the next flag.",
+    "false, or is turned off with --no_ before its name. A LIST goes on to the next flag. The beginning of a name is "
+    "enough where it is unique.",
 )
 EXAMPLES = ("--model Qwen/Qwen3-8B --use_qlora", "run.yaml --lora_rank 16 --output_dir prepared")
 WIDEST = 120

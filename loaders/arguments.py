@@ -349,28 +349,3 @@ def parse_size(text: str) -> int:
         f"`{text}` is not a size of at least one byte",
         hint="write a number and a unit, e.g. `500MB` or `2GiB`",
     )
-
-
-def training_warnings(flat: FlatArguments) -> tuple[str, ...]:
-    """Return what Open Instruct refuses when training starts; nothing that is prepared depends on it."""
-    warnings: list[str] = []
-    if flat.final_lr_ratio is not None:
-        if flat.lr_scheduler_type != "linear":
-            warnings.append(
-                f"`final_lr_ratio` needs `lr_scheduler_type` to be `linear`, not `{flat.lr_scheduler_type}`: "
-                "training will refuse to start"
-            )
-        if not 0 <= flat.final_lr_ratio <= 1:
-            warnings.append(
-                f"`final_lr_ratio` must be between 0 and 1, not {flat.final_lr_ratio}: training will refuse to start"
-            )
-    named = [
-        name
-        for name in ("dataset_name", "dataset_mixer", "dataset_mixer_list")
-        # dataset_mixer_list always has a value: only one that was changed names a data set
-        if getattr(flat, name) not in (None, all_flags()[name].default)
-    ]
-    if len(named) > 1:
-        listed = " and ".join(f"`{name}`" for name in named)
-        warnings.append(f"the data set is named in more than one way, {listed}: training will refuse to start")
-    return tuple(warnings)

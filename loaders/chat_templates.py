@@ -41,17 +41,20 @@ TEMPLATES: dict[str, str] = {
     {{- message['content'] -}}
 {%- endfor -%}
 """,
+    # turns of other roles, such as `tool` and `environment`, are left out, as by Open Instruct's templates so named
     "zephyr": """\
-{%- for message in messages -%}
+{%- for message in messages if message['role'] in ('system', 'user', 'assistant') -%}
     {{- '<|' + message['role'] + '|>\\n' + message['content'] -}}{{ eos_token }}{{ '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """,
     "tulu": """\
 {%- for message in messages -%}
-    {{- '<|' + message['role'] + '|>\\n' + message['content'] -}}
-    {%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}
-    {%- if not (loop.last and message['role'] == 'assistant') -%}{{ '\\n' }}{%- endif -%}
+    {%- if message['role'] in ('system', 'user', 'assistant') -%}
+        {{- '<|' + message['role'] + '|>\\n' + message['content'] -}}
+        {%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}
+        {%- if not (loop.last and message['role'] == 'assistant') -%}{{ '\\n' }}{%- endif -%}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """,

@@ -63,7 +63,8 @@ class Request:
 
 def resolve_request(arguments: Arguments) -> Request:
     """Turn flags into a request. Raises `UsageError` where they contradict each other."""
-    from .arguments import parse_size, training_warnings
+    from .arguments import parse_size
+    from .training_refusals import training_warnings
 
     flat, own = arguments.flat, arguments.own
     if not flat.model_name_or_path:

@@ -20,9 +20,9 @@ from ftload.loaders.arguments import (
     mask_credentials,
     parse_size,
     plan_flags,
-    training_warnings,
 )
 from ftload.loaders.errors import UsageError
+from ftload.loaders.training_refusals import training_warnings
 
 CONTRACT: list[dict[str, Any]] = json.loads(
     Path(__file__).parents[1].joinpath("data", "flags.json").read_text(encoding="utf-8")
@@ -191,18 +191,31 @@ def test_what_is_no_size(text: str) -> None:
         ({"final_lr_ratio": float("nan")}, ["between 0 and 1, not nan"]),
         ({"final_lr_ratio": 2.0, "lr_scheduler_type": "constant"}, ["not `constant`", "not 2.0"]),
         ({"lr_scheduler_type": "cosine"}, []),
-        ({"dataset_name": "a"}, []),
-        ({"dataset_mixer": {"a": 1}}, []),
         ({"dataset_mixer_list": ["a", "1.0"]}, []),
-        ({"dataset_name": "a", "dataset_mixer": {"a": 1}}, ["`dataset_name` and `dataset_mixer`"]),
+        ({"dataset_name": "a"}, ["`dataset_name` and `dataset_mixer_list` (whose default counts): "]),
+        ({"dataset_mixer": {"a": 1}}, ["`dataset_mixer` and `dataset_mixer_list` (whose default counts): "]),
+        ({"dataset_mixer": {}}, ["`dataset_mixer` and `dataset_mixer_list` (whose default counts): "]),
+        (
+            {"dataset_name": "a", "dataset_mixer": {"a": 1}},
+            ["`dataset_name` and `dataset_mixer` and `dataset_mixer_list` (whose default counts): "],
+        ),
         (
             {"dataset_name": "a", "dataset_mixer_list": ["a", "1.0"]},
-            ["`dataset_name` and `dataset_mixer_list`"],
+            ["`dataset_name` and `dataset_mixer_list`: "],
         ),
         (
             {"dataset_mixer": {"a": 1}, "dataset_mixer_list": ["a", "1.0"]},
-            ["`dataset_mixer` and `dataset_mixer_list`"],
+            ["`dataset_mixer` and `dataset_mixer_list`: "],
         ),
+        ({"push_to_hub": False}, ["`try_launch_beaker_eval_jobs` is true, which needs `push_to_hub`: "]),
+        ({"push_to_hub": False, "try_launch_beaker_eval_jobs": False}, []),
+        ({"try_launch_beaker_eval_jobs": False}, []),
+        (
+            {"sequence_parallel_size": 2, "use_flash_attn": False},
+            ["`sequence_parallel_size` is 2, which needs `use_flash_attn`: "],
+        ),
+        ({"sequence_parallel_size": 2}, []),
+        ({"use_flash_attn": False}, []),
     ],
 )
 def test_what_training_would_refuse(values: dict[str, Any], named: list[str]) -> None:

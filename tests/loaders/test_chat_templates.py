@@ -43,3 +43,35 @@ def test_content_is_rendered_as_it_is(name: str) -> None:
         [[{"role": "assistant", "content": content}]], chat_template=TEMPLATES[name], eos_token="</s>"
     )
     assert content in rendered[0]
+
+
+CALLS = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "tool", "content": "T"},
+    {"role": "environment", "content": "E"},
+    {"role": "assistant", "content": "B"},
+    {"role": "function", "content": "F"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "text"),
+    [
+        ("tulu", 7, "<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA</s>\n<|assistant|>\nB</s>\n"),
+        ("tulu", 6, "<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA</s>\n<|assistant|>\nB</s>"),
+        ("tulu", 4, "<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA</s>\n"),
+        ("zephyr", 7, "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n<|assistant|>\nB</s>\n"),
+        ("zephyr", 4, "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n"),
+    ],
+)
+def test_turns_of_other_roles_are_left_out(name: str, turns: int, text: str) -> None:
+    """As Open Instruct's templates of these names (dataset_transformation.py, e6c3044aa) render the same turns."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for prompt in ("", "<|assistant|>\n"):
+        rendered, _ = render_jinja_template(
+            [CALLS[:turns]], chat_template=TEMPLATES[name], add_generation_prompt=bool(prompt), eos_token="</s>"
+        )
+        assert rendered == [text + prompt]

@@ -87,6 +87,10 @@ def reference_parser() -> Any:
 
 def as_declared(flag: Flag, value: Any) -> Any:
     """What Open Instruct does afterwards: JSON is loaded. And what YAML 1.1 reads amiss, as declared."""
+    if flag.name == "additional_model_arguments" and isinstance(value, str):
+        from transformers.training_args import _convert_str_dict  # what Open Instruct imports
+
+        return _convert_str_dict(json.loads(value))
     if flag.kind == "json" and isinstance(value, str):
         return json.loads(value)
     if flag.kind == "float" and isinstance(value, str):
@@ -131,6 +135,8 @@ COMMAND_LINES = [
     --max_train_steps 100 --max_train_samples 1000 --final_lr_ratio 0.1 --timeout 7200""",
     """--additional_model_arguments '{"attention_dropout": 0.1, "rope_scaling": {"factor": 2.0}}'
     --trust_remote_code --config_name some/config --model_revision step=100""",
+    """--additional_model_arguments '{"a": "1", "b": "0.50", "c": "True", "d": "x", "e": "-1", "f": "1e-5", "g": "007",
+    "h": {"i": "false", "j": ["1"], "k": null, "l": "."}, "m": "1.2.3", "n": "\u0663", "o": 2, "p": "5."}'""",
     """--use_flash_attn no --fused_optimizer 0 --clean_checkpoints_at_end f --verbose Y --sync_each_batch 1
     --add_seed_and_date_to_exp_name FALSE --do_not_randomize_output_dir TRUE --push_to_hub N""",
     "--report_to wandb tensorboard --oe_eval_tasks gsm8k::tulu mmlu:mc::tulu --oe_eval_max_length 8192",
@@ -146,6 +152,10 @@ COMMAND_LINES = [
     --model_name_or_path /models/OLMoE --lr_scheduler_type cosine_with_restarts --dataset_mix_dir mix
     --resume_from_checkpoint output/step_500 --checkpointing_steps 500 --wandb_project_name my-project""",
     """--exp_name -  --wandb_entity '- not a flag' --learning_rate 1_0e-6 --logging_steps 1_0 --overwrite_cache""",
+    # from the beginnings of their names; scripts/train/tulu3/finetune_8b.sh has the first
+    """--chat_template tulu --model_name meta-llama/Llama-3.1-8B --model_rev main --max_seq 4096 --lora_r=8
+    --gradient_check --per_device 1 --no_push --no_use_fl --use_q --use_lo false --report_ tensorboard
+    --dataset_mixer_list_ train test --dataset_tr a b --learning-r 5e-6 --max-train-st 10 --output-d out""",
     """--output_dir output --hf_entity me --hf_repo_id me-models --hf_metadata_dataset '' --push_to_hub
     --dataset_config_name default --num_train_epochs 03 --warmup_ratio 0 --final_lr_ratio 1""",
 ]
@@ -156,6 +166,48 @@ def test_command_lines_mean_what_they_mean_to_hf_argument_parser(line: str) -> N
     words = shlex.split(line)
     reference = reference_parser().parse_args_into_dataclasses(words, look_for_args_file=False)
     assert_same(parse_arguments(words), reference)
+
+
+OTHER = {"int": "7", "float": "0.25", "str": "x", "list": "x", "str or list": "x", "json": "{}"}
+
+
+def another_value(flag: Flag) -> str:
+    """A value that is not the default."""
+    if flag.kind == "bool":
+        return str(not flag.default)
+    return next((choice for choice in flag.choices if choice != flag.default), OTHER[flag.kind])
+
+
+def beginnings() -> dict[str, Flag]:
+    """Every beginning of an underscored name that is no name itself, with a flag that it may be short for.
+
+    Those without `_` are left out: argparse of Python 3.11 finds them ambiguous, as each name is there with dashes too.
+    """
+    found: dict[str, Flag] = {}
+    for flag in TRAINING:
+        for name in (flag.name, f"no_{flag.name}") if flag.default is True else (flag.name,):
+            found |= {name[:end]: flag for end in range(name.find("_") + 1, len(name)) if "_" in name}
+    return {name: flag for name, flag in found.items() if name not in all_flags()}
+
+
+def test_every_beginning_of_a_name_is_short_for_what_it_is_to_argparse(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = reference_parser()
+    defaults = vars(parser.parse_args([]))
+    short, ambiguous = [], []
+    for name, flag in beginnings().items():
+        words = [f"--{name}" if name.startswith("no_") else f"--{name}={another_value(flag)}"]
+        try:
+            theirs = vars(parser.parse_args(words))
+        except SystemExit:
+            assert "error: ambiguous option: " in capsys.readouterr().err
+            assert refusal(words).message.startswith(f"ambiguous flag `--{name}`: it could be ")
+            ambiguous.append(name)
+        else:
+            changed = [key for key, value in theirs.items() if value != defaults[key]]
+            assert list(given_values(parse_arguments(words))) == changed == [flag.name], name
+            short.append(name)
+    assert len(short) > 500
+    assert len(ambiguous) == 71
 
 
 YAML_FILES = [
@@ -197,6 +249,10 @@ seed: 123
   layers: [1, 2, 3]
   tie: false
   window: null
+  as_written: "8"
+  twice: 1
+  twice: 1
+trust_remote_code: true
 trust_remote_code: true
 """,
     """# a comment
@@ -233,9 +289,11 @@ gradient_accumulation_steps: 0x10
 warmup_ratio: 0
 weight_decay: .1
 final_lr_ratio: 1
-additional_model_arguments: '{"attention_dropout": 0.5}'
+additional_model_arguments: '{"attention_dropout": "0.5", "tie": "true"}'
 gs_bucket_path: gs://bucket/a=b
 fused_optimizer: false
+dataset_mixer: {a: "1", a: '1'}
+per_device_train_batch_size: 4
 oe_eval_tasks: []
 """,
 ]
@@ -288,10 +346,21 @@ def test_yaml_files_mean_what_they_mean_to_hf_argument_parser(text: str, tmp_pat
         ("--additional_model_arguments none", {"additional_model_arguments": None}),
         ("--wandb_entity none", {"wandb_entity": "none"}),
         ("--dataset_mixer '{\"a\": 1}'", {"dataset_mixer": {"a": 1}}),
+        ('--dataset_mixer \'{"a": "1"}\'', {"dataset_mixer": {"a": "1"}}),
         ("--additional_model_arguments {}", {"additional_model_arguments": {}}),
         ("--base copy --embedding_init reference", {"base": "copy", "embedding_init": "reference"}),
         ("--max_shard_size 2GiB", {"max_shard_size": "2GiB"}),
         ("--lora_rank 1 --lora_dropout 0 --seed 0", {"lora_rank": 1, "lora_dropout": 0.0, "seed": 0}),
+        # beginnings: of the training script's names first, then of ftload's own and of what is negated only here
+        ("--model_name a --max-seq_l 8", {"model_name_or_path": "a", "max_seq_length": 8}),
+        ("--seq 2 --verb", {"sequence_parallel_size": 2, "verbose": True}),
+        ("--max_s 8 --ou x", {"max_seq_length": 8, "output_dir": "x"}),
+        ("--max_sh 1GB --max-mem 2GB", {"max_shard_size": "1GB", "max_memory": "2GB"}),
+        ("--emb reference --js --qu", {"embedding_init": "reference", "json": True, "quiet": True}),
+        ("--no_add_s", {"add_seed_and_date_to_exp_name": False}),
+        ("--no_a", {"add_seed_and_date_to_exp_name": False}),
+        ("--no_use_lo", {"use_lora": False}),
+        ("--base copy --str", {"base": "copy", "strict": True}),
     ],
 )
 def test_what_a_command_line_means(line: str, expected: dict[str, Any]) -> None:
@@ -351,6 +420,32 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ),
         ("--lora_rnak 8", "unknown flag `--lora_rnak` (nearest: `--lora_rank` or `--lora_alpha`)"),
         ("--Weight-Decai=8", "unknown flag `--Weight-Decai` (nearest: `--weight_decay`)"),
+        ("--max_seq_lenght 8", "unknown flag `--max_seq_lenght` (nearest: `--max_seq_length`)"),
+        ("--mod a", "ambiguous flag `--mod`: it could be `--model_name_or_path`, `--model_revision`"),
+        ("--no_use=1", "ambiguous flag `--no_use`: it could be `--no_use_flash_attn`, `--no_use_fast`"),
+        (
+            "--lora_ 8 --seed x",
+            "ambiguous flag `--lora_`: it could be `--lora_rank`, `--lora_alpha`, `--lora_dropout`; "
+            "`--seed` takes an int, not `x`",
+        ),
+        (
+            "--m 1",
+            "ambiguous flag `--m`: it could be `--model_name_or_path`, `--model_revision`, `--max_train_samples`, "
+            "`--max_seq_length`, `--max_train_steps`",
+        ),
+        (
+            "--de cuda --qu --de=x",
+            "ambiguous flag `--de`: it could be `--device`, `--debug`; "
+            "ambiguous flag `--de`: it could be `--device`, `--debug`",
+        ),
+        ("--lora_r x", "`--lora_r` takes an int, not `x`"),
+        ("--no_push 1", "`--no_push` takes no value, but `1` follows it"),
+        ("--model a --model_name b", "`--model a` and `--model_name_or_path b` name different models"),
+        ("--=1", "unknown flag `--`"),
+        ("--load_in_4bit", "unknown flag `--load_in_4bit` (nearest: `--use_qlora`)"),
+        ("--load-in-8bit true", "unknown flag `--load-in-8bit` (nearest: `--use_qlora`)"),
+        ("--bits 4", "unknown flag `--bits` (nearest: `--use_qlora`)"),
+        ("--qlora", "unknown flag `--qlora` (nearest: `--use_qlora`)"),
         ("-seed 8", "unknown flag `-seed` (nearest: `--seed`)"),
         ("--zzzzzz 1 2 3", "unknown flag `--zzzzzz`"),
         ("--no_lora_rank", "unknown flag `--no_lora_rank` (nearest: `--lora_rank`)"),
@@ -364,12 +459,12 @@ def test_what_a_command_line_cannot_mean(line: str, message: str) -> None:
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     name = yaml_file(tmp_path, "lora_rnak: 8\nseed: x\nuse_lorra: true\n")
-    error = refusal([name, "--learning-rat", "1", "--lora_rank", "0", "--use_lora", "foo"])
+    error = refusal([name, "--learnin-rate", "1", "--lora_rank", "0", "--use_lora", "foo"])
     assert error.message == (
         f"unknown key `lora_rnak` in `{name}` (nearest: `lora_rank` or `lora_alpha`); "
         f"`seed` in `{name}` takes an int, not `x`; "
         f"unknown key `use_lorra` in `{name}` (nearest: `use_lora` or `use_qlora`); "
-        "unknown flag `--learning-rat` (nearest: `--learning_rate`); "
+        "unknown flag `--learnin-rate` (nearest: `--learning_rate`); "
         "`foo` after `--use_lora` belongs to no flag; "
         "`lora_rank` must be at least 1, not 0"
     )
@@ -457,6 +552,15 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ),
         ("additional_model_arguments: null", {"additional_model_arguments": None}),
         ("model: a\nmodel_name_or_path: a", {"model_name_or_path": "a"}),
+        ("seed: 1\nlora_rank: 8\nseed: 1.0", {"seed": 1, "lora_rank": 8}),
+        ("use_lora: true\nuse-lora: on", {"use_lora": True}),
+        ("clip_grad_norm: .inf\nclip_grad_norm: 1e999", {"clip_grad_norm": float("inf")}),
+        ("dataset_mixer: {a: [1], a: [1], b: 2}\ndataset_mixer: {b: 2, a: [1]}", {"dataset_mixer": {"a": [1], "b": 2}}),
+        (
+            """additional_model_arguments: '{"a": "1", "b": {"c": "False"}}'""",
+            {"additional_model_arguments": {"a": 1, "b": {"c": False}}},
+        ),
+        ("""dataset_mixer: '{"a": "1"}'""", {"dataset_mixer": {"a": "1"}}),
         ("\ufeffseed: 1", {"seed": 1}),
         ("---\nseed: 1\n...\n", {"seed": 1}),
     ],
@@ -498,12 +602,25 @@ def test_what_yaml_means(text: str, expected: dict[str, Any], tmp_path: Path) ->
         ),
         ("additional_model_arguments: '[1]'", "`additional_model_arguments` in `FILE` takes a JSON object, not `[1]`"),
         (
-            "dataset_mixer: {a: 1, a: 2}",
-            "`dataset_mixer` in `FILE` takes a JSON object, not an object that holds `a` twice",
+            "dataset_mixer:\n  a: 1\n  b: 2\n  a: 2",
+            "`dataset_mixer` in `FILE` takes a JSON object, not an object in which `a` has two values, "
+            "on lines 2 and 4",
         ),
-        ("seed: 1\nseed: 1", "`seed` in `FILE` repeats `seed`"),
-        ("use_lora: true\nuse-lora: true", "`use-lora` in `FILE` repeats `use_lora`"),
-        ("model: a\nmodel_name_or_path: b", "`model_name_or_path` in `FILE` repeats `model`"),
+        (
+            "dataset_mixer:\n  {a: 1,\n   a: true}",
+            "`dataset_mixer` in `FILE` takes a JSON object, not an object in which `a` has two values, "
+            "on lines 2 and 3",
+        ),
+        ("seed: 1\n\nseed: 2\nseed: 1", "`seed` has two values in `FILE`, on lines 1 and 3"),
+        ("seed: 1\nseed: 1\n\nseed: 2", "`seed` has two values in `FILE`, on lines 1 and 4"),
+        ("use_lora: true\nuse-lora: no", "`use_lora` and `use-lora` have two values in `FILE`, on lines 1 and 2"),
+        (
+            "model: a\nmodel_name_or_path: b",
+            "`model` and `model_name_or_path` have two values in `FILE`, on lines 1 and 2",
+        ),
+        ("seed: 1\nseed: x", "`seed` in `FILE` takes an int, not `x`"),
+        ("learning: 1", "unknown key `learning` in `FILE` (nearest: `learning_rate`)"),
+        ("load_in_4bit: true", "unknown key `load_in_4bit` in `FILE` (nearest: `use_qlora`)"),
         ("lora_target_modules: []", "`lora_target_modules` must name at least one layer"),
         ("lora_rank: 0", "`lora_rank` must be at least 1, not 0"),
         ("no_use_lora: true", "unknown key `no_use_lora` in `FILE` (nearest: `use_lora` or `use_qlora`)"),
