@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..loaders.errors import FtloadError
     from ..loaders.inspection import Inspection
     from ..loaders.inventory import StoredTensor
+    from ..loaders.prepare import Outcome
     from ..loaders.stream import Progress
     from ..loaders.verify import Verification
 
@@ -37,14 +38,14 @@ class Output:
         self._quiet = quiet
         self._debug = debug
 
-    def report(self, report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
+    def outcome(self, outcome: Outcome, directory: str) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
         if self._as_json:
-            print(json.dumps(report, indent=2))
+            print(json.dumps(outcome.report, indent=2))
         elif not self._quiet:
             from .summary import print_summary
 
-            print_summary(report, directory, up_to_date=up_to_date)
+            print_summary(outcome, directory)
 
     def plan(self, plan: Mapping[str, Any], directory: str) -> None:
         """The result of `plan`: with `--json` the plan itself, else tables."""

@@ -20,4 +20,4 @@ def prepare(ctx: typer.Context) -> None:
     with OUTPUT.progress() as progress:
         outcome = run(arguments, progress)
     if outcome is not None:
-        OUTPUT.report(outcome.report, arguments.flat.output_dir, up_to_date=outcome.up_to_date)
+        OUTPUT.outcome(outcome, arguments.flat.output_dir)

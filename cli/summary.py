@@ -13,6 +13,7 @@ from .tables import format_bytes, harmless, make_console, print_details, print_t
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..loaders.prepare import Outcome
     from ..loaders.verify import Verification
 
 
@@ -24,13 +25,16 @@ NEEDS = (
 """What preparing takes: name, key in the plan, and a note."""
 
 
-def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool) -> None:
-    """Print it to stdout, of an earlier run if that is `up_to_date`."""
+def print_summary(outcome: Outcome, directory: str) -> None:
+    """What was written, by this run or by an earlier one, to stdout."""
     console = make_console()
+    report = outcome.report
     size = sum(file["bytes"] for file in report["files"])
     console.print(
         f"[bold]{harmless(report['source']['model'])}[/] → [bold]{harmless(directory)}[/] "
-        f"({report['strategy']}, {format_bytes(size)})" + (" [bold green]up to date[/]" if up_to_date else ""),
+        f"({report['strategy']}, {format_bytes(size)})"
+        + (" [bold green]up to date[/]" if outcome.up_to_date else "")
+        + (", its report rewritten" if outcome.recorded else ""),
         soft_wrap=True,
     )
     _print_parameters(console, report["parameters"])
@@ -44,6 +48,8 @@ def print_summary(report: Mapping[str, Any], directory: str, *, up_to_date: bool
         ],
     )
     _print_notes(console, report)
+    for flag, (old, new) in outcome.recorded.items():
+        console.print(f"[yellow]recorded[/] {harmless(f'{flag}: {old} → {new}')}", soft_wrap=True)
     console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
     console.print(f"model, tokenizer = load_prepared({harmless(repr(directory))})", soft_wrap=True)
 

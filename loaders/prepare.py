@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from .output_files import OutputFile
 from .plan import Plan
 from .processes import Processes, join_processes
 from .ready import Prepared, Sources, Timings, make_ready, resolve_sources
+from .recorded import record, rewrite
 from .report import REPORT_FILE, describe_plan
 from .request import Decision, Request, resolve_request
 from .side_files import write_side_files
@@ -42,7 +43,9 @@ class Outcome:
 
     report: dict[str, Any]
     up_to_date: bool
-    """Whether the output was there already, and nothing had to be done."""
+    """Whether the output was there already, and no weights had to be written."""
+    recorded: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Flags that changed since it was written and have no part in it, old and new value: its report was rewritten."""
 
 
 def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
@@ -75,9 +78,12 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
                 check_output(request.output, overwrite=request.overwrite)
             processes.agree_on("place", str(staging.directory) if report is None else None)
             if report is not None:
+                report, recorded = record(report, arguments, request)
                 if arguments.own.strict:
                     check_strict(Decision(**decision) for decision in report["decisions"])
-                return Outcome(report=report, up_to_date=True)
+                if recorded:
+                    report = rewrite(report, staging)
+                return Outcome(report=report, up_to_date=True, recorded=recorded)
             # again: when the place is tidied up, nobody may be writing any longer
             with processes.failing_together():
                 report = _make(arguments, request, sources, making, staging, processes, timings)

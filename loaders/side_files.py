@@ -19,6 +19,8 @@ from .report import REPORT_FILE, adapter_base, build_report, data_bytes
 from .stream import Written
 from .tokenizer import save_tokenizer
 
+CARD_FILE = "README.md"
+
 
 def write_side_files(
     prepared: Prepared, written: Written, hashes: Mapping[str, str], making: str, stage: Path, timings: Timings
@@ -46,9 +48,9 @@ def write_side_files(
         files = [_file_entry(path, stage, hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
     report = build_report(prepared, making=making, files=files, timings=timings.seconds, written=written)
     with disk_errors(stage):
-        (stage / "README.md").write_text(model_card(report), encoding="utf-8")
+        (stage / CARD_FILE).write_text(model_card(report), encoding="utf-8")
         report["files"] = sorted(
-            [*files, _file_entry(stage / "README.md", stage, hashes)], key=lambda entry: entry["path"]
+            [*files, _file_entry(stage / CARD_FILE, stage, hashes)], key=lambda entry: entry["path"]
         )
         for path in stage.rglob("*"):
             sync_file(path)
@@ -92,8 +94,13 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
+def json_text(value: Any) -> str:
+    """A JSON value as ftload's files hold it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
 
 
 def _file_entry(path: Path, root: Path, hashes: Mapping[str, str]) -> dict[str, Any]:

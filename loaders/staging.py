@@ -88,6 +88,19 @@ class Staging:
                 raise
             sync_file(self.output.parent)
 
+    def replace(self, files: Mapping[str, str]) -> None:
+        """Give files of the finished output new texts, all or none: where a run is killed, the next one goes on."""
+        new = self.scratch(0)
+        with disk_errors(self.output):
+            new.mkdir()
+            for name, text in files.items():
+                (new / name).write_text(text, encoding="utf-8")
+                sync_file(new / name)
+            sync_file(new)
+            new.rename(self.directory / "replacing")
+            sync_file(self.directory)
+            _replace_files(self.directory, self.output)
+
 
 class Journal:
     """A process's list of the files that it has finished; every line is durable when `add` returns."""
@@ -135,6 +148,7 @@ def staged(output: Path) -> Iterator[Staging]:
         try:
             with disk_errors(output):
                 _put_back(directory / "replaced", output)
+                _replace_files(directory, output)
                 for scratch in directory.glob("scratch-*"):
                     shutil.rmtree(scratch)
                 for trash in directory.parent.glob(f"{glob.escape(directory.name)}-*"):
@@ -144,6 +158,8 @@ def staged(output: Path) -> Iterator[Staging]:
             keep = _keep_finished(staging)
             raise
         finally:
+            with contextlib.suppress(OSError):
+                _replace_files(directory, output)  # where a signal came in between
             if not keep:
                 _remove(directory)
             lock.close()
@@ -255,6 +271,17 @@ def _put_back(aside: Path, output: Path) -> None:
     """Restore an older output that was put aside for a new one that never came."""
     if aside.exists() and not output.exists():
         aside.rename(output)
+
+
+def _replace_files(directory: Path, output: Path) -> None:
+    """Carry out a replacement of files that was begun, to its end."""
+    replacing = directory / "replacing"
+    if replacing.exists():
+        if output.exists():
+            for path in replacing.iterdir():
+                path.replace(output / path.name)
+            sync_file(output)
+        shutil.rmtree(replacing)
 
 
 def _keep_finished(staging: Staging) -> bool:

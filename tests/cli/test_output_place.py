@@ -55,7 +55,7 @@ def test_the_same_request_again_is_up_to_date_at_once(ftload: Ftload, model: Pat
     again = ftload(*words, "--json")
     assert (again.code, again.out) == (0, first.out)
     # flags that have no part in the result, --overwrite included, change nothing
-    shown = ftload(*words, "--overwrite", "--learning_rate", "1", "--max_memory", "1GB")
+    shown = ftload(*words, "--overwrite", "--strict", "false", "--max_memory", "1GB")
     assert shown.code == 0
     assert "up to date" in shown.out.splitlines()[0]
     assert times(work) == before
