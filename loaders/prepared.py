@@ -12,6 +12,7 @@ from .environment import liger_problem, quiet_transformers, resolve_attention
 from .errors import CheckpointError
 from .liger import apply_liger
 from .report import REPORT_FILE, SCHEMA_VERSION
+from .vocabulary import set_padding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,12 +52,16 @@ def load_prepared(
     checkpointing = report["gradient_checkpointing"]
     with quiet_transformers():
         config = AutoConfig.from_pretrained(**base, trust_remote_code=trust_remote_code)
+        pad = report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
+        if pad is not None:
+            set_padding(config, pad)  # a base that is another's has its own
         attention = resolve_attention(
             _model_class(config, base, trust_remote_code=trust_remote_code),
             use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **base,
+            config=config,
             output_loading_info=True,
             dtype=torch.bfloat16,
             attn_implementation=attention.effective,
@@ -65,6 +70,8 @@ def load_prepared(
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     model, info = loaded
+    if pad is not None and model.generation_config is not None:
+        model.generation_config.pad_token_id = pad
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     for what, keys in wrong.items():
         if keys:

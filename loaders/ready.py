@@ -21,6 +21,7 @@ from .source import Source, resolve_source, tokenizer_file_names
 from .strategy import STRATEGIES
 from .stream import Progress
 from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source
+from .vocabulary import Padding, drop_impossible_padding, follow_tokenizer, padding_id, stored_padding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,6 +73,7 @@ class Prepared:
     """As the user named them; the plan's checkpoint may lie elsewhere, for a GGUF file."""
     plan: Plan
     tokenizer: PreparedTokenizer
+    padding: Padding
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
 
@@ -166,19 +168,33 @@ def make_ready(
         config, config_warnings = config or _read_config(
             request, weights, sources.config if request.config_name is not None else weights
         )
+        stored_pad = stored_padding(config)
+        if padding_id(tokenizer.tokenizer) is not None:
+            drop_impossible_padding(config)  # the tokenizer's takes its place below
         skeleton = build_skeleton(
             checkpoint, config, trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"], headers_only=headers_only,
         )  # fmt: skip
         plan = make_plan(request, strategy, checkpoint, skeleton)
+        padding = follow_tokenizer(
+            tokenizer.tokenizer,
+            skeleton,
+            stored=stored_pad,
+            generation=load_generation_config(weights.root).pad_token_id,
+            asked=request.config_overrides.get("pad_token_id"),
+            base=plan.base,
+        )
     return Prepared(
         arguments=arguments,
         sources=sources,
         plan=plan,
         tokenizer=tokenizer,
-        decisions=(*decisions, *tokenizer.decisions, *plan.decisions),
-        warnings=(*weights.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *plan.warnings),
-    )
+        padding=padding,
+        decisions=(*decisions, *tokenizer.decisions, *padding.decisions, *plan.decisions),
+        warnings=(
+            *weights.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *padding.warnings, *plan.warnings,
+        ),
+    )  # fmt: skip
 
 
 def _read_config(request: Request, source: Source, named: Source) -> tuple[PretrainedConfig, tuple[str, ...]]:

@@ -60,6 +60,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "resized": plan.skeleton.rows_after != plan.skeleton.rows_before,
             "tied": plan.skeleton.tied,
             "init": plan.request.embedding_init if plan.grown else None,
+            "pad_token_id": prepared.padding.id,
         },
         "quantization": _quantization(plan),
         "adapter": _adapter(plan, source),

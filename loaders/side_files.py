@@ -70,12 +70,16 @@ def _save_config(prepared: Prepared, stage: Path) -> None:
         config.quantization_config = plan.quantization_config
     config.save_pretrained(stage)
     if model.can_generate():
+        settings, changes = load_generation_config(root), {}
+        if prepared.padding.id is not None:
+            settings.pad_token_id = changes["pad_token_id"] = prepared.padding.id
         try:
-            load_generation_config(root).save_pretrained(stage)
+            settings.save_pretrained(stage)
         except ValueError:
             # transformers refuses to write settings that contradict each other, which it was ready to read
-            if (root / "generation_config.json").exists():
-                shutil.copyfile(root / "generation_config.json", stage / "generation_config.json")
+            path = root / "generation_config.json"
+            if path.exists():
+                _write_json(stage / path.name, {**json.loads(path.read_text(encoding="utf-8")), **changes})
     if plan.request.trust_remote_code:
         for code in root.glob("*.py"):
             shutil.copyfile(code, stage / code.name)

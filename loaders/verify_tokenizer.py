@@ -10,6 +10,7 @@ from .environment import quiet_transformers
 from .model_config import load_generation_config
 from .tokenizer import template_hash
 from .verify_files import Context
+from .vocabulary import stored_padding
 
 QUESTION = "What do you get if you multiply six by nine?"
 ANSWER = "Forty-two"
@@ -28,6 +29,14 @@ def check_tokenizer(context: Context) -> Iterator[str]:
     for what in ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token"):
         if getattr(tokenizer, what) != expected[what]:
             yield f"{what} is `{getattr(tokenizer, what)}`, the report says `{expected[what]}`"
+    pad = context.report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
+    if pad is not None and context.report["base"] == "copy":
+        stored = {"generation_config.json": load_generation_config(context.root).pad_token_id}
+        if hasattr(context.config.get_text_config(), "pad_token_id"):
+            stored["config.json"] = stored_padding(context.config)
+        for file, number in stored.items():
+            if number != pad:
+                yield f"`pad_token_id` of {file} is {number}, the report says {pad}"
     if tokenizer.pad_token is None:
         yield "there is no pad token"
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:

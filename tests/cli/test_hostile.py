@@ -126,7 +126,6 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a model of other parts than are stored": (
         lambda m: edit_config(m, model_type="bamba", num_hidden_layers=2000), "far more parts than there are tensors",
     ),
-    "a padding token beyond the embedding": (lambda m: edit_config(m, pad_token_id=10**12), "can't build `LlamaForCausalLM`"),
     "a billion cycles": (lambda m: edit_config(m, model_type="hrm_text", H_cycles=10**9), "`H_cycles` is more than"),
     "a hundred million labels": (lambda m: edit_config(m, num_labels=10**8), "`num_labels` is more than"),
     "generation settings nested 900 deep": (lambda m: (m / "generation_config.json").write_text(nested(900)), "generation_config.json` can't be used"),

@@ -76,6 +76,7 @@ def test_report_is_valid(runs: Runs, llama: Path, strategy: str) -> None:
     }
     assert report["embeddings"] == {
         "tokenizer_size": 129, "rows_before": ROWS, "rows_after": ROWS, "resized": False, "tied": False, "init": None,
+        "pad_token_id": 128,
     }  # fmt: skip
 
 

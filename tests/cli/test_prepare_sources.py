@@ -39,6 +39,7 @@ def test_new_rows_are_the_mean_of_the_old(tmp_path: Path, tied: bool) -> None:
     report = prepare(source, out)
     assert report["embeddings"] == {
         "tokenizer_size": 129, "rows_before": 128, "rows_after": 136, "resized": True, "tied": tied, "init": "mean",
+        "pad_token_id": 128,
     }  # fmt: skip
     before, after = load_file(source / FILE), load_file(out / FILE)
     assert (HEAD in after) == (not tied)
@@ -126,7 +127,7 @@ def test_settings_of_the_configuration(llama: Path, tmp_path: Path) -> None:
     report = prepare(llama, tmp_path / "out", "--use_lora", "--additional_model_arguments", settings)
     before, after = (json.loads((path / "config.json").read_text()) for path in (llama, tmp_path / "out"))
     assert {name for name in before if before[name] != after.get(name)} == {
-        "attention_dropout", "max_position_embeddings",
+        "attention_dropout", "max_position_embeddings", "pad_token_id",
     }  # fmt: skip
     assert (after["attention_dropout"], after["max_position_embeddings"]) == (0.25, 32)
     assert report["base"] == "copy"

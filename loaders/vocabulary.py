@@ -1,0 +1,114 @@
+"""Whether the tokenizer and the model belong together: a row for each token, and one of them for padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError
+from .request import Decision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from .skeleton import Skeleton
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Padding:
+    """What the model takes for padding, and what is to be said of it."""
+
+    id: int | None
+    """`pad_token_id` of both configurations from now on; None where they stay as they are."""
+    decisions: tuple[Decision, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that the model should take for padding; None where there is none, or where it would be the eos token.
+
+    A model's padding row gets no gradient: if that were eos, it would not learn where texts end.
+    """
+    pad: Any = tokenizer.pad_token_id
+    return None if pad == tokenizer.eos_token_id else pad
+
+
+def set_padding(config: PretrainedConfig, pad: int | None) -> None:
+    """Set `pad_token_id` wherever the configuration has one: for the whole model, for its text model, or both."""
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "pad_token_id"):
+            one.pad_token_id = pad
+
+
+def stored_padding(config: PretrainedConfig) -> int | None:
+    """`pad_token_id` as the configuration has it: its text model's, or else the whole model's."""
+    return getattr(config.get_text_config(), "pad_token_id", getattr(config, "pad_token_id", None))
+
+
+def drop_impossible_padding(config: PretrainedConfig) -> None:
+    """Take out a padding id that no embedding row has: the model can't be built with it."""
+    pad, rows = stored_padding(config), getattr(config.get_text_config(), "vocab_size", None)
+    if pad is not None and isinstance(rows, int) and not -rows <= pad < rows:
+        set_padding(config, None)
+
+
+def follow_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    skeleton: Skeleton,
+    *,
+    stored: int | None,
+    generation: int | None,
+    asked: int | None,
+    base: str,
+) -> Padding:
+    """Make the tokenizer's padding id that of the skeleton's configuration, where the model allows it.
+
+    `stored` and `generation` are what config.json and generation_config.json said, `asked` what the user's
+    `additional_model_arguments` say; `base` is the plan's. Raises `CheckpointError` for an id without a row.
+    """
+    pad = padding_id(tokenizer)
+    if pad is None:
+        return Padding(id=None)
+    if pad >= skeleton.rows_after:
+        raise CheckpointError(
+            f"the tokenizer's pad token `{tokenizer.pad_token}` has the id {pad}, the embedding {skeleton.rows_after} "
+            "rows",
+            hint="does the tokenizer belong to this model? --tokenizer_name_or_path takes another",
+        )
+    other = None if pad == stored else _depends_on_padding(skeleton)
+    if other is not None:
+        kept = f"the tokenizer pads with {pad}, the model's `pad_token_id` stays {stored}: `{other}` depends on it too"
+        return Padding(id=None, warnings=(kept,))
+    set_padding(skeleton.config, pad)
+    said = {"config.json": stored, "generation_config.json": generation}
+    others = [f"{file} with {_in_words(tokenizer, number)}" for file, number in said.items() if number != pad]
+    if not others:
+        return Padding(id=pad)
+    reason = f"the tokenizer pads with `{tokenizer.pad_token}`, {' and '.join(others)}"
+    if base == "reference":
+        reason += "; the base keeps its files, `load_prepared` sets it"
+    requested = pad if asked is None else asked
+    return Padding(
+        id=pad,
+        decisions=(Decision(what="pad_token_id", requested=str(requested), effective=str(pad), reason=reason),),
+    )
+
+
+def _depends_on_padding(skeleton: Skeleton) -> str | None:
+    """A module beside the token embedding that the padding id has a meaning for.
+
+    RoBERTa's kin count positions from it; others have further tables, of other sizes, with a padding row.
+    """
+    from transformers import PreTrainedModel
+
+    for name, module in skeleton.model.named_modules():
+        known = not isinstance(module, PreTrainedModel) and getattr(module, "padding_idx", None) is not None
+        if known and getattr(module, "num_embeddings", None) != skeleton.rows_after:
+            return name
+    return None
+
+
+def _in_words(tokenizer: PreTrainedTokenizerBase, number: int | None) -> str:
+    if number is None:
+        return "nothing"
+    return f"{number}, the eos token" if number == tokenizer.eos_token_id else str(number)
