@@ -105,6 +105,24 @@ def test_a_missing_prefix_is_put_before_the_names(llama: Path, model: Path, tmp_
     assert headers(tmp_path / "out") == headers(tmp_path / "expected")
 
 
+def test_of_several_names_for_one_parameter_the_first_counts_as_in_transformers(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole, short = "model.norm.weight", "layers.0.self_attn.q_proj.weight"  # what comes first, with and without prefix
+    other = {whole: "norm.weight", short: f"model.{short}"}
+    edit_weights(
+        model, lambda t: {**t, "norm.weight": t[whole] + 1, short: t[f"model.{short}"] + 1}
+    )  # fmt: skip
+    prepare(model, tmp_path / "out")
+    before, after = load_file(model / FILE), load_file(tmp_path / "out" / FILE)
+    assert after.keys() == before.keys() - {"norm.weight", short}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).state_dict()
+    for name, saved in ((whole, whole), (short, f"model.{short}")):
+        assert torch.equal(after[saved], before[name])
+        assert torch.equal(after[saved], loaded[saved])
+        assert not torch.equal(after[saved], before[other[name]])
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("flags", [[], ["--use_qlora"]])
 def test_pickles(llama: Path, model: Path, tmp_path: Path, flags: list[str], zipped: bool) -> None:

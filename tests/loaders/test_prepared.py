@@ -71,6 +71,22 @@ def count(model: Any) -> tuple[dict[str, dict[str, int]], int]:
     return {dtype: dict(row) for dtype, row in rows.items()}, trainable
 
 
+def test_4_bit_weights_stay_as_they_are_on_every_processor(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX512-BF16, a forward pass in eval mode would repack them: gradients are wrong from then on."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    prepare(llama, tmp_path / "out", "--use_qlora")
+    # whatever the processor here can do; only whether it is made use of counts
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert Linear4bit(64, 64).support_avx512bf16_for_cpu is True
+    model, _, _ = load(tmp_path / "out")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("strategy", FLAGS)
 def test_each_strategy_trains_after_a_move(llama: Path, tmp_path: Path, strategy: str, checkpointing: bool) -> None:
