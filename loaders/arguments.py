@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from .errors import UsageError
+from .masking import masked
 
 MODEL = "Model"
 ADAPTER = "Adapter"
@@ -286,17 +287,9 @@ def _declared(group: type) -> Iterator[Flag]:
         )
 
 
-_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@")
-
-
-def mask_credentials(text: str) -> str:
-    """Return `text` with what stands before the `@` of an address (`scheme://user:pass@host`) as `***`."""
-    return _CREDENTIALS.sub(r"\1***@", text)
-
-
 def _for_report(value: Any) -> Any:
     if isinstance(value, str):
-        return mask_credentials(value)
+        return masked(value)
     if isinstance(value, list):
         return [_for_report(item) for item in value]
     if isinstance(value, dict):

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .arguments import Flag, mask_credentials
+from .arguments import Flag
 from .errors import UsageError
+from .masking import masked
 
 ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
@@ -83,7 +84,7 @@ class BadValue(ValueError):
 
 def printable(text: str, most: int = 80) -> str:
     """Return `text` fit for one line of a message: printable, short, without credentials."""
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in mask_credentials(text))
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in masked(text))
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from .errors import FtloadError, ResourceError, SourceError, UsageError
+from .masking import masked
 
 T = TypeVar("T")
 
@@ -167,13 +167,6 @@ def _first_line(error: object) -> str:
     line = masked(lines[0] if lines else type(error).__name__)
     token = _token()
     return line.replace(token, "***") if token else line
-
-
-def masked(url: str) -> str:
-    """`url` without credentials: a name and password, a query, or what looks like a token of the hub."""
-    url = re.sub(r"(?<=://)[^/\s@]+@", "***@", url)
-    url = re.sub(r"(://[^\s?`]*\?)[^\s`]+", r"\1***", url)
-    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_***", url)
 
 
 def _token() -> str | None:

@@ -138,7 +138,8 @@ def _peft() -> dict[str, Any]:
 
 def _hub() -> dict[str, Any]:
     """Ask the hub who we are: any answer shows that it can be reached, and it shows whether it knows the token."""
-    from .hub_errors import check_endpoint, hub_errors, masked
+    from .hub_errors import check_endpoint, hub_errors
+    from .masking import masked
 
     check_endpoint()
     from huggingface_hub import constants, get_session, get_token

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import CheckpointError, SourceError, UsageError, said_by
-from .hub_errors import check_endpoint, hub_errors, is_outage, masked, not_a_hub, with_retries
+from .hub_errors import check_endpoint, hub_errors, is_outage, not_a_hub, with_retries
+from .masking import masked
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

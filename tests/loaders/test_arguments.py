@@ -17,11 +17,11 @@ from ftload.loaders.arguments import (
     OwnOptions,
     TokenizerConfig,
     all_flags,
-    mask_credentials,
     parse_size,
     plan_flags,
 )
 from ftload.loaders.errors import UsageError
+from ftload.loaders.masking import masked
 from ftload.loaders.training_refusals import training_warnings
 
 CONTRACT: list[dict[str, Any]] = json.loads(
@@ -139,8 +139,11 @@ def test_report_holds_every_flag_in_order_and_is_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "masked"),
+    ("text", "shown"),
     [
+        ("https://host/path?token=abc&x=1 b?c", "https://host/path?*** b?c"),
+        ("`https://u:p@host/?X-Amz-Signature=abc` and hf_abcdefghijklmnopq", "`https://***@host/?***` and hf_***"),
+        ("org/hf_small-model?", "org/hf_small-model?"),
         ("s3://key:p@ss@bucket/x", "s3://***@bucket/x"),
         ("https://token@host", "https://***@host"),
         ("a https://u:p@one b http://v:q@two/@x", "a https://***@one b http://***@two/@x"),
@@ -148,8 +151,8 @@ def test_report_holds_every_flag_in_order_and_is_json() -> None:
         ("me@host", "me@host"),
     ],
 )
-def test_credentials_are_masked(text: str, masked: str) -> None:
-    assert mask_credentials(text) == masked
+def test_credentials_are_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
 
 
 @pytest.mark.parametrize(
