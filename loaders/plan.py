@@ -16,7 +16,7 @@ from .environment import Attention, resolve_attention, usable_processors
 from .errors import MissingRequirementError, ResourceError, UsageError, said_by
 from .liger import liger_kernels
 from .lora import adapter_steps
-from .operations import Grow, OutputTensor, Quantize, Step, plain_step
+from .operations import Grow, OutputTensor, Quantize, Step
 from .output_files import OutputFile, divide, output_file, unchanged_files
 from .request import Decision, Request
 from .skeleton import Skeleton
@@ -143,6 +143,8 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
     """Decide everything. Raises the error that executing the plan would run into, before anything is written."""
     decisions = list(request.decisions)
     warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
+    if skeleton.left_out is not None:
+        decisions.append(skeleton.left_out.decision(type(skeleton.model).__name__))
     quantization_config = skeleton.stored_quantization or strategy.quantization_config()
     steps = tuple(_steps(strategy, skeleton.tensors))
     coverage = _coverage(skeleton, steps) if quantization_config is not None else None
@@ -176,6 +178,11 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
                 effective=attention.effective,
                 reason=attention.reason,
             )
+        )
+    if skeleton.towers and not strategy.has_adapter:
+        warnings.append(
+            f"text gives no gradient to {', '.join(f'`{module}`' for module in skeleton.towers)}: training on text "
+            "leaves them as they are"
         )
     kernels = _kernels(skeleton, decisions) if request.use_liger_kernel else None
     if coverage is not None and skeleton.fused_experts:
@@ -262,8 +269,7 @@ def _check_coverage(request: Request, coverage: Coverage) -> None:
 def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:
     # what comes out of one conversion is written together
     for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
-        siblings = tuple(group)
-        yield plain_step(siblings) if siblings[0].conversion is not None else strategy.step(siblings[0])
+        yield strategy.step(tuple(group))
 
 
 def _choose_base(
@@ -302,6 +308,8 @@ def _changes(request: Request, strategy: Strategy, checkpoint: Checkpoint, skele
         changes.append("its embeddings are resized")
     if checkpoint.source.kind == "gguf":
         changes.append("it is a GGUF file")
+    if skeleton.left_out is not None:
+        changes.append(f"it is a `{skeleton.left_out.whole}`")
     if checkpoint.pickled:
         changes.append("it is pickled")
     if request.config_name is not None or request.config_overrides:

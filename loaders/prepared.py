@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .environment import liger_problem, quiet_transformers, resolve_attention
 from .errors import CheckpointError
 from .liger import apply_liger
+from .model_class import native_class, unknown_to_auto
 from .report import REPORT_FILE, SCHEMA_VERSION
 from .vocabulary import set_padding
 
@@ -55,11 +56,13 @@ def load_prepared(
         pad = report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
         if pad is not None:
             set_padding(config, pad)  # a base that is another's has its own
+        model_class = _model_class(config, base, trust_remote_code=trust_remote_code)
         attention = resolve_attention(
-            _model_class(config, base, trust_remote_code=trust_remote_code),
+            model_class,
             use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loader = model_class if unknown_to_auto(config) else AutoModelForCausalLM
+        loaded: Any = loader.from_pretrained(
             **base,
             config=config,
             output_loading_info=True,
@@ -105,15 +108,14 @@ def load_prepared(
 
 
 def _model_class(config: PretrainedConfig, base: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
-    """The class that `AutoModelForCausalLM` will choose."""
+    """The class of the model."""
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if remote is not None and trust_remote_code:
         return get_class_from_dynamic_module(remote, **base)
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
+    return native_class(config) or AutoModelForCausalLM
 
 
 def _keep_weights_in_place(model: PreTrainedModel) -> None:

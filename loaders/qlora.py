@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from . import nf4
+from .errors import MissingRequirementError
 from .lora import Lora
 from .operations import All, Cast, OutputTensor, Quantize, Step, plain_step
 from .tensor_map import ModelTensor
@@ -19,12 +20,21 @@ class Qlora(Lora):
     name: str = "qlora"
     packages: tuple[str, ...] = ("peft", "bitsandbytes")
 
-    def step(self, tensor: ModelTensor) -> Step:
-        """Quantise the weights of linear layers, pass through what is 4-bit already, treat the rest as standard."""
+    def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
+        """Quantise the weights of linear layers, pass through what is 4-bit already, treat the rest as standard.
+
+        Raises `MissingRequirementError` where transformers could not load what would be written.
+        """
+        tensor = tensors[0]
+        if tensor.four_bit_problem is not None:
+            raise MissingRequirementError(
+                f"transformers can't load this model in 4 bits: tensor `{tensor.name}` {tensor.four_bit_problem}",
+                hint="train it with --use_lora, on a bfloat16 base",
+            )
         if tensor.packed is not None:
             return _pass_through(tensor)
         if tensor.linear is None:
-            return plain_step((tensor,))
+            return plain_step(tensors)
         transposed = tensor.linear.transposed
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(

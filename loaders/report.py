@@ -151,6 +151,14 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
             }
             for component, tensors in _by(stored, "component").items()
         },
+        "towers": {
+            module: sum(
+                prod(tensor.shape)
+                for tensor in plan.skeleton.tensors
+                if tensor.parameter.startswith(f"{module}.") and not tensor.buffer
+            )
+            for module in plan.skeleton.towers
+        },
     }
 
 

@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from .catalog import LinearLayer, component_of
 from .checkpoint import Checkpoint, TensorMeta
 from .environment import quiet_transformers
 from .errors import CheckpointError, MissingRequirementError, said_by
+from .model_class import choose_class, unknown_to_auto
 from .nf4 import PackedTensor, find_packed
 from .tensor_map import ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
 from .ties import tie_equal_weights
+from .towers import LeftOut, find_left_out, tower_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +45,10 @@ class Skeleton:
     tied: bool
     stored_quantization: dict[str, Any] | None
     """The `quantization_config` of a checkpoint that holds 4-bit tensors."""
+    left_out: LeftOut | None
+    """What the checkpoint holds beside this model."""
+    towers: tuple[str, ...]
+    """The modules that text does not pass through."""
     warnings: tuple[str, ...]
 
     @property
@@ -67,22 +73,37 @@ def build_skeleton(
     """
     import torch
 
-    model_class = _model_class(checkpoint, config, trust_remote_code=trust_remote_code)
+    loaded_as = choose_class(checkpoint, config, trust_remote_code=trust_remote_code)
+    model_class, config = loaded_as.model_class, loaded_as.config
     packed = find_packed(checkpoint)
     stored_quantization = _stored_quantization(checkpoint, config, packed)
+    parts = _PARTS_A_TENSOR * len(checkpoint.tensors) + _LEAST_PARTS
+    left_out = None
+    if loaded_as.whole is not None:
+        with _building(loaded_as.whole.model_class, parts):
+            left_out = find_left_out(
+                checkpoint, _empty_model(loaded_as.whole.model_class, loaded_as.whole.config), packed
+            )
     hidden = {meta.name for tensor in packed.values() for meta in tensor.parts if meta.name != tensor.name}
+    if left_out is not None:
+        hidden |= {meta.name for meta in left_out.tensors}
     state = {
         meta.name: torch.empty(_shape(meta, packed), dtype=torch.bfloat16, device="meta")
         for meta in checkpoint.tensors.values()
         if meta.name not in hidden
     }
-    model, info = _load_on_meta(model_class, config, state)
+    with _building(model_class, parts):
+        model, info = _load_on_meta(model_class, config, state)
     _check_keys(checkpoint, model, info, packed)
     mapping, dropped = map_tensors(checkpoint, model, state)
     warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
 
-    quantisable = _quantisable_modules(model_class, config)
     warnings += tie_equal_weights(checkpoint, model, mapping, headers_only=headers_only)
+    if unknown_to_auto(config):
+        warnings.append(
+            f"AutoModelForCausalLM can't load a `{config.model_type}` by itself: load what is written with "
+            f"`load_prepared`, or with `{model_class.__name__}`"
+        )
     embedding, head = _embedding_names(model)
     shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     rows_before = shapes_before[embedding][0]
@@ -90,6 +111,11 @@ def build_skeleton(
     if rows_after > rows_before:
         with quiet_transformers():
             model.resize_token_embeddings(rows_after, mean_resizing=False)
+    with _building(model_class, parts):
+        fresh = _empty_model(model_class, model.config)
+    if rows_after > rows_before:
+        _check_loadable(model, fresh)
+    quantisable = _quantisable_modules(fresh)
     with quiet_transformers():
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -126,53 +152,10 @@ def build_skeleton(
         rows_after=rows_after,
         tied=tied,
         stored_quantization=stored_quantization,
+        left_out=left_out,
+        towers=tower_modules(model),
         warnings=tuple(warnings),
     )
-
-
-def _model_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
-
-    causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
-    bare = {name for names in MODEL_MAPPING_NAMES.values() for name in _names(names)}
-    auto_map = getattr(config, "auto_map", None) or {}
-    native = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if "AutoModelForCausalLM" in auto_map and (trust_remote_code or not native):
-        if not trust_remote_code:
-            raise CheckpointError(
-                f"`{checkpoint.source.model}` needs code of its own",
-                hint="pass --trust_remote_code if you trust it",
-            )
-        try:
-            return cast(
-                "type[PreTrainedModel]",
-                get_class_from_dynamic_module(
-                    auto_map["AutoModelForCausalLM"], checkpoint.source.root, trust_remote_code=True
-                ),
-            )
-        except (OSError, ImportError, AttributeError) as error:
-            raise CheckpointError(f"the model's own code can't be used: {said_by(error)}") from error
-    architectures: Any = getattr(config, "architectures", None) or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise CheckpointError("`config.json`: `architectures` is not a list of names")
-    known = not architectures or any(name in causal or name in bare for name in architectures)
-    if not native or not known:
-        what = architectures[0] if architectures else config.model_type
-        raise CheckpointError(
-            f"`{checkpoint.source.model}` is a `{what}`, not a causal language model",
-            hint="ftload prepares what AutoModelForCausalLM can load",
-        )
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class[0] if isinstance(model_class, tuple) else model_class
-
-
-def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
 
 
 _QUANTIZATION_DEFAULTS = {
@@ -212,22 +195,41 @@ def _load_on_meta(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     import torch
 
+    loaded: Any = model_class.from_pretrained(
+        None,
+        config=_without_quantization(config),  # packed tensors stand in `state` with their logical shapes
+        state_dict=state,
+        dtype=torch.bfloat16,
+        device_map={"": "meta"},
+        attn_implementation="eager",  # works everywhere, and nothing that is saved depends on it
+        ignore_mismatched_sizes=True,  # reported by us, all of them, with names
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model on `meta` that was never loaded into, nor its weights tied."""
+    import torch
+    from transformers.initialization import no_tie_weights
+
+    with torch.device("meta"), no_tie_weights():
+        return model_class(_without_quantization(config))
+
+
+def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     config = deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
-        delattr(config, "quantization_config")  # packed tensors stand in `state` with their logical shapes
+        delattr(config, "quantization_config")
+    return config
+
+
+@contextmanager
+def _building(model_class: type[PreTrainedModel], most_parts: int) -> Iterator[None]:
+    """Build a model: what its code raises is told as the configuration's fault, and its size is bounded."""
     try:
-        with quiet_transformers(), _bounded(_PARTS_A_TENSOR * len(state) + _LEAST_PARTS):
-            loaded: Any = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=torch.bfloat16,
-                device_map={"": "meta"},
-                attn_implementation="eager",  # works everywhere, and nothing that is saved depends on it
-                ignore_mismatched_sizes=True,  # reported by us, all of them, with names
-                output_loading_info=True,
-            )
-            return loaded
+        with quiet_transformers(), _bounded(most_parts):
+            yield
     except ImportError as error:
         raise MissingRequirementError(f"this model's code needs more: {said_by(error)}") from error
     except (
@@ -312,25 +314,37 @@ def _more(items: Any) -> str:
     return f" and {len(items) - 1} more" if len(items) > 1 else ""
 
 
-def _quantisable_modules(model_class: type[PreTrainedModel], config: PretrainedConfig) -> frozenset[str]:
+def _quantisable_modules(model: PreTrainedModel) -> frozenset[str]:
     """The modules that transformers' own bitsandbytes quantiser would replace.
 
-    It decides before weights are tied, so it is asked about a model that never was.
+    It decides before weights are tied: `model` must be one that never was.
     """
     import torch
-    from transformers.initialization import no_tie_weights
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    with quiet_transformers(), torch.device("meta"), no_tie_weights():
-        model = model_class(deepcopy(config))
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     return frozenset(
         name
         for name, module in model.named_modules()
         if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
     )
+
+
+def _check_loadable(resized: PreTrainedModel, fresh: PreTrainedModel) -> None:
+    """Whether what is resized fits a model of its own configuration: nobody could load it otherwise.
+
+    Raises `CheckpointError` naming the first parameter or buffer that does not.
+    """
+    shapes = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    for name, value in resized.state_dict().items():
+        if name in shapes and shapes[name] != tuple(value.shape):
+            raise CheckpointError(
+                f"the embeddings have to grow, and nobody could load `{type(resized).__name__}` after that: `{name}` "
+                f"has shape {list(value.shape)}, the configuration then asks for {list(shapes[name])}",
+                hint="use a tokenizer with no more tokens than the embeddings have rows; an added pad token counts",
+            )
 
 
 def _linear_layers(model: PreTrainedModel, classes: Mapping[str, str], head: str | None) -> Iterator[LinearLayer]:

@@ -18,17 +18,18 @@ class Standard:
     has_adapter: bool = False
     packages: tuple[str, ...] = ()
 
-    def step(self, tensor: ModelTensor) -> Step:
-        """Copy, cast or grow the tensor.
+    def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
+        """Copy, cast, grow or convert.
 
         Raises `CheckpointError` for a tensor that is stored in 4 bits.
         """
-        if tensor.packed is not None:
-            raise CheckpointError(
-                f"the checkpoint is already quantised to 4 bits (tensor `{tensor.name}`)",
-                hint="prepare it with --use_qlora, or start from the 16-bit model",
-            )
-        return plain_step((tensor,))
+        for tensor in tensors:
+            if tensor.packed is not None:
+                raise CheckpointError(
+                    f"the checkpoint is already quantised to 4 bits (tensor `{tensor.name}`)",
+                    hint="prepare it with --use_qlora, or start from the 16-bit model",
+                )
+        return plain_step(tensors)
 
     def quantization_config(self) -> dict[str, Any] | None:
         """What config.json says of quantisation: nothing."""

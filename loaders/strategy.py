@@ -30,8 +30,11 @@ class Strategy(Protocol):
         """The distributions that training with it needs, beyond torch and transformers."""
         ...
 
-    def step(self, tensor: ModelTensor) -> Step:
-        """How one tensor of the model is written. Raises `CheckpointError` where it can't be."""
+    def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
+        """How one tensor of the model is written, or all that come out of one conversion.
+
+        Raises `CheckpointError` or `MissingRequirementError` where they can't be.
+        """
         ...
 
     def quantization_config(self) -> dict[str, Any] | None:

@@ -66,6 +66,8 @@ class ModelTensor:
     conversion: Conversion | None = None
     packed: PackedTensor | None = None
     """Set when the checkpoint already holds it in 4 bits."""
+    four_bit_problem: str | None = None
+    """Why a 4-bit model with this tensor could not be loaded; None where it could."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,31 +79,49 @@ class Group:
     conversion: Conversion | None
 
 
-def map_tensors(
-    checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
-) -> tuple[list[Group], list[str]]:
-    """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
+def find_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """The parameter or buffer that each stored name leads to, and the pattern of the converter that it goes through.
+
+    In transformers' order; names that lead to nothing in `model` are left out.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters = model.state_dict()
     prefix = model.base_model_prefix
-    found: dict[str, list[tuple[str, str | None]]] = {}
-    dropped = []
-    for name in sorted(state, key=dot_natural_key):
+    targets = {}
+    for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if target not in parameters and name in parameters:
             target, pattern = rename_source_key(name, [], [], prefix, parameters)
         if target in parameters:
-            found.setdefault(target, []).append((name, pattern))
-        else:
-            dropped.append(name)
+            targets[name] = target, pattern
+    return targets
+
+
+def map_tensors(
+    checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
+) -> tuple[list[Group], list[str]]:
+    """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    by_pattern = {
+        pattern: converter
+        for converter in get_model_conversion_mapping(model)
+        if isinstance(converter, WeightConverter)
+        for pattern in converter.source_patterns
+    }
+    targets = find_targets(model, state)
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for name, (target, pattern) in targets.items():
+        found.setdefault(target, []).append((name, pattern))
+    dropped = [name for name in state if name not in targets]
     groups = []
-    order = {name: position for position, name in enumerate(parameters)}
+    order = {name: position for position, name in enumerate(model.state_dict())}
     for target in sorted(found, key=order.__getitem__):
         metas = tuple(checkpoint.tensors[name] for name, _ in found[target])
         patterns = [(name, pattern) for name, pattern in found[target] if pattern is not None]
@@ -141,7 +161,7 @@ class SavedModel:
 def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     """What `save_pretrained` makes of one group; nothing where the parameter is tied to another or never saved.
 
-    Raises `CheckpointError` for linear layers that are merged or split, and for resizing that changes more than rows.
+    Raises `CheckpointError` for resizing that changes more than rows, or what goes through a converter.
     """
     import torch
 
@@ -152,35 +172,35 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     buffer = not isinstance(saved.model.get_parameter_or_buffer(parameter), torch.nn.Parameter)
     component = component_of(parameter, saved.classes, head=saved.head)
     dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
+    four_bit_problem = _four_bit_problem(group, saved)
+    for name, value in kept.items():
+        before, after = saved.shapes_before[name], tuple(value.shape)
+        if before[1:] != after[1:] or (group.conversion is not None and before != after):
+            raise CheckpointError(f"resizing the embeddings changes `{name}` in a way that ftload can't follow")
     if group.conversion is not None:
         stored = {meta.name: torch.empty(meta.shape, device="meta") for meta in group.sources}
-        outputs = {name: tuple(value.shape) for name, value in group.conversion.run(stored).items()}
-        unchanged = outputs == {meta.name: meta.shape for meta in group.sources}
-        if not unchanged:
-            if any(name in saved.quantisable for name in kept):
-                raise CheckpointError(
-                    f"tensor `{group.sources[0].name}` is merged or split on loading into linear layers, "
-                    "which ftload can't stream in this layout",
-                    hint="load the model with transformers and save it again",
-                )
+        loaded = group.conversion.load(stored)
+        elements = sum(value.numel() for value in loaded.values())
+        outputs = {name: tuple(value.shape) for name, value in _revert(saved.model, loaded).items()}
+        if outputs != {meta.name: meta.shape for meta in group.sources} or elements != sum(
+            meta.parameters for meta in group.sources
+        ):
             return [
                 ModelTensor(
                     name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-                    sources=group.sources, conversion=group.conversion,
+                    sources=group.sources, conversion=group.conversion, four_bit_problem=four_bit_problem,
                 )
                 for name, shape in outputs.items()
             ]  # fmt: skip
-        # a converter and its reverse cancel out when they give back every name and shape
+        # a converter and its reverse cancel out when they give back every name and shape, and nothing is lost between
         return [
             ModelTensor(
                 name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
-                component=component, sources=(meta,),
+                component=component, sources=(meta,), four_bit_problem=four_bit_problem,
             )
             for meta in group.sources
         ]  # fmt: skip
     shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
-    if shape[1:] != before[1:]:
-        raise CheckpointError(f"resizing the embeddings changes `{parameter}` in a way that ftload can't follow")
     source = group.sources[0]
     if saved.packed:
         dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
@@ -189,8 +209,23 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+            four_bit_problem=four_bit_problem,
         )
     ]  # fmt: skip
+
+
+def _four_bit_problem(group: Group, saved: SavedModel) -> str | None:
+    """What keeps transformers from loading the group where config.json says that the model is 4-bit."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
+        return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
+    owner = saved.classes[group.parameters[0].rpartition(".")[0]]
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
+    if patch is not None and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]:
+        return f"belongs to a `{owner}`, in whose place it puts other modules when weights are 4-bit"
+    return None
 
 
 def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .environment import quiet_transformers
 from .errors import FtloadError, said_by
 from .prepared import load_prepared
+from .towers import tower_modules
 from .verify_files import Context
 from .verify_tokenizer import ANSWER, QUESTION
 
@@ -44,14 +45,18 @@ def check_training(context: Context) -> Iterator[str]:
         yield f"the loss is {output.loss.item()}"
     if output.logits is not None and not torch.isfinite(output.logits).all():
         yield "the logits are not finite"
-    idle = 0
+    base: Any = model.get_submodule("base_model.model") if context.report["adapter"] is not None else model
+    towers = tower_modules(base)
+    idle = beside = 0
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if not parameter.requires_grad:
             if gradient is not None:
                 yield f"`{name}` is frozen and has a gradient"
         elif gradient is None:
-            if _may_be_idle(name):
+            if _is_in(towers, name):
+                beside += 1
+            elif _may_be_idle(name):
                 idle += 1
             else:
                 yield f"`{name}` is trainable and has no gradient"
@@ -59,13 +64,19 @@ def check_training(context: Context) -> Iterator[str]:
             yield f"the gradient of `{name}` is not finite"
     optimizer.step()
     for name, parameter in trainable.items():
-        if ".lora_B." in name and not parameter.count_nonzero() and not _may_be_idle(name):
+        if ".lora_B." in name and not parameter.count_nonzero() and not _may_be_idle(name) and not _is_in(towers, name):
             yield f"`{name}` did not move in one optimizer step"
     context.found = (
-        f"loss {output.loss.item():.3f}, {len(trainable) - idle:,} tensors with gradients, "
+        f"loss {output.loss.item():.3f}, {len(trainable) - idle - beside:,} tensors with gradients, "
         + (f"{idle:,} of experts that no token reached, " if idle else "")
+        + (f"{beside:,} of towers that take no text, " if beside else "")
         + f"on {device}"
     )
+
+
+def _is_in(modules: tuple[str, ...], name: str) -> bool:
+    """Whether a parameter is in one of `modules`; PEFT puts a prefix before its name."""
+    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def _may_be_idle(name: str) -> bool:
@@ -111,7 +122,8 @@ def _check_values(context: Context, model: Any) -> Iterator[str]:
     for what, module in matrices.items():
         if module is None:
             continue
-        if module.weight.shape[0] != embeddings["rows_after"]:
+        # a head may have other rows from the start: Mllama's has 8 less
+        if (what == "embeddings" or embeddings["resized"]) and module.weight.shape[0] != embeddings["rows_after"]:
             yield f"the {what} have {module.weight.shape[0]} rows, the report says {embeddings['rows_after']}"
         # rows of the original may be zero, as padding is; those that ftload added are not
         added = module.weight.detach()[embeddings["rows_before"] :]

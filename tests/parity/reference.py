@@ -19,12 +19,14 @@ def run_reference(
     targets: list[str] | None = None,
     **load_arguments: Any,
 ) -> None:
-    """Load, resize, save the base to `output`, wrap it and save the adapter to `output/adapter`."""
+    """Load, seed, resize, save the base to `output`, wrap it and save the adapter to `output/adapter`.
+
+    The seed is set after loading: some models draw from the global generator within `from_pretrained`.
+    """
     import torch
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-    set_seed(seed)
     if strategy == "qlora":
         load_arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -35,6 +37,7 @@ def run_reference(
     if "gguf_file" not in load_arguments:
         load_arguments["config"] = AutoConfig.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **load_arguments)
+    set_seed(seed)
     if tokenizer_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)
     model.save_pretrained(output)
