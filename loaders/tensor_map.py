@@ -221,11 +221,26 @@ def _four_bit_problem(group: Group, saved: SavedModel) -> str | None:
 
     if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
         return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
+    for name in group.parameters:
+        if name in saved.quantisable and not _finds_statistics(name):
+            return "has 4-bit statistics that it looks for under another name"
     owner = saved.classes[group.parameters[0].rpartition(".")[0]]
     patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
     if patch is not None and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]:
         return f"belongs to a `{owner}`, in whose place it puts other modules when weights are 4-bit"
     return None
+
+
+def _finds_statistics(parameter: str) -> bool:
+    """Whether transformers assigns what is stored beside a 4-bit weight to that weight.
+
+    Its patterns are the words alone (`serialized_names` of its bitsandbytes quantiser): a module that is itself called
+    `…weight` is taken for the parameter.
+    """
+    from transformers.core_model_loading import Concatenate, WeightConverter, rename_source_key
+
+    patterns = WeightConverter(["weight", "weight.quant_map"], "weight", [Concatenate()])
+    return rename_source_key(f"{parameter}.quant_map", [], [patterns])[0] == parameter
 
 
 def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:
