@@ -15,9 +15,9 @@ from ftload.loaders.verify import Check, verify
 from safetensors.torch import load_file, save_file
 
 from ..tokenizers import write_llama
+from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
 from .multimodal import write_published
 from .reference import run_reference
-from .test_parity import assert_same_adapter_config, assert_same_json, assert_same_tensors
 
 STRATEGIES = {"standard": [], "lora": ["--use_lora"], "qlora": ["--use_qlora", "--min_quantized", "0"]}
 

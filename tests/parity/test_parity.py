@@ -14,6 +14,7 @@ from ftload.loaders.stream import Silent
 from safetensors import safe_open
 
 from ..tokenizers import write_llama
+from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 from .models import ARCHITECTURES, write_model
 from .reference import REFERENCE_TARGETS, run_reference
 
@@ -116,48 +117,6 @@ def test_shards_of_the_output_hold_the_same_tensors(tmp_path: Path) -> None:
                 assert torch.equal(opened.get_tensor(name), tensors[name])
         run_reference(source, tmp_path / f"reference-{strategy}", strategy=strategy, tokenizer_size=129)
         assert_same_tensors(out, tmp_path / f"reference-{strategy}")
-
-
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the safetensors files of a directory."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                assert name not in tensors
-                tensors[name] = opened.get_tensor(name)
-    return tensors
-
-
-def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    """Names, dtypes, shapes and bytes."""
-    found, expected = read_tensors(ours), read_tensors(theirs)
-    assert expected
-    assert sorted(found) == sorted(expected)
-    for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
-        assert found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
-
-
-def assert_same_json(ours: Path, theirs: Path, **changed: Any) -> None:
-    """Equal as JSON, transformers' version aside, but for what ftload changes on purpose."""
-    found, expected = json.loads(ours.read_text()), json.loads(theirs.read_text())
-    for document in (found, expected):
-        document.pop("transformers_version", None)
-    assert found == {**expected, **changed}
-
-
-def assert_same_adapter_config(ours: Path, theirs: Path) -> None:
-    """Equal as PEFT reads them, the base's path aside."""
-    from peft import LoraConfig
-
-    found, expected = (LoraConfig.from_pretrained(str(path)).to_dict() for path in (ours, theirs))
-    for key in ("base_model_name_or_path", "peft_version"):
-        found.pop(key, None)
-        expected.pop(key, None)
-    # for mixtures of experts PEFT writes an empty list where it otherwise writes nothing
-    expected["target_parameters"] = expected["target_parameters"] or None
-    assert found == expected
 
 
 def _prepare(source: Path, output: Path, *flags: str) -> dict[str, Any]:

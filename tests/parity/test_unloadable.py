@@ -15,8 +15,8 @@ from ftload.loaders.stream import Silent
 from safetensors.torch import load_file, save_file
 
 from ..tokenizers import write_llama
+from .compare import assert_same_json, assert_same_tensors
 from .reference import run_reference
-from .test_parity import assert_same_json, assert_same_tensors
 
 _SMALL = {
     "hidden_size": 64,

@@ -23,8 +23,8 @@ from ftload.loaders.stream import Silent
 from safetensors import safe_open
 
 from ..conftest import Result
+from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 from ..parity.reference import run_reference
-from ..parity.test_parity import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 
 # said by load_prepared on every machine without FlashAttention; the report's words on it are tested elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:attention is sdpa")
@@ -83,7 +83,7 @@ def test_qlora_from_gguf_equals_the_reference(
     assert_same_tensors(out / "adapter", tmp_path / "reference" / "adapter")
     assert_same_adapter_config(out / "adapter", tmp_path / "reference" / "adapter")
     for name in ("config.json", "generation_config.json"):
-        assert_same_json(out / name, tmp_path / "reference" / name, but={"transformers_version"})
+        assert_same_json(out / name, tmp_path / "reference" / name, pad_token_id=ROWS)
 
     report = read_report(out)
     assert json.loads(result.out) == report

@@ -1,0 +1,62 @@
+"""Whether two directories hold the same: names, dtypes, shapes and bytes of every tensor, configurations as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the safetensors files of a directory."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                assert name not in tensors
+                tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    """Names, dtypes, shapes and bytes."""
+    found, expected = read_tensors(ours), read_tensors(theirs)
+    assert expected
+    assert sorted(found) == sorted(expected), f"only in one of them: {sorted(found.keys() ^ expected.keys())[:3]}"
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), f"dtype or shape of {name}"
+        same = found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8))
+        assert same, f"bytes of {name}"
+
+
+def assert_same_json(ours: Path, theirs: Path, **changed: Any) -> None:
+    """Equal as JSON, transformers' version aside, but for what ftload changes on purpose."""
+    found, expected = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    for document in (found, expected):
+        document.pop("transformers_version", None)
+    _assert_equal(found, {**expected, **changed}, ours.name)
+
+
+def assert_same_adapter_config(ours: Path, theirs: Path) -> None:
+    """Equal as PEFT reads them, the base's path aside."""
+    from peft import LoraConfig
+
+    found, expected = (LoraConfig.from_pretrained(str(path)).to_dict() for path in (ours, theirs))
+    for key in ("base_model_name_or_path", "peft_version"):
+        found.pop(key, None)
+        expected.pop(key, None)
+    # for mixtures of experts PEFT writes an empty list where it otherwise writes nothing
+    expected["target_parameters"] = expected["target_parameters"] or None
+    _assert_equal(found, expected, "adapter config")
+
+
+def _assert_equal(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    unequal = {
+        key: (found.get(key, "none"), expected.get(key, "none"))
+        for key in sorted(found.keys() | expected.keys())
+        if key not in found or key not in expected or found[key] != expected[key]
+    }
+    assert not unequal, f"{what}: (ours, theirs) of {unequal}"

@@ -1,0 +1,130 @@
+"""One type of model through ftload and through the libraries: what `scripts/parity_all` does with all of them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.errors import FtloadError
+from ftload.loaders.prepare import prepare
+from ftload.loaders.stream import Silent
+from ftload.loaders.verify import verify
+
+from ..tokenizers import write_llama
+from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
+from .reference import run_reference
+from .zoo import write_tiny
+
+TOKENS, PAD = 129, 128
+"""Of the tokenizer, with the pad token that ftload adds, and that token's id."""
+ROWS = {False: 144, True: 128}
+"""Of the embeddings as made, by whether they are to be resized (to 136)."""
+FLAGS = {
+    "standard": [],
+    "lora": ["--use_lora", "--base", "copy"],
+    "qlora": ["--use_qlora", "--min_quantized", "0"],
+}
+"""What chooses each strategy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What became of one type under one strategy."""
+
+    model_type: str
+    strategy: str
+    resized: bool
+    outcome: Literal["equal", "refused", "different", "crashed", "no model"]
+    """`no model`: the libraries themselves can't make one."""
+    reason: str = ""
+    """ftload's message, or what differs."""
+
+
+def compare(model_type: str, directory: Path, *, resized: bool, whole: bool = False) -> Iterator[Result]:
+    """Prepare a tiny model of this type with every strategy, compare it with the reference, and verify it.
+
+    `whole` takes a multimodal type's model as it is published. All files are made in `directory`.
+    """
+
+    def result(strategy: str, outcome: Any, reason: str = "") -> Result:
+        return Result(model_type=model_type, strategy=strategy, resized=resized, outcome=outcome, reason=reason)
+
+    source = directory / "source"
+    try:
+        write_tiny(source, model_type, vocab_size=ROWS[resized], whole=whole)
+    except Exception as error:  # the libraries raise whatever they like
+        yield from (result(strategy, "no model", _said_by(error)) for strategy in FLAGS)
+        return
+    write_llama(source, vocab_size=TOKENS - 1)
+    for strategy, flags in FLAGS.items():
+        ours = directory / strategy
+        words = ["--model", source, "--output_dir", ours, "--lora_rank", "8", "--embedding_init", "reference", *flags]
+        try:
+            outcome = prepare(parse_arguments([str(word) for word in words]), Silent())
+        except FtloadError as error:
+            yield result(strategy, "refused", error.message.replace(str(source), "MODEL"))
+            continue
+        except Exception as error:
+            yield result(strategy, "crashed", _said_by(error))
+            continue
+        assert outcome is not None
+        try:
+            _assert_equal(source, ours, directory / f"reference-{strategy}", strategy, outcome.report)
+        except Exception as error:
+            yield result(strategy, "different", _said_by(error))
+            continue
+        verification = verify(ours, quick=strategy != "qlora", trust_remote_code=False, progress=Silent())
+        problem = verification.error
+        yield result(strategy, "equal") if problem is None else result(strategy, "different", problem.message)
+
+
+def _assert_equal(source: Path, ours: Path, theirs: Path, strategy: str, report: dict[str, Any]) -> None:
+    targets = list(report["adapter"]["targets"]) if report["adapter"] else None
+    run_reference(source, theirs, strategy=strategy, tokenizer_size=TOKENS, targets=targets)
+    assert_same_tensors(ours, theirs)
+    # the pad token is the tokenizer's: a difference on purpose
+    text = json.loads((theirs / "config.json").read_text()).get("text_config")
+    padding = {"text_config": {**text, "pad_token_id": PAD}} if text else {"pad_token_id": PAD}
+    assert_same_json(ours / "config.json", theirs / "config.json", **padding)
+    if (theirs / "generation_config.json").exists() or (ours / "generation_config.json").exists():
+        assert_same_json(ours / "generation_config.json", theirs / "generation_config.json", pad_token_id=PAD)
+    if targets is not None:
+        assert_same_tensors(ours / "adapter", theirs / "adapter")
+        assert_same_adapter_config(ours / "adapter", theirs / "adapter")
+
+
+def _said_by(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())[:300]
+    return (
+        said
+        if isinstance(error, AssertionError) and said
+        else f"{type(error).__name__}: {said} ({place.name}, {Path(place.filename).name})"
+    )
+
+
+def read_refused() -> list[dict[str, Any]]:
+    """What is rightly refused: `says` is a part of the message, `strategies` and `types` tell where it is said."""
+    return tomllib.loads((Path(__file__).parent / "refused.toml").read_text())["refused"]
+
+
+def problem_of(result: Result, refused: list[dict[str, Any]]) -> str | None:
+    """What is wrong with a result: it is different, crashed, or refused or made against the list; else None."""
+    expected = [
+        entry["says"]
+        for entry in refused
+        if result.model_type in entry["types"]
+        and result.strategy in entry["strategies"]
+        and entry.get("resized", result.resized) == result.resized
+    ]
+    if result.outcome in ("refused", "no model"):
+        return None if any(says in result.reason for says in expected) else result.reason
+    if result.outcome == "equal":
+        return f"equal, though listed as refused: {expected[0]}" if expected else None
+    return result.reason
