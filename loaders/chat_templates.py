@@ -1,22 +1,9 @@
-"""The chat templates that have a name, as Jinja; and rendering of any template, within bounds.
+"""The chat templates that have a name, as Jinja.
 
 A template gets `messages` (dicts with `role` and `content`), `add_generation_prompt`, `bos_token` and `eos_token`.
 """
 
 from __future__ import annotations
-
-import json
-import os
-import resource
-import select
-import signal
-import time
-from typing import TYPE_CHECKING, Any
-
-from .errors import CheckpointError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CONCATENATION = """\
 {%- for message in messages -%}
@@ -60,77 +47,3 @@ TEMPLATES: dict[str, str] = {
 """,
 }
 """Every built-in template by the name that `--chat_template_name` takes."""
-
-
-MAX_SECONDS = 4
-"""What rendering one conversation may take."""
-MAX_BYTES = 400_000_000
-"""The memory that it may take, beyond what this process has."""
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], template: str | None = None
-) -> str | None:
-    """Render a conversation by the tokenizer's template, or another; None where it can't or won't.
-
-    Templates come with models. transformers renders them in Jinja's sandbox, which keeps them from attributes and from
-    changing anything, but not from looping for ever or filling the memory: that is what the child process is for.
-    Raises `jinja2.TemplateSyntaxError`, and `CheckpointError` when time or memory run out.
-    """
-    from jinja2 import TemplateSyntaxError
-
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _render_and_exit(tokenizer, conversation, template, writing)
-    os.close(writing)
-    try:
-        answer = _read_all(reading)
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if not answer:
-        raise CheckpointError(
-            f"the chat template does not end within {MAX_SECONDS} seconds and {MAX_BYTES // 10**6} MB of memory",
-            hint="pass another with --chat_template_name",
-        )
-    result = json.loads(answer)
-    if "line" in result:
-        raise TemplateSyntaxError(result["message"], result["line"])
-    return result["text"]
-
-
-def _render_and_exit(tokenizer: Any, conversation: list[dict[str, str]], template: str | None, writing: int) -> None:
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")  # noqa: PTH123, SIM115
-        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
-        result: dict[str, Any] = {"text": None}
-        try:
-            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
-            result["text"] = text if isinstance(text, str) else None
-        except TemplateSyntaxError as error:
-            result = {"message": str(error.message), "line": error.lineno}
-        except MemoryError:
-            os._exit(1)
-        except Exception:  # templates check what they are given, and raise whatever their expressions raise
-            pass
-        with os.fdopen(writing, "w", encoding="utf-8", errors="replace") as file:
-            json.dump(result, file)
-    finally:
-        os._exit(0)
-
-
-def _read_all(descriptor: int) -> bytes:
-    """What the other end of a pipe writes in time; nothing if it has not ended by then."""
-    deadline = time.monotonic() + MAX_SECONDS
-    data = bytearray()
-    while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        piece = os.read(descriptor, 1024 * 1024)
-        if not piece:
-            return bytes(data)
-        data += piece
-    return b""

@@ -21,7 +21,15 @@ from .source import Source, resolve_source, tokenizer_file_names
 from .strategy import STRATEGIES
 from .stream import Progress
 from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source
-from .vocabulary import Padding, drop_impossible_padding, follow_tokenizer, padding_id, stored_padding
+from .vocabulary import (
+    Padding,
+    check_rows,
+    check_turns,
+    drop_impossible_padding,
+    follow_tokenizer,
+    padding_id,
+    stored_padding,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -175,12 +183,20 @@ def make_ready(
             checkpoint, config, trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"], headers_only=headers_only,
         )  # fmt: skip
+        fit_warnings = check_rows(
+            tokenizer_size=tokenizer.facts()["size"],
+            before=skeleton.rows_before,
+            after=skeleton.rows_after,
+            tokenizer_is_named=tokenizer_source is not source,
+        )
         plan = make_plan(request, strategy, checkpoint, skeleton)
+        generation = load_generation_config(weights.root)
+        fit_warnings += check_turns(tokenizer, generation.eos_token_id)
         padding = follow_tokenizer(
             tokenizer.tokenizer,
             skeleton,
             stored=stored_pad,
-            generation=load_generation_config(weights.root).pad_token_id,
+            generation=generation.pad_token_id,
             asked=request.config_overrides.get("pad_token_id"),
             base=plan.base,
         )
@@ -192,7 +208,8 @@ def make_ready(
         padding=padding,
         decisions=(*decisions, *tokenizer.decisions, *padding.decisions, *plan.decisions),
         warnings=(
-            *weights.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *padding.warnings, *plan.warnings,
+            *weights.notes, *sources.warnings, *config_warnings, *tokenizer.warnings, *fit_warnings, *padding.warnings,
+            *plan.warnings,
         ),
     )  # fmt: skip
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat_templates import TEMPLATES, render
+from .chat_templates import TEMPLATES
 from .environment import quiet_transformers
 from .errors import CheckpointError, UsageError, said_by
+from .rendering import Turns, look_at_turns, render
 from .request import Decision
 from .tokenizer_loading import TokenizerKind, kind_of, load_tokenizer
 
 if TYPE_CHECKING:
+    from jinja2 import TemplateSyntaxError
     from transformers import PreTrainedTokenizerBase
 
 PAD = "<pad>"
@@ -37,6 +39,8 @@ class PreparedTokenizer:
     tokenizer: PreTrainedTokenizerBase
     chat_template_name: str | None
     """The built-in name or the file that the chat template was taken from; None for the tokenizer's own."""
+    turns: Turns | None
+    """What the chat template makes of conversations; None where there is no template."""
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
 
@@ -335,7 +339,7 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
     hint = "it must be a Jinja chat template in UTF-8"
     try:
         template = path.read_text(encoding="utf-8")
-        render(tokenizer, _GREETING, template)
+        render(tokenizer, [_GREETING], template)
     except OSError as error:
         raise UsageError(f"can't read the chat template `{path}`: {error.strerror}", hint="check the path") from error
     except UnicodeDecodeError as error:
@@ -385,10 +389,23 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return render(tokenizer, _GREETING, template)
+        return render(tokenizer, [_GREETING], template)[0].text
     except TemplateSyntaxError as error:
-        message = f"the tokenizer's chat template is not valid, line {error.lineno}: {str(error.message).rstrip('.')}"
-        raise CheckpointError(message, hint="pass another with --chat_template_name") from error
+        raise _not_valid(error) from error
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return look_at_turns(tokenizer)
+    except TemplateSyntaxError as error:
+        raise _not_valid(error) from error
+
+
+def _not_valid(error: TemplateSyntaxError) -> CheckpointError:
+    message = f"the tokenizer's chat template is not valid, line {error.lineno}: {str(error.message).rstrip('.')}"
+    return CheckpointError(message, hint="pass another with --chat_template_name")
 
 
 def _finish(
@@ -409,13 +426,14 @@ def _finish(
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         warnings.append(f"pad and eos are the same token, `{tokenizer.eos_token}`: {_PAD_IS_EOS}")
     own: Any = tokenizer.chat_template
-    for own_template in own.values() if isinstance(own, dict) else [own] if own else ():
-        _rendered(tokenizer, own_template)
+    for named in own.values() if isinstance(own, dict) else ():
+        _rendered(tokenizer, named)
     if not own:
         warnings.append("the tokenizer has no chat template: training on conversations needs one")
     return PreparedTokenizer(
         tokenizer=tokenizer,
         chat_template_name=template,
+        turns=_turns(tokenizer) if own else None,
         decisions=tuple(decisions),
         warnings=tuple(warnings),
     )

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .chat_templates import render
 from .environment import quiet_transformers
 from .model_config import load_generation_config
+from .rendering import look_at_turns
 from .tokenizer import template_hash
 from .verify_files import Context
-from .vocabulary import stored_padding
-
-QUESTION = "What do you get if you multiply six by nine?"
-ANSWER = "Forty-two"
+from .vocabulary import stop_problem, stored_padding
 
 
 def check_tokenizer(context: Context) -> Iterator[str]:
@@ -56,29 +53,18 @@ def check_chat_template(context: Context) -> Iterator[str]:
         context.found = "none"
         return
     try:
-        text = render(tokenizer, [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}])
+        turns = look_at_turns(tokenizer)
     except TemplateSyntaxError as error:
         yield f"it is not valid, line {error.lineno}: {error.message}"
         return
-    if text is None:
-        yield "it does not render a question and its answer"
-        return
-    stops = _stop_tokens(context)
-    _, answer, end = text.rpartition(ANSWER)
-    context.found = f"turns end with {end.strip()!r}"
-    if not answer:
-        yield "it leaves out what the assistant says"
-    elif text == ANSWER:
-        context.found = "it marks no turns at all"  # as was asked for: what ends them is up to the training script
-    elif not any(stop in end for stop in stops):
-        yield f"an assistant's turn ends with {end!r}, which has none of the tokens that generation stops at: {stops}"
-
-
-def _stop_tokens(context: Context) -> list[str]:
-    """The tokenizer's eos, and what the generation settings of the base name: Llama 3 ends its turns with another."""
-    tokenizer: Any = context.tokenizer
-    with quiet_transformers():
-        stored: Any = load_generation_config(context.base_source.root).eos_token_id
-    ids = {tokenizer.eos_token_id, *(stored if isinstance(stored, list) else [stored])} - {None}
-    tokens = (tokenizer.convert_ids_to_tokens(number) for number in sorted(ids))
-    return [token for token in tokens if token]
+    if turns.problem is not None:
+        yield turns.problem
+    elif turns.end is None:
+        context.found = "it marks no turns at all"  # as was asked for
+    else:
+        context.found = f"turns end with {turns.end.strip()!r}"
+        with quiet_transformers():
+            generation = load_generation_config(context.base_source.root)
+        problem = stop_problem(tokenizer, turns.end, generation.eos_token_id)
+        if problem is not None:
+            yield problem

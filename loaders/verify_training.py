@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .environment import quiet_transformers
 from .errors import FtloadError, said_by
 from .prepared import load_prepared
+from .rendering import ANSWER, QUESTION
 from .towers import tower_modules
 from .verify_files import Context
-from .verify_tokenizer import ANSWER, QUESTION
 
 if TYPE_CHECKING:
     import torch

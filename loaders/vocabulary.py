@@ -1,17 +1,18 @@
-"""Whether the tokenizer and the model belong together: a row for each token, and one of them for padding."""
+"""Whether the tokenizer and the model belong together: a row for each token, one for padding, and an end of turns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .request import Decision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from .skeleton import Skeleton
+    from .tokenizer import PreparedTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,62 @@ class Padding:
     """`pad_token_id` of both configurations from now on; None where they stay as they are."""
     decisions: tuple[Decision, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+_MANY_ROWS = 256
+"""Rows for added tokens: chat markers and reserved tokens stay below."""
+
+
+def check_rows(*, tokenizer_size: int, before: int, after: int, tokenizer_is_named: bool) -> tuple[str, ...]:
+    """Whether an embedding that grows from `before` to `after` rows still is the model's; returns warnings.
+
+    Raises when most rows would be new, and so nearly equal: the tokenizer is another model's. `UsageError` where the
+    user named the tokenizer (`tokenizer_is_named`), `CheckpointError` where it came with the model.
+    """
+    new = after - before
+    told = f"the tokenizer has {tokenizer_size:,} tokens, the embedding {before:,} rows: {new:,} of {after:,} rows"
+    if new > before:
+        error = UsageError if tokenizer_is_named else CheckpointError
+        raise error(
+            f"{told} would be new, with nothing learnt in them",
+            hint="name the model's own tokenizer with --tokenizer_name_or_path",
+        )
+    if new > _MANY_ROWS and 100 * new >= before:
+        return (f"{told} are new: does the tokenizer belong to this model?",)
+    return ()
+
+
+def check_turns(tokenizer: PreparedTokenizer, eos: int | list[int] | None) -> tuple[str, ...]:
+    """Whether conversations can be trained on with the chat template, and end where generation stops; warnings.
+
+    `eos` is that of generation_config.json. Raises for a template that fails: `UsageError` where the user named it,
+    `CheckpointError` where it came with the tokenizer.
+    """
+    turns, name = tokenizer.turns, tokenizer.chat_template_name
+    if turns is None:
+        return ()
+    if turns.problem is not None and name is not None:
+        raise UsageError(f"the chat template `{name}`: {turns.problem}", hint="pass another --chat_template_name")
+    if turns.problem is not None:
+        raise CheckpointError(
+            f"the tokenizer's chat template: {turns.problem}", hint="pass another with --chat_template_name"
+        )
+    problem = None if turns.end is None else stop_problem(tokenizer.tokenizer, turns.end, eos)
+    return () if problem is None else (f"chat template: {problem}",)
+
+
+def stop_problem(tokenizer: PreTrainedTokenizerBase, end: str, eos: int | list[int] | None) -> str | None:
+    """What is wrong with an assistant's turn that ends with `end`, if generation does not stop there.
+
+    It stops at the ids of generation_config.json (`eos`); where it names none, at the tokenizer's eos.
+    """
+    named: Any = tokenizer.eos_token_id if eos is None else eos
+    ids = named if isinstance(named, list) else [named]
+    tokens: Any = [tokenizer.convert_ids_to_tokens(number) for number in ids if number is not None]
+    stops = [token for token in tokens if token]
+    if any(stop in end for stop in stops):
+        return None
+    return f"an assistant's turn ends with {end!r}, which has none of the tokens that generation stops at: {stops}"
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ftload.loaders import identity
 from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.disk import disk_errors
 from ftload.loaders.errors import ResourceError
@@ -82,6 +83,35 @@ def test_another_request_is_not(ftload: Ftload, model: Path, work: Path, change:
     replaced = ftload(*words, "--overwrite", "--json")
     assert replaced.code == 0
     assert json.loads(replaced.out) == json.loads((work / "out/ftload_report.json").read_text())
+
+
+def test_an_edited_template_file_is_another_request(ftload: Ftload, model: Path, work: Path) -> None:
+    """Even where its size and its time of modification stay as they were."""
+    template = work / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    words = ["prepare", "--model", model, "--output_dir", work / "out", "--use_lora", "--chat_template_name", template]
+    assert ftload(*words).code == 0
+    assert "up to date" in ftload(*words).out.splitlines()[0]
+    before = template.stat()
+    template.write_text("{% for n in messages %}{{ n['content'] }}{{ eos_token }}{% endfor %}")
+    os.utime(template, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert template.stat().st_size == before.st_size
+    assert ftload(*words).code == 8
+    assert ftload(*words, "--overwrite").code == 0
+    assert (work / "out/chat_template.jinja").read_text() == template.read_text()
+
+
+@pytest.mark.parametrize("what", ["versions", "ftload_version"])
+def test_other_versions_are_another_request(
+    ftload: Ftload, model: Path, work: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    words = ["prepare", "--model", model, "--output_dir", work / "out", "--use_lora"]
+    assert ftload(*words).code == 0
+    newer = {"versions": {"torch": "99.0"}, "ftload_version": "99.0"}[what]
+    monkeypatch.setattr(identity, what, lambda: newer)
+    refused = ftload(*words)
+    assert refused.code == 8
+    assert "exists and is not empty" in refused.err
 
 
 def test_a_damaged_output_is_not_up_to_date(ftload: Ftload, model: Path, work: Path) -> None:
