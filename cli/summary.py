@@ -149,7 +149,9 @@ def details(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if adapter:
         targets = ", ".join(f"{name} ×{hits}" for name, hits in adapter["targets"].items())
         details.append(("adapter", f"rank {adapter['r']}, alpha {adapter['alpha']:g}: {targets}"))
-        details.append(("base", adapter["base"] + (f" @ {adapter['revision']}" if adapter["revision"] else "")))
+        at = f" @ {adapter['revision']}" if adapter["revision"] else ""
+        scanned = "" if report["base_scanned"] else " (left where it is, its values not scanned)"
+        details.append(("base", f"{adapter['base']}{at}{scanned}"))
     details.append(("attention", report["attention"]["effective"]))
     if report["kernels"]:
         details.append(("liger", ", ".join(report["kernels"]["liger"]["applied"]) or "not supported"))

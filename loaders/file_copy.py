@@ -7,25 +7,32 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .checkpoint import TORCH_NAMES, TensorMeta
 from .disk import start_writing_back
 from .errors import CheckpointError, SourceError
+from .finite import check_finite
 
 _FICLONE = 0x40049409
 """The ioctl that makes one file share another's blocks (ioctl_ficlone(2)): btrfs, XFS, bcachefs …"""
 _PIECE_BYTES = 16 * 1024 * 1024
 _HELD_BYTES = 1024 * 1024
 """What a copy holds in memory where the kernel can't copy by itself."""
+_HASHED_BYTES = 1024 * 1024
+"""What is read and hashed at once: a multiple of every dtype's size."""
 
 
 class FileCopy:
     """A copy of one file, and its hash, for two threads: one copies, the other follows and reads what was written."""
 
-    def __init__(self, source: Path, target: Path, size: int, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, source: Path, target: Path, size: int, tensors: Iterable[TensorMeta], advance: Callable[[int], None]
+    ) -> None:
         self.target = target
+        self._tensors = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
         self._source = source
         self._size = size
         self._advance = advance
@@ -64,27 +71,50 @@ class FileCopy:
             raise
 
     def hash(self) -> str:
-        """The sha256 of the target, read as far as it is written, once it is durable; empty when the copy failed."""
+        """The sha256 of the target, read as far as it is written, once it is durable; empty when the copy failed.
+
+        What is read anyway is looked at: raises `CheckpointError` naming a tensor that holds NaN or infinity.
+        """
+        import torch
+
         digest = hashlib.sha256()
-        position = 0
-        buffer = bytearray(1024 * 1024)
-        while position < self._size:
-            with self._changed:
-                self._changed.wait_for(lambda begin=position: self._failed or self._copied > begin)
-                if self._failed:
+        buffer = memoryview(bytearray(_HASHED_BYTES))
+        if not self._reaches(1):
+            return ""
+        with self.target.open("rb", buffering=0) as target:
+            for begin, end, tensor in self._pieces():
+                if not self._reaches(end):
                     return ""
-                until = self._copied
-            with self.target.open("rb", buffering=0) as target:
-                target.seek(position)
-                while position < until:
-                    count = target.readinto(memoryview(buffer)[: until - position])
+                piece = left = buffer[: end - begin]
+                while left:
+                    count = target.readinto(left)
                     if not count:
                         raise CheckpointError(f"`{self._source}` became shorter while it was copied")
-                    digest.update(memoryview(buffer)[:count])
-                    position += count
+                    left = left[count:]
+                digest.update(piece)
+                if tensor is not None:
+                    values = torch.frombuffer(piece, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
+                    check_finite(values, values, tensor)
         with self._changed:
             self._changed.wait_for(lambda: self._failed or self._durable)
         return "" if self._failed else digest.hexdigest()
+
+    def _reaches(self, position: int) -> bool:
+        """Wait until the copy has come so far; whether it has, and did not fail."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._copied >= position)
+            return not self._failed
+
+    def _pieces(self) -> Iterator[tuple[int, int, TensorMeta | None]]:
+        """First byte, end and tensor of what is hashed at once: whole elements of a tensor, or what lies before one."""
+        position = 0
+        for tensor in self._tensors:
+            for first, end, owner in ((position, tensor.begin, None), (tensor.begin, tensor.end, tensor)):
+                for begin in range(first, end, _HASHED_BYTES):
+                    yield begin, min(begin + _HASHED_BYTES, end), owner
+            position = tensor.end
+        for begin in range(position, self._size, _HASHED_BYTES):
+            yield begin, min(begin + _HASHED_BYTES, self._size), None
 
     def _open_source(self) -> BinaryIO:
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import nf4
 from .catalog import Component, LinearLayer
 from .checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, TensorMeta
-from .errors import CheckpointError
+from .finite import check_finite
 from .tensor_map import Conversion, ModelTensor
 
 if TYPE_CHECKING:
@@ -39,8 +39,27 @@ class Inputs:
     """Rows for grown embeddings, by output name, where they were drawn beforehand."""
     _local: threading.local = field(default_factory=threading.local)
 
-    def chunks(self, tensor: TensorMeta, *, multiple: int = 1) -> Iterator[Tensor]:
-        """Flat chunks of about `chunk_bytes`, of a multiple of so many elements; each is gone when the next comes."""
+    def chunks(self, tensor: TensorMeta, dtype: str, *, multiple: int = 1, checked: bool = True) -> Iterator[Tensor]:
+        """Flat chunks in `dtype` (safetensors code): about `chunk_bytes` as stored, a multiple of so many elements.
+
+        Each is gone when the next comes. Raises `CheckpointError` naming the tensor when it holds NaN, infinity, or
+        what becomes infinite in `dtype`, unless that is not `checked`.
+        """
+        for chunk in self._stored(tensor, multiple):
+            values = chunk.to(_torch_dtype(dtype))
+            if checked:
+                check_finite(values, chunk, tensor)
+            yield values
+
+    def read(self, tensor: TensorMeta, dtype: str, *, checked: bool = True) -> Tensor:
+        """The whole tensor in its shape; otherwise as `chunks`."""
+        stored = self.checkpoint.read(tensor)
+        values = stored.to(_torch_dtype(dtype))
+        if checked:
+            check_finite(values, stored, tensor)
+        return values
+
+    def _stored(self, tensor: TensorMeta, multiple: int) -> Iterator[Tensor]:
         elements = max(1, self.chunk_bytes // ITEM_BYTES[tensor.dtype] // multiple) * multiple
         # one buffer a thread: fresh memory would have to be zeroed, chunk after chunk
         if not hasattr(self._local, "buffer"):
@@ -115,6 +134,8 @@ class Cast:
     name: str
     dtype: str
     """safetensors code."""
+    codes: bool = False
+    """Packed 4-bit codes: whatever dtype holds them, they may look like NaN."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -127,8 +148,8 @@ class Cast:
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, cast and write chunk by chunk."""
-        for chunk in inputs.chunks(self.source):
-            sink.write(self.name, chunk.to(_torch_dtype(self.dtype)))
+        for values in inputs.chunks(self.source, self.dtype, checked=not self.codes):
+            sink.write(self.name, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,30 +190,19 @@ class Grow:
         return chunk * (ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.dtype] + 4) + row * (24 + 8 * self.new_rows)
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
-        """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads.
-
-        Raises `CheckpointError` naming the tensor when its mean is not finite.
-        """
+        """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads."""
         import torch
-        from numpy import errstate
 
         total: Any = 0.0
-        for chunk in inputs.chunks(self.source, multiple=self._row * _ROWS_SUMMED):
-            values = chunk.to(_torch_dtype(self.dtype))
+        for values in inputs.chunks(self.source, self.dtype, multiple=self._row * _ROWS_SUMMED):
             sink.write(self.name, values)
             rows = values.to(torch.float32).reshape(-1, self._row)
-            with errstate(all="ignore"):
-                for group in rows.split(_ROWS_SUMMED):
-                    total = total + group.numpy().sum(axis=0, dtype="float64")
+            for group in rows.split(_ROWS_SUMMED):
+                total = total + group.numpy().sum(axis=0, dtype="float64")
         if self.name in inputs.new_rows:
             new = inputs.new_rows[self.name]
         else:
             mean = torch.as_tensor(total / self.source.shape[0])
-            if not torch.isfinite(mean).all():
-                raise CheckpointError(
-                    f"tensor `{self.source.name}` of `{self.source.file}` holds NaN or infinity",
-                    hint="its mean can't be the new rows; the checkpoint is damaged or was saved from a diverged run",
-                )
             new = mean.to(torch.float32).to(_torch_dtype(self.dtype)).expand(self.new_rows, self._row)
         sink.write(self.name, new)
 
@@ -232,19 +242,18 @@ class Quantize:
         import torch
 
         shape = self.source.shape[::-1] if self.transposed else self.source.shape
+        # the encoder finds what is not finite at no cost
         if self.transposed:
-            chunks: Iterable[Tensor] = [inputs.checkpoint.read(self.source).T]
+            chunks: Iterable[Tensor] = [inputs.read(self.source, "BF16", checked=False).T]
         else:
-            chunks = inputs.chunks(self.source, multiple=nf4.BLOCK)
+            chunks = inputs.chunks(self.source, "BF16", multiple=nf4.BLOCK, checked=False)
         maxima = []
-        for chunk in chunks:
+        for values in chunks:
             try:
-                codes, absmax = inputs.encode(chunk.to(torch.bfloat16))
-            except ValueError as error:
-                raise CheckpointError(
-                    f"tensor `{self.source.name}` of `{self.source.file}` holds {error}",
-                    hint="it can't be quantised; the checkpoint is damaged or was saved from a diverged run",
-                ) from error
+                codes, absmax = inputs.encode(values)
+            except ValueError:
+                inputs.read(self.source, "BF16")  # says more of it
+                raise
             sink.write(self.name, codes)
             maxima.append(absmax)
         for suffix, value in nf4.compress_statistics(torch.cat(maxima), shape).items():
@@ -266,8 +275,7 @@ class Convert:
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, cast as the loader would, convert, and write what comes out."""
-        dtype = _torch_dtype(self.dtype)
-        values = {meta.name: inputs.checkpoint.read(meta).to(dtype) for meta in self.sources}
+        values = {meta.name: inputs.read(meta, self.dtype) for meta in self.sources}
         for name, value in self.conversion.run(values).items():
             sink.write(name, value)
 

@@ -78,9 +78,12 @@ def _pass_through(tensor: ModelTensor) -> Step:
     assert tensor.packed is not None
     weight = tensor.packed.name
     names = [tensor.name + part.name.removeprefix(weight) for part in tensor.packed.parts]
-    copies = zip(tensor.packed.parts, names, strict=True)
+    copies = tuple(
+        Cast(source=part, name=name, dtype=part.dtype, codes=part.name == weight)
+        for part, name in zip(tensor.packed.parts, names, strict=True)
+    )
     return Step(
-        operation=All(operations=tuple(Cast(source=part, name=name, dtype=part.dtype) for part, name in copies)),
+        operation=All(operations=copies),
         outputs=tuple(
             replace(_part(tensor, name, part.shape, part.dtype), variable=False)
             for part, name in zip(tensor.packed.parts, names, strict=True)

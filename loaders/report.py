@@ -52,6 +52,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         },
         "arguments": prepared.arguments.report(),
         "base": plan.base,
+        "base_scanned": bool(plan.model_files),
         "parameters": count_parameters(plan),
         "embeddings": {
             "tokenizer_size": tokenizer["size"],

@@ -14,18 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .checkpoint import TORCH_NAMES, Checkpoint, read_header
+from .checkpoint import read_header
 from .disk import disk_errors, hash_file, start_writing_back
 from .environment import PeakMemory, quiet_transformers
 from .errors import VerificationError
 from .file_copy import FileCopy
 from .layout import Layout
 from .nf4 import Encoder
-from .operations import Grow, Inputs, Step
+from .operations import Cast, Grow, Inputs, Step
 from .output_files import OutputFile
 from .plan import Plan
 
@@ -112,10 +112,9 @@ def write_tensors(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.request.seed)
-            new_rows: Mapping[str, Tensor] = {}
+            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode)
             if plan.grown and plan.request.embedding_init == "reference":
-                new_rows = _draw_new_rows(plan.skeleton, plan.checkpoint, plan.grown)
-            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode, new_rows=new_rows)
+                inputs = replace(inputs, new_rows=_draw_new_rows(plan.skeleton, inputs, plan.grown))
             with PeakMemory() as peak:
                 execution = _Execution(plan, files, directory, inputs, progress, on_finished)
                 execution.run()
@@ -200,7 +199,8 @@ class _Execution:
         for file in self._files:
             if file.layout is None:
                 source = self._plan.checkpoint.source.root / file.path
-                copy = FileCopy(source, self._directory / file.path, file.size, self._advance)
+                tensors = [step.operation.source for step in file.steps if isinstance(step.operation, Cast)]
+                copy = FileCopy(source, self._directory / file.path, file.size, tensors, self._advance)
                 yield self._copy, file, copy
                 yield self._hash, file, copy
 
@@ -380,7 +380,7 @@ def _check_written(file: OutputFile, path: Path) -> None:
             raise VerificationError(f"tensor `{name}` of `{file.path}` is not what was planned")
 
 
-def _draw_new_rows(skeleton: Skeleton, checkpoint: Checkpoint, grown: tuple[Grow, ...]) -> dict[str, Tensor]:
+def _draw_new_rows(skeleton: Skeleton, inputs: Inputs, grown: tuple[Grow, ...]) -> dict[str, Tensor]:
     """transformers' own mean-resizing, on a model that holds nothing but its embeddings.
 
     It needs the old matrix in float32 and its covariance: this, unlike all else, is not bounded by the budget.
@@ -391,7 +391,7 @@ def _draw_new_rows(skeleton: Skeleton, checkpoint: Checkpoint, grown: tuple[Grow
 
     model = deepcopy(skeleton.model)
     for grow in grown:
-        value = checkpoint.read(grow.source).to(getattr(torch, TORCH_NAMES[grow.dtype]))
+        value = inputs.read(grow.source, grow.dtype)
         _set_parameter(model, grow.parameter, torch.nn.Parameter(value))
     if skeleton.tied and skeleton.head is not None:
         _set_parameter(model, skeleton.head, model.get_parameter(skeleton.embedding))

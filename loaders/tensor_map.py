@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .catalog import Component, LinearLayer, component_of
-from .checkpoint import DTYPE_CODES, Checkpoint, TensorMeta
+from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint, TensorMeta
 from .errors import CheckpointError
 from .nf4 import PackedTensor
 
@@ -161,7 +161,8 @@ class SavedModel:
 def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     """What `save_pretrained` makes of one group; nothing where the parameter is tied to another or never saved.
 
-    Raises `CheckpointError` for resizing that changes more than rows, or what goes through a converter.
+    Raises `CheckpointError` for integers where the model has floats, and for resizing that changes more than rows, or
+    what goes through a converter.
     """
     import torch
 
@@ -172,6 +173,8 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     buffer = not isinstance(saved.model.get_parameter_or_buffer(parameter), torch.nn.Parameter)
     component = component_of(parameter, saved.classes, head=saved.head)
     dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
+    if getattr(torch, TORCH_NAMES[dtype]).is_floating_point:
+        _check_floats(group, saved, dtype)
     four_bit_problem = _four_bit_problem(group, saved)
     for name, value in kept.items():
         before, after = saved.shapes_before[name], tuple(value.shape)
@@ -241,6 +244,18 @@ def _finds_statistics(parameter: str) -> bool:
 
     patterns = WeightConverter(["weight", "weight.quant_map"], "weight", [Concatenate()])
     return rename_source_key(f"{parameter}.quant_map", [], [patterns])[0] == parameter
+
+
+def _check_floats(group: Group, saved: SavedModel, dtype: str) -> None:
+    import torch
+
+    for meta in group.sources:
+        if meta.name not in saved.packed and not getattr(torch, TORCH_NAMES[meta.dtype]).is_floating_point:
+            raise CheckpointError(
+                f"tensor `{meta.name}` of `{meta.file}` holds {TORCH_NAMES[meta.dtype]}, where the model has "
+                f"{TORCH_NAMES[dtype]}",
+                hint="the checkpoint is damaged, or quantised in a way that its config.json does not tell",
+            )
 
 
 def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:

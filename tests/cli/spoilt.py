@@ -155,6 +155,20 @@ def set_weight(value: float, name: str = WEIGHT) -> Callable[[Path], None]:
     return spoil
 
 
+def in_float32(value: float, name: str = WEIGHT) -> Callable[[Path], None]:
+    """All weights in float32, which are cast, and one value among them."""
+
+    def spoil(directory: Path) -> None:
+        edit_weights(directory, lambda t: t.update({key: tensor.float() for key, tensor in t.items()}))
+        set_weight(value, name)(directory)
+
+    return spoil
+
+
+def cast_weight(dtype: torch.dtype, name: str = WEIGHT) -> Callable[[Path], None]:
+    return lambda directory: edit_weights(directory, lambda t: t.update({name: t[name].mul(100).to(dtype)}))
+
+
 def remove(*names: str) -> Callable[[Path], None]:
     def spoil(directory: Path) -> None:
         for name in names:
@@ -250,6 +264,43 @@ CASES = {
     "infinity": Case(
         spoil=set_weight(float("-inf")), flags=("--use_qlora",), culprit=f"tensor `{WEIGHT}` of `{FILE}`",
         hint="damaged",
+    ),
+    "NaN in a file that is copied whole": Case(
+        spoil=set_weight(float("nan")), culprit=f"tensor `{WEIGHT}` of `{FILE}` holds NaN or infinity", hint="damaged"
+    ),
+    "infinity in a file that is linked": Case(
+        spoil=set_weight(float("inf")), flags=("--base", "link"),
+        culprit=f"tensor `{WEIGHT}` of `{FILE}` holds NaN or infinity", hint="damaged",
+    ),
+    "NaN in a tensor that is cast": Case(
+        spoil=in_float32(float("nan")), culprit=f"tensor `{WEIGHT}` of `{FILE}` holds NaN or infinity", hint="damaged"
+    ),
+    "NaN in what is not quantised": Case(
+        spoil=set_weight(float("nan"), "lm_head.weight"), flags=("--use_qlora",),
+        culprit=f"tensor `lm_head.weight` of `{FILE}` holds NaN or infinity", hint="damaged",
+    ),
+    "float32 beyond bfloat16": Case(
+        spoil=in_float32(3.4e38), culprit=f"tensor `{WEIGHT}` of `{FILE}` holds float32 values beyond the range of "
+        "bfloat16", hint="in bfloat16 they would be infinite",
+    ),
+    "float32 beyond bfloat16, quantised": Case(
+        spoil=in_float32(-3.4e38), flags=("--use_qlora",),
+        culprit=f"tensor `{WEIGHT}` of `{FILE}` holds float32 values beyond the range of bfloat16",
+        hint="in bfloat16 they would be infinite",
+    ),
+    "int8 without a word in config.json": Case(
+        spoil=cast_weight(torch.int8),
+        culprit=f"tensor `{WEIGHT}` of `{FILE}` holds int8, where the model has bfloat16",
+        hint="quantised in a way that its config.json does not tell",
+    ),
+    "int8 that would be quantised": Case(
+        spoil=cast_weight(torch.int8), flags=("--use_qlora",),
+        culprit=f"tensor `{WEIGHT}` of `{FILE}` holds int8, where the model has bfloat16", hint="does not tell",
+    ),
+    "bool": Case(
+        spoil=cast_weight(torch.bool, "model.norm.weight"), flags=("--use_lora",),
+        culprit=f"tensor `model.norm.weight` of `{FILE}` holds bool, where the model has bfloat16",
+        hint="does not tell",
     ),
     "GPTQ": Case(spoil=spoil_gptq, culprit="is already quantised (`gptq`)", hint="16-bit"),
     "FP8": Case(spoil=spoil_fp8, culprit="is already quantised (`fp8`)", hint="16-bit"),

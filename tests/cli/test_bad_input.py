@@ -13,16 +13,26 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ..conftest import ROWS, Result
 from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama
-from .spoilt import CASES, FILE, WEIGHT, edit_json, set_weight
+from .spoilt import CASES, FILE, WEIGHT, edit_json, edit_weights, set_weight
 
 KINDS = {2: "usage", 3: "source", 4: "checkpoint", 5: "environment", 6: "resource", 7: "verification", 8: "output"}
-IN_THE_WEIGHTS = {"NaN", "infinity"}
+IN_THE_WEIGHTS = {
+    "NaN",
+    "infinity",
+    "NaN in a file that is copied whole",
+    "infinity in a file that is linked",
+    "NaN in a tensor that is cast",
+    "NaN in what is not quantised",
+    "float32 beyond bfloat16",
+    "float32 beyond bfloat16, quantised",
+}
 """Cases that headers do not show."""
 CODE = "open('{marker}', 'w').close()\n"
 
@@ -104,23 +114,36 @@ def test_plan_and_inspect_stop_at_it_too(ftload: Ftload, model: Path, tmp_path: 
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_stay_as_they_are_may_hold_anything(
-    ftload: Ftload, model: Path, tmp_path: Path, value: float
-) -> None:
-    set_weight(value)(model)
-    result = ftload("prepare", "--model", model, "--output_dir", tmp_path / "out")
-    assert (result.code, result.err) == (0, "")
-    tensor = load_file(tmp_path / "out" / FILE)[WEIGHT]
-    assert tensor.isfinite().logical_not().nonzero().tolist() == [[3, 5]]
+def test_the_largest_numbers_are_no_infinity(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    """Their sum is infinite, and the largest that rounds down to a bfloat16 is beyond all of those."""
+    largest = 3.3895e38
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in tensors.items():
+            tensors[name] = value.float()
+        tensors[WEIGHT][:] = largest
+
+    edit_weights(model, change)
+    for name, flags in {"standard": [], "qlora": ["--use_qlora"], "again": []}.items():
+        assert ftload("prepare", "--model", model, "--output_dir", tmp_path / name, *flags).code == 0
+        model = tmp_path / "standard"  # in bfloat16: copied whole
+    written = load_file(tmp_path / "again" / FILE)[WEIGHT]
+    assert written.unique().tolist() == [torch.finfo(torch.bfloat16).max]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nor_do_weights_matter_that_qlora_leaves_alone(
-    ftload: Ftload, model: Path, tmp_path: Path, value: float
-) -> None:
-    set_weight(value, "lm_head.weight")(model)
-    assert ftload("prepare", "--model", model, "--output_dir", tmp_path / "out", "--use_qlora").code == 0
+def test_a_base_that_is_not_read_is_told_of(ftload: Ftload, model: Path, tmp_path: Path) -> None:
+    set_weight(float("nan"))(model)
+    words = ["--model", model, "--use_lora", "--output_dir"]
+    result = ftload("prepare", *words, tmp_path / "out")
+    assert result.code == 0
+    assert "(left where it is, its values not scanned)" in " ".join(result.out.split())
+    assert json.loads((tmp_path / "out" / "ftload_report.json").read_text())["base_scanned"] is False
+    result = ftload("prepare", *words, tmp_path / "copy", "--base", "copy")
+    assert_one_line(result, code=4, culprit=f"tensor `{WEIGHT}` of `{FILE}` holds NaN", hint="damaged")
+    set_weight(0.0)(model)
+    result = ftload("prepare", *words, tmp_path / "copy", "--base", "copy")
+    assert "scanned" not in result.out
+    assert json.loads((tmp_path / "copy" / "ftload_report.json").read_text())["base_scanned"] is True
 
 
 # -- code in the checkpoint

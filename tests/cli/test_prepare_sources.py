@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conftest import ROWS
+from ..conftest import ROWS, Result
 from ..hub import LoopbackHub
 from ..parity.models import write_model
 from ..tokenizers import write_llama, write_qwen
 from .runs import headers, prepare
 
 FILE = "model.safetensors"
+Ftload = Callable[..., Result]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -49,6 +50,33 @@ def test_new_rows_are_the_mean_of_the_old(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(after[name][128:], mean.expand(8, 64))
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 136
     assert report["parameters"]["total"] == sum(tensor.numel() for tensor in after.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_mean_is_that_of_the_rows_as_they_are_written(tmp_path: Path, dtype: str) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_model(source, "llama", vocab_size=128, dtype=dtype)
+    write_llama(source)
+    prepare(source, out)
+    before, after = load_file(source / FILE), load_file(out / FILE)
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(after[name][:128], before[name].bfloat16())
+        mean = before[name].bfloat16().double().mean(dim=0).float().bfloat16()
+        assert torch.equal(after[name][128:], mean.expand(8, 64))
+        assert not torch.equal(before[name].double().mean(dim=0).float().bfloat16(), mean)
+
+
+@pytest.mark.parametrize("init", ["mean", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_no_rows_are_made_of_what_is_not_finite(ftload: Ftload, tmp_path: Path, value: float, init: str) -> None:
+    source = tmp_path / "source"
+    write_model(source, "llama", vocab_size=128, dtype="bfloat16")
+    write_llama(source)
+    edit_weights(source, lambda t: {**t, HEAD: t[HEAD].index_fill(0, torch.tensor([5]), value)})
+    result = ftload("prepare", "--model", source, "--output_dir", tmp_path / "out", "--embedding_init", init)
+    assert result.code == 4
+    assert result.err.startswith(f"error: tensor `{HEAD}` of `{FILE}` holds NaN or infinity\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_head_in_the_file_is_dropped(tmp_path: Path) -> None:

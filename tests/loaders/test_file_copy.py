@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from ftload.loaders.checkpoint import TensorMeta
 from ftload.loaders.errors import CheckpointError, SourceError
 from ftload.loaders.file_copy import FileCopy
 
@@ -17,7 +19,7 @@ CONTENT = bytes(range(256)) * 150_000  # 38 MB: more than one piece
 
 def copy_of(tmp_path: Path, size: int = len(CONTENT)) -> FileCopy:
     (tmp_path / "source").write_bytes(CONTENT)
-    return FileCopy(tmp_path / "source", tmp_path / "target", size, lambda count: None)
+    return FileCopy(tmp_path / "source", tmp_path / "target", size, (), lambda count: None)
 
 
 @pytest.mark.parametrize("how", ["copy", "link"])
@@ -29,6 +31,33 @@ def test_content_and_hash(tmp_path: Path, how: str) -> None:
         assert digest.result(60) == hashlib.sha256(CONTENT).hexdigest()
     assert copy.target.read_bytes() == CONTENT
     assert copy.target.samefile(tmp_path / "source") == (how == "link")
+
+
+@pytest.mark.parametrize("element", [0, 2**19 - 1, 2**19, 2_000_000])
+def test_what_is_hashed_is_looked_at(tmp_path: Path, element: int) -> None:
+    """The first and last element of a piece, and of a tensor that begins at an odd byte; integers may be anything."""
+    begin = 1001
+    values = torch.ones(2_000_001, dtype=torch.bfloat16)
+    values[element] = float("nan")
+    data = values.view(torch.uint8).numpy().tobytes()
+    content = b"\xff" * begin + data + b"\xff" * 5001
+    (tmp_path / "source").write_bytes(content)
+    metas = [
+        TensorMeta(name=name, shape=shape, dtype=dtype, file="source", begin=first, end=end)
+        for name, shape, dtype, first, end in [
+            ("integers", (5001,), "I8", begin + len(data), len(content)),
+            ("floats", (2_000_001,), "BF16", begin, begin + len(data)),
+            ("nothing", (0,), "BF16", begin, begin),
+        ]
+    ]
+    for tensors in (metas, metas[:1]):
+        copy = FileCopy(tmp_path / "source", tmp_path / f"target{len(tensors)}", len(content), tensors, lambda _: None)
+        copy.copy()
+        if tensors is metas:
+            with pytest.raises(CheckpointError, match=r"^tensor `floats` of `source` holds NaN or infinity$"):
+                copy.hash()
+        else:
+            assert copy.hash() == hashlib.sha256(content).hexdigest()
 
 
 def test_where_the_kernel_can_not_copy_little_is_held_in_memory(
@@ -71,7 +100,7 @@ def test_who_is_told_to_stop_lets_the_hash_go(tmp_path: Path, how: str) -> None:
         raise KeyboardInterrupt
 
     (tmp_path / "source").write_bytes(CONTENT)
-    copy = FileCopy(tmp_path / "source", tmp_path / "target", len(CONTENT), stop)
+    copy = FileCopy(tmp_path / "source", tmp_path / "target", len(CONTENT), (), stop)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(copy.hash)
         with pytest.raises(KeyboardInterrupt):
