@@ -246,7 +246,11 @@ def _trainable(plan: Plan) -> list[tuple[int, int]]:
     """Elements and bytes of an element of each tensor that is trained."""
     if plan.strategy.has_adapter:
         return [(tensor.parameters, 4) for tensor in plan.adapter_tensors()]
-    return [(value.numel(), value.element_size()) for value in plan.skeleton.model.parameters()]
+    return [
+        (value.numel(), value.element_size())
+        for name, value in plan.skeleton.model.named_parameters()
+        if name not in plan.skeleton.never_trained
+    ]
 
 
 def _lasting_parts(plan: Plan, flags: FlatArguments, sharding: Sharding | None, share: _Share) -> tuple[Part, ...]:

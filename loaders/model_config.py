@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +70,29 @@ def load_generation_config(root: Path) -> GenerationConfig:
                 f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
                 hint="correct it, or delete it: training does without",
             ) from error
+
+
+_NO_SETTING = frozenset({"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype"})
+"""Keys of a configuration that change nothing: who wrote it from where, and a dtype that loading always gives anew."""
+
+
+def settings_hash(path: Path) -> str | None:
+    """The sha256 of what a JSON file of settings says, in whatever order and layout; None where there is no file.
+
+    Versions, paths and dtypes have no part in it. Raises `ValueError` for what is not JSON.
+    """
+    if not path.is_file():
+        return None
+    settings = _settings(json.loads(path.read_text(encoding="utf-8")))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _settings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _settings(inner) for key, inner in value.items() if key not in _NO_SETTING}
+    if isinstance(value, list):
+        return [_settings(inner) for inner in value]
+    return value
 
 
 def _remote_code_error(error: Exception, root: Path) -> FtloadError | None:

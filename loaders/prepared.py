@@ -26,9 +26,10 @@ def load_prepared(
 
     Returns the model, in training mode, and its tokenizer. Under LoRA and QLoRA it is a `PeftModel` whose float32
     adapter is trainable and whose base is frozen, after k-bit preparation where the base is 4-bit; else all parameters
-    are trainable. Gradient checkpointing is on if it was asked for. Attention and Liger kernels are resolved anew for
-    this machine; a difference to what was asked for is a Python warning. The directory may have been moved since it
-    was written.
+    are trainable but those that the model's class makes without a gradient, such as biases that balance experts:
+    loading alone would ask one of them too. Gradient checkpointing is on if it was asked for. Attention and Liger
+    kernels are resolved anew for this machine; a difference to what was asked for is a Python warning. The directory
+    may have been moved since it was written.
 
     Raises `CheckpointError` when the directory holds no report that this version understands, and when the base that an
     adapter refers to is gone.
@@ -89,6 +90,8 @@ def load_prepared(
         if problem is not None:
             warnings.warn(f"Liger kernels are not applied: {problem}", stacklevel=2)
 
+    for name in report["parameters"].get("never_trained", ()):
+        model.get_parameter(name).requires_grad_(False)
     if report["quantization"] is not None:
         from peft import prepare_model_for_kbit_training
 

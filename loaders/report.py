@@ -7,7 +7,7 @@ two to a byte where weights are packed, tied weights once, the adapter included,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any
 from . import nf4
 from .checkpoint import DTYPE_CODES
 from .environment import ftload_version, peak_memory_bytes, versions
+from .model_config import settings_hash
 from .nf4 import STATE_SUFFIX
 from .operations import OutputTensor
 from .plan import Plan
 from .source import Source, config_file_names, tokenizer_file_names
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .ready import Prepared
     from .stream import Written
 
 SCHEMA_VERSION = "1"
 REPORT_FILE = "ftload_report.json"
+CONFIGURATIONS = ("config.json", "generation_config.json")
+"""The files whose settings the report holds a hash of."""
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -77,13 +82,24 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 
 
 def build_report(
-    prepared: Prepared, *, making: str, files: list[dict[str, Any]], timings: Mapping[str, float], written: Written
+    prepared: Prepared,
+    *,
+    making: str,
+    base: Path,
+    files: list[dict[str, Any]],
+    timings: Mapping[str, float],
+    written: Written,
 ) -> dict[str, Any]:
-    """The report as JSON values. `making` is the output's fingerprint, `files` those that were written."""
+    """The report as JSON values.
+
+    `making` is the output's fingerprint, `base` the directory that holds the base's configuration, `files` what was
+    written.
+    """
     return {
         **describe(prepared),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": making,
+        "configuration": {name: settings_hash(base / name) for name in CONFIGURATIONS},
         "files": files,
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
         "work": {kind: round(seconds, 3) for kind, seconds in written.seconds.items()},
@@ -133,16 +149,20 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
     loaded = list(plan.loaded_tensors())
     base = sum(tensor.parameters for tensor in loaded)
     total = base + sum(tensor.parameters for tensor in adapter)
-    trainable = sum(tensor.parameters for tensor in adapter) if plan.strategy.has_adapter else total
+    merged = _merged(plan, loaded)
     in_training = [
-        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in _merged(plan, loaded)),
+        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in merged.values()),
         *adapter,
     ]
+    never_trained = frozenset(() if plan.strategy.has_adapter else plan.skeleton.never_trained)
+    trained = adapter if plan.strategy.has_adapter else [merged[name] for name in merged.keys() - never_trained]
+    trainable = sum(tensor.parameters for tensor in trained)
     return {
         "total": total,
         "trainable": trainable,
         "frozen": total - trainable,
         "trainable_percent": round(100 * trainable / total, 4) if total else 0.0,
+        "never_trained": sorted(never_trained),
         "by_dtype": _group(stored),
         "in_training": _group(in_training),
         "by_component": {
@@ -168,8 +188,8 @@ def data_bytes(tensors: Iterable[OutputTensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(STATE_SUFFIX))
 
 
-def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> Iterator[OutputTensor]:
-    """`tensors` as the model holds them: those that loading merges into one parameter, as one."""
+def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> dict[str, OutputTensor]:
+    """`tensors` as the model holds them, by its own names: those that loading merges into one parameter, as one."""
     parameters = {tensor.name: tensor.parameter for tensor in plan.skeleton.tensors}
     merged: dict[str, OutputTensor] = {}
     for tensor in tensors:
@@ -179,7 +199,7 @@ def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> Iterator[OutputTenso
             elements = prod(other.shape) + prod(tensor.shape)
             tensor = dataclasses.replace(other, shape=(elements,), parameters=other.parameters + tensor.parameters)
         merged[name] = tensor
-    yield from merged.values()
+    return merged
 
 
 def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:

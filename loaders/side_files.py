@@ -46,7 +46,8 @@ def write_side_files(
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with timings.stage("hash"), disk_errors(stage):
         files = [_file_entry(path, stage, hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
-    report = build_report(prepared, making=making, files=files, timings=timings.seconds, written=written)
+    base = stage if plan.base == "copy" else plan.checkpoint.source.root
+    report = build_report(prepared, making=making, base=base, files=files, timings=timings.seconds, written=written)
     with disk_errors(stage):
         (stage / CARD_FILE).write_text(model_card(report), encoding="utf-8")
         report["files"] = sorted(

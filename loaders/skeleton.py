@@ -37,6 +37,8 @@ class Skeleton:
     """Every linear layer, in module order."""
     fused_experts: tuple[str, ...]
     """Parameters of three dimensions that hold the weights of many experts."""
+    never_trained: tuple[str, ...]
+    """Parameters that the model's class makes without a gradient, such as the biases that balance experts."""
     embedding: str
     """Name of the input embedding's parameter."""
     head: str | None
@@ -116,6 +118,8 @@ def build_skeleton(
     if rows_after > rows_before:
         _check_loadable(model, fresh)
     quantisable = _quantisable_modules(fresh)
+    if stored_quantization is not None and quantisable and not packed:
+        raise _already_quantised(checkpoint, stored_quantization)
     with quiet_transformers():
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -146,6 +150,7 @@ def build_skeleton(
             for name, parameter in model.named_parameters()
             if parameter.dim() == 3 and component_of(name, classes, head=head_module) == "experts"
         ),
+        never_trained=tuple(name for name, parameter in fresh.named_parameters() if not parameter.requires_grad),
         embedding=embedding,
         head=head,
         rows_before=rows_before,
@@ -171,7 +176,8 @@ def _stored_quantization(
 ) -> dict[str, Any] | None:
     """The checkpoint's own `quantization_config`, None for 16-bit weights.
 
-    All stored forms but NF4 are refused: their tensors would only look missing and unexpected.
+    All stored forms but NF4 are refused: their tensors would only look missing and unexpected. NF4 may come
+    without a 4-bit tensor: of an architecture none of whose layers bitsandbytes replaces.
     """
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
@@ -181,13 +187,17 @@ def _stored_quantization(
             )
         return None
     settings = {**_QUANTIZATION_DEFAULTS, **(stored if isinstance(stored, dict) else stored.to_dict())}
-    method = settings.get("quant_method")
-    if not packed or settings.get("bnb_4bit_quant_type") != "nf4":
-        raise CheckpointError(
-            f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
-            hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
-        )
+    if settings.get("bnb_4bit_quant_type") != "nf4" or not (packed or settings.get("load_in_4bit")):
+        raise _already_quantised(checkpoint, settings)
     return settings
+
+
+def _already_quantised(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> CheckpointError:
+    method = settings.get("quant_method")
+    return CheckpointError(
+        f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
+        hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
+    )
 
 
 def _load_on_meta(

@@ -55,6 +55,8 @@ class PreparedTokenizer:
             "eos_token": tokenizer.eos_token,
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token": tokenizer.bos_token,
+            "padding_side": tokenizer.padding_side,
+            "model_max_length": tokenizer.model_max_length,
             "chat_template_sha256": template_hash(tokenizer.chat_template),
             "chat_template_name": self.chat_template_name,
         }

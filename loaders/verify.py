@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .errors import FtloadError, SourceError, VerificationError, said_by
 from .prepared import read_report
 from .verify_adapter import check_adapter
-from .verify_files import Context, check_config, check_files, check_report, check_tensors
+from .verify_files import PREPARE_AGAIN, Context, check_config, check_files, check_report, check_tensors
 from .verify_tokenizer import check_chat_template, check_tokenizer
 from .verify_training import check_training
 
@@ -31,6 +31,8 @@ class Check:
     """What is wrong; empty where nothing is."""
     found: str
     """What was seen, in a few words."""
+    hint: str | None
+    """What helps against the first problem, where there is one and something is known to."""
 
     @property
     def ok(self) -> bool:
@@ -57,9 +59,10 @@ class Verification:
         if not failed:
             return None
         listed = "; ".join(f"{check.name}: {check.problems[0]}{_more(check.problems)}" for check in failed)
+        hints = [check.hint for check in failed if check.hint is not None]
         return VerificationError(
             f"`{self.directory}`: {len(failed)} of {len(self.checks)} checks failed: {listed}",
-            hint="prepare it again with --overwrite",
+            hint=PREPARE_AGAIN if PREPARE_AGAIN in hints else next(iter(hints), None),
         )
 
 
@@ -88,18 +91,27 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
     checks = []
     for name, check in steps:
         progress.stage(name)
-        context.found = ""
-        problems = []
+        context.found, context.hint = "", PREPARE_AGAIN
+        problems: list[tuple[str, str | None]] = []
         try:
-            problems += check(context)
+            problems += ((problem, context.hint) for problem in check(context))
         except FtloadError as error:
-            problems.append(error.message)
+            problems.append((error.message, error.hint or context.hint))
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             # the files may hold anything: what can't be understood does not verify
-            problems.append(f"can't be understood: {type(error).__name__}: {said_by(error)}")
+            problems.append((f"can't be understood: {type(error).__name__}: {said_by(error)}", context.hint))
+        except FileNotFoundError as error:
+            problems.append((said_by(error), context.hint))
         except (OSError, RuntimeError, ImportError) as error:
-            problems.append(said_by(error))
-        checks.append(Check(name=name, problems=tuple(problems), found=context.found))
+            problems.append((said_by(error), None))
+        checks.append(
+            Check(
+                name=name,
+                problems=tuple(problem for problem, _ in problems),
+                found=context.found,
+                hint=problems[0][1] if problems else None,
+            )
+        )
     return Verification(directory=str(directory), checks=tuple(checks))
 
 

@@ -37,6 +37,7 @@ def check_adapter(context: Context) -> Iterator[str]:
             yield f"`{pattern}` hits {targets.hits[pattern]} layers, the report says {hits}"
     yield from _check_settings(context, targets)
     yield from _check_tensors(context, targets)
+    yield from _check_draws(context)
 
 
 def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
@@ -50,7 +51,7 @@ def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
     for name in sorted({*stored, *written}):
         if name not in written or name not in stored:
             yield f"`{name}` is " + ("missing" if name in written else "there, and was not written")
-        elif stored[name] != written[name]:
+        elif json.dumps(stored[name]) != json.dumps(written[name]):  # 1 is not true
             yield f"`{name}` is `{stored[name]}`, not `{written[name]}`"
 
 
@@ -70,6 +71,26 @@ def _check_tensors(context: Context, targets: Targets) -> Iterator[str]:
             yield f"`{name}` has the shape {list(context.adapter[name].shape)}, its layer takes {list(shapes[name])}"
     if sum(tensor.parameters for tensor in context.adapter.values()) != context.report["adapter"]["parameters"]:
         yield "the adapter does not have the parameters that the report says"
+
+
+_ENOUGH_BYTES = 64
+"""Sixteen numbers: fewer may be equal by chance."""
+_MOST_BYTES = 16 * 1024
+
+
+def _check_draws(context: Context) -> Iterator[str]:
+    """Whether every lora A begins as something that was drawn, and drawn for it alone: 16 KiB of each are read."""
+    others: dict[bytes, str] = {}
+    with context.adapter_file.open("rb") as file:
+        for name, tensor in context.adapter.items():
+            if not name.endswith(".lora_A.weight") or tensor.nbytes < _ENOUGH_BYTES:
+                continue
+            file.seek(tensor.begin)
+            drawn = file.read(min(tensor.nbytes, _MOST_BYTES))
+            if drawn == drawn[:4] * (len(drawn) // 4):
+                yield f"`{name}` was not drawn: its numbers are all the same"
+            elif others.setdefault(drawn, name) != name:
+                yield f"`{name}` was not drawn: it is the same as `{others[drawn]}`"
 
 
 def _check_base(context: Context) -> Iterator[str]:

@@ -16,17 +16,21 @@ from .checkpoint import TORCH_NAMES, Checkpoint, TensorMeta, fetch_config, open_
 from .disk import hash_file
 from .environment import quiet_transformers, usable_processors
 from .identity import can_have_a_part
-from .model_config import load_config, load_generation_config
+from .model_config import load_config, load_generation_config, settings_hash
 from .nf4 import STATE_SUFFIX, find_packed
 from .report import REPORT_FILE
 from .skeleton import Skeleton, build_skeleton
 from .source import Source, resolve_source
 from .tokenizer_loading import load_tokenizer
+from .verify_nf4 import check_statistics
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from .stream import Progress
+
+
+PREPARE_AGAIN = "prepare it again with --overwrite"
 
 
 @dataclass(kw_only=True)
@@ -39,6 +43,9 @@ class Context:
     progress: Progress
     found: str = ""
     """What the check that is being made has seen, in a few words."""
+    hint: str = PREPARE_AGAIN
+    """What helps where the check that is being made finds something wrong. Preparing again does where the directory is
+    not what was written; what was written wrong would be written again."""
 
     @cached_property
     def base_source(self) -> Source:
@@ -68,19 +75,24 @@ class Context:
         """What transformers makes of the base's configuration and headers: none missing, unexpected or misshapen."""
         return build_skeleton(self.base, self.config, trust_remote_code=self.trust_remote_code, tokenizer_size=0)
 
+    @property
+    def adapter_file(self) -> Path:
+        """The adapter's weights, where there is an adapter."""
+        return self.root / "adapter" / "adapter_model.safetensors"
+
     @cached_property
     def adapter(self) -> dict[str, TensorMeta]:
         """The headers of the adapter's tensors; empty where there is no adapter."""
         if self.report["adapter"] is None:
             return {}
-        path = self.root / "adapter" / "adapter_model.safetensors"
 
         def read(begin: int, end: int) -> bytes:
-            with path.open("rb") as file:
+            with self.adapter_file.open("rb") as file:
                 file.seek(begin)
                 return file.read(end - begin)
 
-        return {tensor.name: tensor for tensor in read_header(path.name, path.stat().st_size, read)}
+        size = self.adapter_file.stat().st_size
+        return {tensor.name: tensor for tensor in read_header(self.adapter_file.name, size, read)}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,8 +116,8 @@ def check_report(context: Context) -> Iterator[str]:
         if sum(row["parameters"] for row in parameters[section].values()) != total:
             yield f"the parameters of `{section}` are not the total"
     adapter = context.report["adapter"]
-    if trainable != (adapter["parameters"] if adapter else total):
-        yield "the trainable parameters are not " + ("the adapter's" if adapter else "all")
+    if adapter and trainable != adapter["parameters"]:
+        yield "the trainable parameters are not the adapter's"
 
 
 def _missing_fields(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
@@ -149,7 +161,7 @@ def check_files(context: Context) -> Iterator[str]:
 
 
 def check_tensors(context: Context) -> Iterator[str]:
-    """Counts and dtypes, taken again from the headers."""
+    """Counts and dtypes, taken again from the headers, and the statistics of 4-bit weights."""
     packed = find_packed(context.base)
     parts = {part.name for tensor in packed.values() for part in tensor.parts}
     counted: dict[str, dict[str, int]] = {}
@@ -174,6 +186,9 @@ def check_tensors(context: Context) -> Iterator[str]:
         for what in ("tensors", "bytes"):
             if found.get(what, 0) != expected.get(what, 0):
                 yield f"{found.get(what, 0):,} {what} of {dtype}, the report says {expected.get(what, 0):,}"
+    if context.base_source.kind != "hub":  # there, each would have to be asked for
+        for weight in packed.values():
+            yield from check_statistics(context.base, weight)
 
 
 def _stored_tensors(context: Context) -> Iterable[TensorMeta]:
@@ -204,8 +219,9 @@ def check_config(context: Context) -> Iterator[str]:
     if context.config.model_type != source["model_type"]:
         yield f"the model is a `{context.config.model_type}`, the report says `{source['model_type']}`"
     load_generation_config(context.base_source.root)
-    if context.report["base"] == "copy" and text.tie_word_embeddings and not context.report["embeddings"]["tied"]:
-        yield "`tie_word_embeddings` is set, the report says that they are not tied"
+    for name, digest in context.report.get("configuration", {}).items():  # a report of 0.1 has none
+        if settings_hash(context.base_source.root / name) != digest:
+            yield f"`{name}` has other settings than when this was prepared"
     if context.report["base"] == "copy" and expected is None and str(context.config.dtype) != "torch.bfloat16":
         yield f"`dtype` is {context.config.dtype}, what was written is bfloat16"
     stored: Any = getattr(context.config, "quantization_config", None)
@@ -233,7 +249,12 @@ def check_config(context: Context) -> Iterator[str]:
 
 
 def _check_parameters(context: Context) -> Iterator[str]:
-    """Logical parameters by stored dtype: the model tells them from its buffers."""
+    """Logical parameters by stored dtype: the model tells them from its buffers. And how many are never trained."""
+    if context.report["adapter"] is None:
+        model = context.skeleton.model
+        frozen = sum(model.get_parameter(name).numel() for name in context.skeleton.never_trained)
+        if frozen != context.report["parameters"]["frozen"]:
+            yield f"{frozen:,} parameters are frozen, the report says {context.report['parameters']['frozen']:,}"
     packed = find_packed(context.base)
     parts = {part.name for tensor in packed.values() for part in tensor.parts}
     buffers = {meta.name for tensor in context.skeleton.tensors if tensor.buffer for meta in tensor.sources}

@@ -17,13 +17,11 @@ def check_tokenizer(context: Context) -> Iterator[str]:
     """Whether the ids fit the embeddings, and texts can be padded and ended."""
     tokenizer: Any = context.tokenizer
     expected = context.report["tokenizer"]
-    rows = context.report["embeddings"]["rows_after"]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        yield f"token id {highest} does not fit {rows} embedding rows"
     if len(tokenizer) != expected["size"]:
         yield f"{len(tokenizer)} tokens, the report says {expected['size']}"
-    for what in ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token"):
+    reported = ["pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token"]
+    reported += [what for what in ("padding_side", "model_max_length") if what in expected]  # not in reports of 0.1
+    for what in reported:
         if getattr(tokenizer, what) != expected[what]:
             yield f"{what} is `{getattr(tokenizer, what)}`, the report says `{expected[what]}`"
     pad = context.report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
@@ -34,6 +32,11 @@ def check_tokenizer(context: Context) -> Iterator[str]:
         for file, number in stored.items():
             if number != pad:
                 yield f"`pad_token_id` of {file} is {number}, the report says {pad}"
+    context.hint = "prepare it with another --tokenizer_name_or_path, or mend the model's own tokenizer first"
+    rows = context.report["embeddings"]["rows_after"]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        yield f"token id {highest} does not fit {rows} embedding rows"
     if tokenizer.pad_token is None:
         yield "there is no pad token"
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -52,6 +55,7 @@ def check_chat_template(context: Context) -> Iterator[str]:
     if digest is None:
         context.found = "none"
         return
+    context.hint = "prepare it with another --chat_template_name"
     try:
         turns = look_at_turns(tokenizer)
     except TemplateSyntaxError as error:

@@ -28,11 +28,13 @@ def check_training(context: Context) -> Iterator[str]:
     except FtloadError:
         raise
     except Exception as error:  # four libraries read the files here, and raise whatever they like
+        context.hint = _HINT
         yield f"it does not load: {said_by(error)}"
         return
     yield from _check_counts(context, model)
-    yield from _check_values(context, model)
     yield from _check_adapter(context, model)
+    context.hint = _HINT
+    yield from _check_values(context, model)
     torch.manual_seed(0)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     # SGD keeps no states: the step must fit where the model and its gradients do
@@ -72,6 +74,9 @@ def check_training(context: Context) -> Iterator[str]:
         + (f"{beside:,} of towers that take no text, " if beside else "")
         + f"on {device}"
     )
+
+
+_HINT = "look at the original model, and ask `ftload doctor` whether the libraries work here"
 
 
 def _is_in(modules: tuple[str, ...], name: str) -> bool:
@@ -140,7 +145,7 @@ def _check_adapter(context: Context, model: Any) -> Iterator[str]:
     if context.report["adapter"] is None:
         return
     loaded = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ".lora_" in name}
-    with safe_open(context.root / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(context.adapter_file, framework="pt") as file:
         stored = set(file.keys())
         for name in sorted(stored | loaded.keys()):
             if name not in loaded or name not in stored:

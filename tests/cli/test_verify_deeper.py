@@ -150,7 +150,7 @@ DEEPER: dict[str, tuple[str, str, str, Callable[[Path], Any]]] = {
     "an added row of the head zeroed": ("grown", "training step", "row 135 of the head, which was added, is zero", lambda o: fill_row(o, "lm_head.weight", 135, bytes(1))),
     "fewer layers": ("standard", "config", "unexpected tensor `model.layers.1.input_layernorm.weight`", config(num_hidden_layers=1)),
     "other heads": ("qlora", "config", "o_proj.weight` has shape [64, 64]", config(num_attention_heads=8)),
-    "tied": ("standard", "config", "`tie_word_embeddings` is set", config(tie_word_embeddings=True)),
+    "tied": ("standard", "config", "`config.json` has other settings than when this was prepared", config(tie_word_embeddings=True)),
     "another dtype": ("standard", "config", "`dtype` is torch.float16", config(dtype="float16")),
     "a tensor renamed": ("standard", "config", "lacks tensor `model.norm.weight`", lambda o: rename_tensor(o, next(p.name for p in shards(o) if b"model.norm.weight" in p.read_bytes()), b"model.norm.weight", b"model.nork.weight") or edit(o / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.nork.weight": i["weight_map"].pop("model.norm.weight")}))),
     "parameters counted for another dtype": ("qlora", "config", "parameters of bfloat16, the report says", lambda o: edit(o / "ftload_report.json", shift_parameters)),
