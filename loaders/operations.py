@@ -350,5 +350,5 @@ def _plain_output(tensor: ModelTensor) -> OutputTensor:
         dtype=tensor.dtype,
         component=tensor.component,
         counted_as=TORCH_NAMES[tensor.dtype],
-        parameters=0 if tensor.buffer else prod(tensor.shape),
+        parameters=0 if tensor.buffer else prod(tensor.shape) - tensor.padding,
     )

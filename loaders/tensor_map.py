@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .catalog import Component, LinearLayer, component_of
@@ -66,6 +67,8 @@ class ModelTensor:
     conversion: Conversion | None = None
     packed: PackedTensor | None = None
     """Set when the checkpoint already holds it in 4 bits."""
+    padding: int = 0
+    """Elements that are saved but not loaded: rows beyond those that the model has."""
     four_bit_problem: str | None = None
     """Why a 4-bit model with this tensor could not be loaded; None where it could."""
 
@@ -185,15 +188,15 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
         loaded = group.conversion.load(stored)
         elements = sum(value.numel() for value in loaded.values())
         outputs = {name: tuple(value.shape) for name, value in _revert(saved.model, loaded).items()}
-        if outputs != {meta.name: meta.shape for meta in group.sources} or elements != sum(
-            meta.parameters for meta in group.sources
-        ):
+        padding = sum(map(prod, outputs.values())) - elements
+        if padding or outputs != {meta.name: meta.shape for meta in group.sources}:
             return [
                 ModelTensor(
                     name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
                     sources=group.sources, conversion=group.conversion, four_bit_problem=four_bit_problem,
+                    padding=padding if position == 0 else 0,
                 )
-                for name, shape in outputs.items()
+                for position, (name, shape) in enumerate(outputs.items())
             ]  # fmt: skip
         # a converter and its reverse cancel out when they give back every name and shape, and nothing is lost between
         return [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ftload.loaders import load_prepared
 from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import CheckpointError, MissingRequirementError
 from ftload.loaders.prepare import prepare
@@ -96,9 +97,11 @@ def _write(directory: Path, model_type: str, *, rows: int) -> Path:
     return directory
 
 
-def _prepare(source: Path, output: Path, *flags: str) -> None:
+def _prepare(source: Path, output: Path, *flags: str) -> dict[str, Any]:
     words = ["--model", str(source), "--output_dir", str(output), "--lora_rank", "8"]
-    prepare(parse_arguments([*words, "--embedding_init", "reference", *flags]), Silent())
+    outcome = prepare(parse_arguments([*words, "--embedding_init", "reference", *flags]), Silent())
+    assert outcome is not None
+    return outcome.report
 
 
 @pytest.mark.parametrize(
@@ -164,11 +167,13 @@ def test_the_padding_of_a_head_is_written_as_the_library_writes_it(tmp_path: Pat
     assert not tensors[head][120:].any()
     tensors[head][120:] = 1.0  # a published checkpoint may hold anything there: it is cut off on loading
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    _prepare(source, tmp_path / "out")
+    report = _prepare(source, tmp_path / "out")
     run_reference(source, tmp_path / "reference", strategy="standard", tokenizer_size=129)
     assert_same_tensors(tmp_path / "out", tmp_path / "reference")
     assert_same_json(tmp_path / "out/config.json", tmp_path / "reference/config.json", pad_token_id=128)
     assert not load_file(tmp_path / "out/model.safetensors")[head][120:].any()
+    model, _ = load_prepared(tmp_path / "out")
+    assert report["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
