@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import dataclass
 
 from ..loaders.errors import FtloadError, ResourceError, UsageError
@@ -33,6 +34,14 @@ def explain(error: BaseException) -> Failure:
     """Turn any exception into a `Failure`. What is not expected is a bug in ftload, exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)
+    if not isinstance(error, ResourceError) and _is_out_of_memory(error):
+        said = f": {one_line(error.message)}" if isinstance(error, FtloadError) else ""
+        return Failure(
+            code=ResourceError.code,
+            kind=ResourceError.kind,
+            message=f"out of memory{said}",
+            hint="free some memory, or raise the limit that `ulimit -v` shows",
+        )
     if isinstance(error, FtloadError):
         return Failure(
             code=error.code,
@@ -40,8 +49,6 @@ def explain(error: BaseException) -> Failure:
             message=one_line(error.message),
             hint=one_line(error.hint) or None,
         )
-    if isinstance(error, MemoryError):
-        return Failure(code=ResourceError.code, kind=ResourceError.kind, message="out of memory", hint=None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         # files are named where they are written: what is left is stdout
         message = f"can't write to stdout: {error.strerror}"
@@ -61,6 +68,25 @@ def explain(error: BaseException) -> Failure:
         message=one_line(f"a bug in ftload: {type(error).__name__}: {error}"),
         hint="run it again with --debug and report what it prints",
     )
+
+
+_NO_MEMORY = re.compile(
+    r"can('t|not) allocate memory|unable to allocate|bad_alloc|out of memory|can't start new thread"
+    r"|failed to map segment from shared object(?!: Operation not permitted)",
+    re.IGNORECASE,
+)
+"""What C++, Rust, the dynamic linker and Python's threads say; libraries hand it on as whatever they like."""
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is for want of memory."""
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        text = "" if isinstance(error, FtloadError) else str(error)
+        if isinstance(error, MemoryError) or code == errno.ENOMEM or _NO_MEMORY.search(text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line(text: str | None) -> str:

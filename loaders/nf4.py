@@ -273,12 +273,16 @@ def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
 
     It is called without importing the package, which takes seconds; where its library can't be found, through it.
     """
-    import torch
-
     function = _library_function()
     if function is None:
         codes, state = _bitsandbytes().quantize_blockwise(values, code=dynamic_map(), blocksize=NESTED_BLOCK)
         return codes, state.absmax
+    return _call(function, values)
+
+
+def _call(function: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
     codes = torch.empty(values.shape, dtype=torch.uint8)
     maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
     # held until the function returns: two threads that come first at once each make a map, and one of them is not kept
@@ -302,16 +306,42 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
+def library_problem() -> str | None:
+    """Why bitsandbytes' C function can't be called past the package, whose import takes seconds; None when it can."""
+    if _library_function() is not None:
+        return None
+    return f"no `{_SYMBOL}` of its library gives the codes that are expected: not the release that ftload was made for?"
+
+
+_SYMBOL = "cquantize_blockwise_cpu_fp32"
+"""Not published by bitsandbytes: another release may leave it out, or let it mean something else."""
+
+
 @cache
 def _library_function() -> Any | None:
     spec = importlib.util.find_spec("bitsandbytes")
     for folder in spec.submodule_search_locations or () if spec is not None else ():
         for path in Path(folder).glob("libbitsandbytes_cpu.*"):
             try:
-                return ctypes.CDLL(str(path)).cquantize_blockwise_cpu_fp32
+                function = getattr(ctypes.CDLL(str(path)), _SYMBOL)
             except (OSError, AttributeError):
                 continue
+            if _gives_every_code(function):
+                return function
     return None
+
+
+def _gives_every_code(function: Any) -> bool:
+    """Whether the 256 values of the map, doubled and from the last to the first, get their own codes and maximum.
+
+    For the few nearest to zero it takes any neighbour, in all releases so far.
+    """
+    import torch
+
+    values = dynamic_map().flip(0)
+    codes, maxima = _call(function, values * 2)
+    near = torch.allclose(dynamic_map()[codes.long()], values, rtol=0, atol=1e-4)
+    return near and torch.equal(maxima, torch.tensor([2.0]))
 
 
 def _state(shape: tuple[int, ...], offset: float) -> bytes:

@@ -147,7 +147,7 @@ def _make(
             # not part of the plan: importing numba takes a while, and nothing that is planned depends on it
             with timings.stage("encoder"):
                 encode, decision = _choose_encoder(request)
-            prepared = prepared.decide(decision)
+                prepared = prepared.decide(decision).decide(_statistics_decision())
     if request.base == "link" and prepared.plan.copied_files:
         prepared = _link_or_copy(prepared, scratch)
     if arguments.own.strict:
@@ -195,6 +195,15 @@ def _choose_encoder(request: Request) -> tuple[nf4.Encoder, Decision | None]:
         return nf4.encode, None
     decision = Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem)
     return nf4.encode_with_bitsandbytes, decision
+
+
+def _statistics_decision() -> Decision | None:
+    problem = nf4.library_problem()
+    if problem is None:
+        return None
+    return Decision(
+        what="nf4_statistics", requested="bitsandbytes' library", effective="bitsandbytes", reason=problem
+    )  # fmt: skip
 
 
 def _link_or_copy(prepared: Prepared, scratch: Path) -> Prepared:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint
+from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint, read_header
 from ftload.loaders.errors import CheckpointError
 from ftload.loaders.source import resolve_source
 from safetensors.torch import save_file
@@ -257,3 +257,31 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
     assert raised.value.hint == "this is an adapter: give the model that it was trained on"
     with pytest.raises(CheckpointError, match="holds no weights"):
         _open(tmp_path)
+
+
+def test_each_fp8_dtype_has_its_own_name(tmp_path: Path) -> None:
+    values = torch.tensor([1.5, -0.25, 6.0])
+    tensors = {kind: values.to(getattr(torch, kind)) for kind in ("float8_e4m3fn", "float8_e5m2")}
+    tensors["float8_e8m0fnu"] = torch.tensor([1.0, 2.0, 0.5]).to(torch.float8_e8m0fnu)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
+    for kind, value in tensors.items():
+        found = checkpoint.read(checkpoint.tensors[kind])
+        assert found.dtype == value.dtype
+        assert torch.equal(found.float(), value.float())
+
+
+def test_an_empty_tensor_lies_where_another_begins() -> None:
+    header = json.dumps(
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
+            "last": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
+        }
+    ).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(8)
+    tensors = read_header("file", len(data), lambda begin, end: data[begin:end])
+    begin = 8 + len(header)
+    assert [(tensor.name, tensor.begin, tensor.end) for tensor in tensors] == [
+        ("a", begin, begin + 8), ("empty", begin, begin), ("last", begin + 8, begin + 8),
+    ]  # fmt: skip

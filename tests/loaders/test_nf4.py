@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from ftload.loaders import nf4
+
+from ..conftest import Result
 
 
 def _encode(weight: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
@@ -67,3 +72,53 @@ def test_what_was_encoded_decodes() -> None:
     _, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     decoded = dequantize_4bit(_encode(weight, 64)[""], state)
     assert (decoded - weight).abs().max() < 0.15 * weight.abs().max()
+
+
+def test_a_c_function_that_computes_otherwise_is_not_called() -> None:
+    """Such as another release of bitsandbytes might have under the same name."""
+    right = nf4._library_function()
+    assert right is not None
+    assert nf4.library_problem() is None
+    assert nf4._gives_every_code(right)
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_longlong, ctypes.c_longlong)
+    counts = ctypes.c_ubyte * 256
+
+    def one_code_off(code: int, values: int, maxima: int, codes: int, block: int, n: int) -> None:
+        right(*map(ctypes.c_void_p, (code, values, maxima, codes)), ctypes.c_longlong(block), ctypes.c_longlong(n))
+        counts.from_address(codes)[100] += 1
+
+    def wrong_maximum(code: int, values: int, maxima: int, codes: int, block: int, n: int) -> None:
+        right(*map(ctypes.c_void_p, (code, values, maxima, codes)), ctypes.c_longlong(block), ctypes.c_longlong(n))
+        ctypes.c_float.from_address(maxima).value = 1.0
+
+    def nothing(*_: int) -> None:
+        pass
+
+    for wrong in (one_code_off, wrong_maximum, nothing):
+        assert not nf4._gives_every_code(kind(wrong))
+
+
+@pytest.mark.parametrize("missing", ["symbol", "answer"])
+def test_without_the_c_function_the_package_is_called_and_that_is_a_decision(
+    ftload: Callable[..., Result], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    words = ["prepare", "--model", llama, "--use_qlora", "--lora_rank", "4"]
+    assert ftload(*words, "--output_dir", tmp_path / "one").code == 0
+    if missing == "symbol":
+        monkeypatch.setattr(nf4, "_SYMBOL", "cquantize_no_more")
+    else:
+        monkeypatch.setattr(nf4, "_gives_every_code", lambda function: False)
+    nf4._library_function.cache_clear()
+    try:
+        assert ftload(*words, "--output_dir", tmp_path / "two").code == 0
+        strict = ftload(*words, "--output_dir", tmp_path / "three", "--use_flash_attn", "false", "--strict")
+    finally:
+        monkeypatch.undo()
+        nf4._library_function.cache_clear()
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    report = json.loads((tmp_path / "two" / "ftload_report.json").read_text())
+    (decision,) = [decision for decision in report["decisions"] if decision["what"] == "nf4_statistics"]
+    assert (decision["requested"], decision["effective"]) == ("bitsandbytes' library", "bitsandbytes")
+    assert strict.code == 5
+    assert "nf4_statistics" in strict.err
