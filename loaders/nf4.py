@@ -112,8 +112,11 @@ def _part_sizes(n: int, block_size: int, nested_block_size: int | None) -> dict[
     return {**sizes, ".nested_absmax": -(-blocks // nested_block_size)}
 
 
-def stored_shapes(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Suffix to (shape, safetensors dtype) of what a weight of `shape` is stored in; the JSON state at its longest."""
+def stored_shapes(shape: tuple[int, ...], dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Suffix to (shape, safetensors dtype) of what a weight of `shape` is stored in; the JSON state at its longest.
+
+    `dtype` is torch's name for what it was before: the state records it, and bitsandbytes goes back to it.
+    """
     n = math.prod(shape)
     blocks = -(-n // BLOCK)
     return {
@@ -122,7 +125,7 @@ def stored_shapes(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], st
         ".nested_absmax": ((-(-blocks // NESTED_BLOCK),), "F32"),
         ".nested_quant_map": ((256,), "F32"),
         ".quant_map": ((16,), "F32"),
-        STATE_SUFFIX: ((len(_state(shape, 0.0)) - len("0.0") + _OFFSET_CHARACTERS,), "U8"),
+        STATE_SUFFIX: ((len(_state(shape, dtype, 0.0)) - len("0.0") + _OFFSET_CHARACTERS,), "U8"),
     }
 
 
@@ -190,17 +193,18 @@ def numba_problem() -> str | None:
     return None
 
 
-def compress_statistics(absmax: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+def compress_statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """Double quantisation: absmax (float32, one a block) → suffix to tensor, everything but the codes.
 
-    `shape` is the logical shape of the weight, which the JSON state records. `absmax` is overwritten. From a million or
-    so blocks on, torch's mean depends on the number of its threads: to get the same bytes everywhere, set it to one.
+    `shape` is the logical shape of the weight and `dtype` torch's name for its dtype, which the JSON state records.
+    `absmax` is overwritten. From a million or so blocks on, torch's mean depends on the number of its threads: to get
+    the same bytes everywhere, set it to one.
     """
     import torch
 
     offset = absmax.mean()
     codes, nested = _quantize_blockwise(absmax.sub_(offset))
-    state = torch.frombuffer(bytearray(_state(shape, offset.item())), dtype=torch.uint8)
+    state = torch.frombuffer(bytearray(_state(shape, dtype, offset.item())), dtype=torch.uint8)
     return {
         ".absmax": codes,
         ".nested_absmax": nested,
@@ -344,11 +348,11 @@ def _gives_every_code(function: Any) -> bool:
     return near and torch.equal(maxima, torch.tensor([2.0]))
 
 
-def _state(shape: tuple[int, ...], offset: float) -> bytes:
+def _state(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
     state: Mapping[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "shape": list(shape),
         "nested_blocksize": NESTED_BLOCK,
         "nested_dtype": "float32",

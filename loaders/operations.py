@@ -153,6 +153,27 @@ class Cast:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Set:
+    """Copy a buffer of which transformers sets some elements when it has loaded it."""
+
+    source: TensorMeta
+    name: str
+    dtype: str
+    """safetensors code."""
+    values: Tensor
+    """What they are set to; NaN elsewhere."""
+
+    def memory(self, chunk_bytes: int) -> int:
+        """The buffer as it is stored, its cast and the result."""
+        return self.source.nbytes + 2 * self.source.parameters * ITEM_BYTES[self.dtype]
+
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """Read it whole: buffers are small."""
+        stored = inputs.read(self.source, self.dtype)
+        sink.write(self.name, stored.where(self.values.isnan(), self.values.to(stored.dtype)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class All:
     """Several operations, one after another."""
 
@@ -220,6 +241,8 @@ class Quantize:
     name: str
     transposed: bool
     """GPT-2's Conv1D stores (in, out); bitsandbytes wants (out, in)."""
+    dtype: str
+    """safetensors code of what it is cast to before: BF16, or F32 where the architecture keeps the layer so."""
 
     def memory(self, chunk_bytes: int) -> int:
         """A chunk, its cast, its codes, and the blocks' maxima four times; the whole tensor if it is transposed."""
@@ -228,9 +251,9 @@ class Quantize:
         elements = min(chunk_bytes // ITEM_BYTES[self.source.dtype], self.source.parameters)
         return (
             chunk_bytes
-            + _cast_bytes(self.source, "BF16", chunk_bytes)
+            + _cast_bytes(self.source, self.dtype, chunk_bytes)
             + elements // 2
-            + (2 * elements if self.transposed else 0)
+            + (ITEM_BYTES[self.dtype] * elements if self.transposed else 0)
             + self.source.parameters // nf4.BLOCK * 4 * 4
         )
 
@@ -244,19 +267,19 @@ class Quantize:
         shape = self.source.shape[::-1] if self.transposed else self.source.shape
         # the encoder finds what is not finite at no cost
         if self.transposed:
-            chunks: Iterable[Tensor] = [inputs.read(self.source, "BF16", checked=False).T]
+            chunks: Iterable[Tensor] = [inputs.read(self.source, self.dtype, checked=False).T]
         else:
-            chunks = inputs.chunks(self.source, "BF16", multiple=nf4.BLOCK, checked=False)
+            chunks = inputs.chunks(self.source, self.dtype, multiple=nf4.BLOCK, checked=False)
         maxima = []
         for values in chunks:
             try:
                 codes, absmax = inputs.encode(values)
             except ValueError:
-                inputs.read(self.source, "BF16")  # says more of it
+                inputs.read(self.source, self.dtype)  # says more of it
                 raise
             sink.write(self.name, codes)
             maxima.append(absmax)
-        for suffix, value in nf4.compress_statistics(torch.cat(maxima), shape).items():
+        for suffix, value in nf4.compress_statistics(torch.cat(maxima), shape, TORCH_NAMES[self.dtype]).items():
             sink.write(self.name + suffix, value)
 
 
@@ -338,6 +361,8 @@ def plain_step(tensors: tuple[ModelTensor, ...]) -> Step:
             dtype=tensor.dtype,
             new_rows=tensor.shape[0] - tensor.rows_before,
         )
+    elif tensor.set_after_loading is not None:
+        operation = Set(source=source, name=tensor.name, dtype=tensor.dtype, values=tensor.set_after_loading)
     else:
         operation = Cast(source=source, name=tensor.name, dtype=tensor.dtype)
     return Step(operation=operation, outputs=tuple(_plain_output(tensor) for tensor in tensors))

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from . import nf4
+from .checkpoint import TORCH_NAMES
 from .errors import MissingRequirementError
 from .lora import Lora
 from .operations import All, Cast, OutputTensor, Quantize, Step, plain_step
@@ -38,10 +39,10 @@ class Qlora(Lora):
         transposed = tensor.linear.transposed
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(
-            operation=Quantize(source=tensor.sources[0], name=tensor.name, transposed=transposed),
+            operation=Quantize(source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.dtype),
             outputs=tuple(
                 _part(tensor, tensor.name + suffix, stored, dtype)
-                for suffix, (stored, dtype) in nf4.stored_shapes(shape).items()
+                for suffix, (stored, dtype) in nf4.stored_shapes(shape, TORCH_NAMES[tensor.dtype]).items()
             ),
         )
 

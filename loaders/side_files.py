@@ -65,7 +65,7 @@ def _save_config(prepared: Prepared, stage: Path) -> None:
     plan = prepared.plan
     model, root = plan.skeleton.model, plan.checkpoint.source.root
     config = plan.skeleton.config
-    config.dtype = "bfloat16"
+    config.dtype = model.dtype  # its first parameter's, as `save_pretrained` writes it: not always bfloat16
     config.architectures = [type(model).__name__]
     if plan.quantization_config is not None:
         config.quantization_config = plan.quantization_config

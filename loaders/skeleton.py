@@ -111,6 +111,7 @@ def build_skeleton(
     rows_before = shapes_before[embedding][0]
     rows_after = max(rows_before, -(-tokenizer_size // 8) * 8) if tokenizer_size > rows_before else rows_before
     if rows_after > rows_before:
+        model._init_weights = lambda module: None  # nothing has values here, and xLSTM's own fails on its causal class
         with quiet_transformers():
             model.resize_token_embeddings(rows_after, mean_resizing=False)
     with _building(model_class, parts):

@@ -392,14 +392,16 @@ def _draw_new_rows(skeleton: Skeleton, inputs: Inputs, grown: tuple[Grow, ...]) 
     model = deepcopy(skeleton.model)
     for grow in grown:
         value = inputs.read(grow.source, grow.dtype)
-        _set_parameter(model, grow.parameter, torch.nn.Parameter(value))
-    if skeleton.tied and skeleton.head is not None:
-        _set_parameter(model, skeleton.head, model.get_parameter(skeleton.embedding))
+        _replace_parameter(model, grow.parameter, torch.nn.Parameter(value))
     with quiet_transformers():
         model.resize_token_embeddings(skeleton.rows_after)
     return {grow.name: model.get_parameter(grow.parameter).detach()[-grow.new_rows :] for grow in grown}
 
 
-def _set_parameter(model: PreTrainedModel, name: str, value: torch.nn.Parameter) -> None:
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, value)
+def _replace_parameter(model: PreTrainedModel, name: str, value: torch.nn.Parameter) -> None:
+    """Put `value` in the place of a parameter under all its names: embeddings and biases are tied to one another."""
+    old = model.get_parameter(name)
+    for place, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter is old:
+            module, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(module), leaf, value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .buffers import set_after_loading
 from .catalog import Component, LinearLayer, component_of
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint, TensorMeta
 from .errors import CheckpointError
@@ -62,6 +63,8 @@ class ModelTensor:
     sources: tuple[TensorMeta, ...]
     linear: LinearLayer | None = None
     """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
+    set_after_loading: Tensor | None = None
+    """What of a buffer is otherwise than stored: see `buffers.py`."""
     rows_before: int | None = None
     """Rows in the checkpoint, where resizing adds some."""
     conversion: Conversion | None = None
@@ -215,6 +218,7 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+            set_after_loading=set_after_loading(saved.model, parameter) if buffer else None,
             four_bit_problem=four_bit_problem,
         )
     ]  # fmt: skip

@@ -22,12 +22,13 @@ def _encode(weight: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
         pieces.append((codes.clone(), absmax))
     codes = torch.cat([codes for codes, _ in pieces]).reshape(-1, 1)
     absmax = torch.cat([absmax for _, absmax in pieces])
-    return {"": codes, **nf4.compress_statistics(absmax, tuple(weight.shape))}
+    return {"": codes, **nf4.compress_statistics(absmax, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))}
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (5, 64), (3, 7), (1, 1), (130, 192), (257, 96), (2, 8192)])
-def test_pieces_equal_the_whole(shape: tuple[int, int]) -> None:
-    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pieces_equal_the_whole(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     expected = {"": data} | {f".{name}": value for name, value in state.as_dict(packed=True).items()}
     whole_rows = 64 if shape[1] % 64 else 1
@@ -41,7 +42,7 @@ def test_pieces_equal_the_whole(shape: tuple[int, int]) -> None:
 
 def test_stored_shapes_are_those_of_the_tensors() -> None:
     weight = torch.randn(70, 65).to(torch.bfloat16)
-    shapes = nf4.stored_shapes((70, 65))
+    shapes = nf4.stored_shapes((70, 65), "bfloat16")
     codes = {"U8": torch.uint8, "F32": torch.float32}
     for name, value in _encode(weight, 70).items():
         shape, dtype = shapes[name]
@@ -54,9 +55,9 @@ def test_stored_shapes_are_those_of_the_tensors() -> None:
 
 def test_the_longest_state_fits_what_is_reserved_for_it() -> None:
     longest = max((float.fromhex(f"0x1.fffffep-{exponent}") for exponent in range(140)), key=lambda x: len(repr(x)))
-    state = nf4.compress_statistics(torch.full((64,), longest), (4096, 4096))[nf4.STATE_SUFFIX]
+    state = nf4.compress_statistics(torch.full((64,), longest), (4096, 4096), "bfloat16")[nf4.STATE_SUFFIX]
     assert json.loads(bytes(state.tolist()))["nested_offset"] == pytest.approx(longest)
-    assert state.numel() <= nf4.stored_shapes((4096, 4096))[nf4.STATE_SUFFIX][0][0]
+    assert state.numel() <= nf4.stored_shapes((4096, 4096), "bfloat16")[nf4.STATE_SUFFIX][0][0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -189,7 +189,7 @@ def _layers(defaults: PretrainedConfig) -> dict[str, Any]:
 
 
 def write_tiny(directory: Path, model_type: str, *, vocab_size: int, whole: bool = False, seed: int = 0) -> None:
-    """Write a model of this type in float32, every parameter drawn (std 0.05), norms and biases too.
+    """Write a model of this type in float32, all its tensors drawn (std 0.05): norms, biases and buffers too.
 
     At their initial ones and zeros, a mix-up of tensors could go unseen. The class is the causal one, or with `whole`
     the multimodal one that such a checkpoint is published as.
@@ -201,6 +201,7 @@ def write_tiny(directory: Path, model_type: str, *, vocab_size: int, whole: bool
     auto_class = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
     model = auto_class.from_config(tiny_config(model_type, vocab_size=vocab_size))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05)
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.05)
     model.save_pretrained(directory)
