@@ -88,23 +88,26 @@ def _assert_equal(source: Path, ours: Path, theirs: Path, strategy: str, report:
     targets = list(report["adapter"]["targets"]) if report["adapter"] else None
     run_reference(source, theirs, strategy=strategy, tokenizer_size=TOKENS, targets=targets)
     assert_same_tensors(ours, theirs)
-    for name in ("config.json", "generation_config.json"):
-        if (theirs / name).exists() or (ours / name).exists():
-            expected = json.loads((theirs / name).read_text())
-            assert_same_json(ours / name, theirs / name, **_padding(expected, report["embeddings"]["pad_token_id"]))
+    pad = report["embeddings"]["pad_token_id"]
+    assert_same_json(ours / "config.json", theirs / "config.json", **_padding(theirs, pad))
+    name = "generation_config.json"
+    if (theirs / name).exists() or (ours / name).exists():
+        assert_same_json(ours / name, theirs / name, **({} if pad is None else {"pad_token_id": pad}))
     if targets is not None:
         assert_same_tensors(ours / "adapter", theirs / "adapter")
         assert_same_adapter_config(ours / "adapter", theirs / "adapter")
 
 
-def _padding(config: dict[str, Any], pad: int | None) -> dict[str, Any]:
-    """What of a reference's config is otherwise on purpose: the tokenizer's pad token's id, if the report has one."""
-    text = config.get("text_config")
-    if pad is None:
+def _padding(directory: Path, pad: int | None) -> dict[str, Any]:
+    """What of a config.json is otherwise on purpose: the tokenizer's pad token, if the report and the class have one."""
+    from transformers import AutoConfig
+
+    if pad is None or not hasattr(AutoConfig.from_pretrained(directory).get_text_config(), "pad_token_id"):
         return {}
-    if text is None:
-        return {"pad_token_id": pad}
-    return {"text_config": {**text, "pad_token_id": pad}} | ({"pad_token_id": pad} if "pad_token_id" in config else {})
+    settings = json.loads((directory / "config.json").read_text())
+    whole = {"pad_token_id": pad} if "text_config" not in settings or "pad_token_id" in settings else {}
+    text = {"text_config": settings["text_config"] | {"pad_token_id": pad}} if "text_config" in settings else {}
+    return whole | text
 
 
 def _said_by(error: Exception) -> str:

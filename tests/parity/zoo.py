@@ -70,6 +70,7 @@ _SIZES_IN_WORDS: tuple[tuple[int, str], ...] = (
 _SIZES = {key: size for size, keys in _SIZES_IN_WORDS for key in keys.split()}
 
 _DOTS3 = {
+    "head_dim": _HEAD,
     "num_key_value_heads": _HEADS,
     "swa_num_attention_heads": _HEADS,
     "swa_num_key_value_heads": _HEADS,
@@ -96,8 +97,17 @@ _VOCABULARIES = (
 
 _BY_TYPE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
-    "dots3_note_vision_encoder": {"adapter_in_dim": _WIDTH},
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": None,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": _WIDTH},
+    "dots3_note_vision_encoder": {"adapter_in_dim": _WIDTH, "adapter_out_dim": _WIDTH},
     "dots3_note_text": _DOTS3,
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -118,11 +128,15 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         }
     },
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 1},
-    "inkling2_loop_text": {"loop_layer_index_start": 0, "loop_layer_index_end": 1},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2},
     "lfm2": {"num_hidden_layers": 2, "full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_hidden_layers": 2, "layer_types": None, "no_rope_layers": None, "moe_layers": [1]},
     "mamba2": {"num_heads": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"qk_dim_factor": 1.0},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
@@ -157,6 +171,8 @@ def _small(config_class: type[PretrainedConfig], model_type: str, vocab_size: in
     sizes = _SIZES | dict.fromkeys(_VOCABULARIES, vocab_size)
     fields = {field.name for field in dataclasses.fields(config_class)}
     values = {key: value for key, value in sizes.items() if key in fields}
+    if "qk_rope_head_dim" in fields:
+        values["head_dim"] = values["qk_rope_head_dim"]  # what these rotate
     extra = _BY_TYPE.get(model_type, {})
     try:
         defaults = config_class()
