@@ -99,7 +99,7 @@ def _assert_equal(source: Path, ours: Path, theirs: Path, strategy: str, report:
 
 
 def _padding(directory: Path, pad: int | None) -> dict[str, Any]:
-    """What of a config.json is otherwise on purpose: the tokenizer's pad token, if the report and the class have one."""
+    """What of a config.json is otherwise on purpose: the pad token, where the report and the class have one."""
     from transformers import AutoConfig
 
     if pad is None or not hasattr(AutoConfig.from_pretrained(directory).get_text_config(), "pad_token_id"):

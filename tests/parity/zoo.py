@@ -69,6 +69,7 @@ _SIZES_IN_WORDS: tuple[tuple[int, str], ...] = (
 
 _SIZES = {key: size for size, keys in _SIZES_IN_WORDS for key in keys.split()}
 
+_DORY = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
 _DOTS3 = {
     "head_dim": _HEAD,
     "num_key_value_heads": _HEADS,
@@ -128,7 +129,12 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         }
     },
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 1},
-    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2},
+    "inkling2_loop_text": {
+        "num_hidden_layers": 3,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
     "lfm2": {"num_hidden_layers": 2, "full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_hidden_layers": 2, "layer_types": None, "no_rope_layers": None, "moe_layers": [1]},
