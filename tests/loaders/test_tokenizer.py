@@ -159,7 +159,7 @@ def test_facts_are_what_the_report_says(tmp_path: Path) -> None:
         "eos_token_id": 127,
         "bos_token": "<|begin_of_text|>",
         "padding_side": "right",
-        "model_max_length": 10**30,
+        "model_max_length": int(1e30),
         "chat_template_sha256": hashlib.sha256(LLAMA3_TEMPLATE.encode()).hexdigest(),
         "chat_template_name": None,
     }
