@@ -89,12 +89,16 @@ def _keep_stdout() -> None:
 
 def run(words: list[str]) -> int:
     """Run a command line; returns the exit code."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if "--version" in words:  # each command is of the same one
+        words = ["--version"]
     flags = {word.replace("_", "-").removesuffix("=true") for word in words}
     # for errors in the flags themselves: a command configures the output again once it has read them
     as_json = "--json" in flags and is_first_process()
     OUTPUT.configure(as_json=as_json, quiet="--quiet" in flags, debug="--debug" in flags)
     try:
-        code = app(words or ["--help"], standalone_mode=False) or 0
+        code = app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
         sys.stdout.flush()
     except (Exception, SystemExit, Interrupted) as error:
         # click and rich make an exit of it when whoever reads our output has gone
@@ -102,7 +106,7 @@ def run(words: list[str]) -> int:
             # python would complain again when it closes stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        failure = explain(error)
+        failure = explain(error, *words[:1])
         OUTPUT.failure(failure)
         return failure.code
     return code

@@ -30,8 +30,8 @@ class Failure:
     hint: str | None
 
 
-def explain(error: BaseException) -> Failure:
-    """Turn any exception into a `Failure`. What is not expected is a bug in ftload, exit code 1."""
+def explain(error: BaseException, command: str = "") -> Failure:
+    """Turn any exception, in which `command` ended, into a `Failure`. What is not expected is a bug, exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)
     if not isinstance(error, ResourceError) and _is_out_of_memory(error):
@@ -60,7 +60,7 @@ def explain(error: BaseException) -> Failure:
             code=UsageError.code,
             kind=UsageError.kind,
             message=one_line(str(describe()).rstrip(".")),
-            hint="see `ftload --help`",
+            hint=_where_it_is_told(error, command),
         )
     return Failure(
         code=FtloadError.code,
@@ -87,6 +87,14 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _where_it_is_told(error: BaseException, command: str) -> str:
+    """The help that answers a usage error of click's, raised by a command or before there is one."""
+    commands = getattr(getattr(getattr(error, "ctx", None), "command", None), "commands", None)
+    if commands:
+        return f"a command comes first: {', '.join(commands)}; see `ftload --help`"
+    return f"see `ftload {command} --help`"
 
 
 def one_line(text: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from .tables import format_bytes, harmless, print_table
+from .tables import UNBOUNDED, format_bytes, harmless, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def print_training_memory(console: Console, methods: list[Mapping[str, Any]]) ->
         if drawn:
             print_table(console, _bars(known))
         console.print()
-        print_table(console, _fits(known))
+        print_table(console, _fits(console, known))
         console.print(f"[dim]{how_to_read(known[0])}[/]", soft_wrap=True)
         for name, origin in origins(known):
             console.print(f"[dim]{name}: {harmless(origin)}[/]", soft_wrap=True)
@@ -93,7 +93,7 @@ def _parts(methods: list[Mapping[str, Any]], *, drawn: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"training, {setting(methods[0])}")
     for method in methods:
-        table.add_column(method["method"], justify="right")
+        table.add_column(method["method"], justify="right", no_wrap=True)
     for number, name in enumerate(part_names(methods)):
         mark = Text("■ ", PART_COLOURS[number]) if drawn else Text()
         sizes = (part_bytes(method, name) for method in methods)
@@ -115,15 +115,27 @@ def _bars(methods: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _fits(methods: list[Mapping[str, Any]]) -> Table:
+def _fits(console: Console, methods: list[Mapping[str, Any]]) -> Table:
+    """What fits on each GPU: the methods side by side, or below each other where that is too wide for the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("fits", justify="right")
+    table.add_column("fits", justify="right", no_wrap=True)
     for method in methods:
         table.add_column(method["method"], no_wrap=True)
     for fits in zip(*(method["fits"] for method in methods), strict=True):
-        cells = (
-            Text(f"yes: {what_fits(fit)}", "green") if fit["fits"] else Text(what_fits(fit) or "no", "dim")
-            for fit in fits
-        )
-        table.add_row(f"{fits[0]['gigabytes']} GB", *cells)
-    return table
+        table.add_row(f"{fits[0]['gigabytes']} GB", *map(_fit_words, fits))
+    if console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum <= console.width:
+        return table
+    stacked = Table(box=None, pad_edge=False, show_header=False)
+    stacked.add_column(style="bold", no_wrap=True)
+    stacked.add_column(justify="right", no_wrap=True)
+    stacked.add_column(overflow="fold")
+    for method in methods:
+        stacked.add_row(method["method"], "[bold]fits[/]")
+        for fit in method["fits"]:
+            stacked.add_row("", f"{fit['gigabytes']} GB", _fit_words(fit))
+    return stacked
+
+
+def _fit_words(fit: Mapping[str, Any]) -> Text:
+    words = what_fits(fit)
+    return Text(f"yes: {words}", "green") if fit["fits"] else Text(words or "no", "dim")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -17,7 +20,13 @@ UNBOUNDED = 10_000
 def make_console() -> Console:
     """A console on stdout: as wide as the terminal; in a pipe, where lines are for `grep`, nothing is folded."""
     console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=UNBOUNDED)
+    if not console.is_terminal:
+        return Console(highlight=False, emoji=False, width=UNBOUNDED)
+    if "COLUMNS" not in os.environ:
+        # rich asks descriptors 0 to 2 for a width, and stdout has been moved to another (see cli/app.py)
+        with contextlib.suppress(OSError):
+            console.width = os.get_terminal_size(sys.stdout.fileno()).columns or console.width
+    return console
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -31,6 +31,7 @@ from .source import Source
 from .staging import Journal, Staging, check_output, find_finished, staged
 from .strategy import STRATEGIES
 from .stream import Progress, Written, write_tensors
+from .strict import check_strict
 
 if TYPE_CHECKING:
     from .arguments import Arguments, PlanOptions
@@ -215,17 +216,6 @@ def _link_or_copy(prepared: Prepared, scratch: Path) -> Prepared:
     decision = Decision(what="base", requested="link", effective="copy", reason=problem)
     request = dataclasses.replace(plan.request, base="copy")
     return dataclasses.replace(prepared, plan=dataclasses.replace(plan, request=request)).decide(decision)
-
-
-def check_strict(decisions: Iterable[Decision]) -> None:
-    """Raise `MissingRequirementError` when anything is done otherwise than it was asked for."""
-    other = [decision for decision in decisions if decision.effective != decision.requested]
-    if other:
-        listed = "; ".join(f"{d.what}: {d.requested} → {d.effective} ({d.reason})" for d in other)
-        raise MissingRequirementError(
-            f"`--strict`: not as requested: {listed}",
-            hint="ask for what is possible here, or leave out --strict",
-        )
 
 
 def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> None:

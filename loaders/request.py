@@ -64,6 +64,7 @@ class Request:
 def resolve_request(arguments: Arguments) -> Request:
     """Turn flags into a request. Raises `UsageError` where they contradict each other."""
     from .arguments import parse_size
+    from .model_page import repository_of
     from .training_refusals import training_warnings
 
     flat, own = arguments.flat, arguments.own
@@ -73,6 +74,7 @@ def resolve_request(arguments: Arguments) -> Request:
         if not value.isascii() and value != value.encode(errors="replace").decode():
             # the report, the configuration and the adapter are UTF-8 and name both
             raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
+    model, revision = repository_of(flat.model_name_or_path, flat.model_revision)
     decisions = []
     if flat.use_qlora and not flat.use_lora:
         asked = "true" if arguments.origins["use_lora"] == "default" else "false"
@@ -114,8 +116,8 @@ def resolve_request(arguments: Arguments) -> Request:
     if output.name == "..":
         output = output.resolve()
     return Request(
-        model=flat.model_name_or_path,
-        revision=flat.model_revision,
+        model=model,
+        revision=revision,
         config_name=flat.config_name,
         config_overrides=_overrides(flat.additional_model_arguments),
         trust_remote_code=arguments.tokenizer.trust_remote_code,

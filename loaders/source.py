@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import CheckpointError, SourceError, UsageError, said_by
 from .hub_errors import check_endpoint, hub_errors, is_outage, not_a_hub, with_retries
 from .masking import masked
+from .model_page import repository_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -202,13 +203,14 @@ class Source:
 
 
 def resolve_source(model: str, revision: str | None) -> Source:
-    """Find the model: a directory, a `.gguf` file, or a repository on the hub.
+    """Find the model: a directory, a `.gguf` file, or a repository on the hub, by name or by its page's address.
 
     What is on disk wins. Raises `SourceError` when there is nothing to be found or no way to it, `UsageError`
     when `model` is empty.
     """
     if not model:
         raise UsageError("the name of the model is empty")
+    model, revision = repository_of(model, revision)
     try:
         path = Path(model).expanduser()
         if path.is_dir():

@@ -206,3 +206,26 @@ def test_what_fills_the_memory_is_drawn(llama: Path, tmp_path: Path) -> None:
     for (_, bar), size in zip(bars, sizes, strict=True):
         assert len(bar) == pytest.approx(60 * size / max(sizes), abs=1)
     assert "weights: counted from the checkpoint's headers" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_no_number_is_cut_however_narrow_the_terminal(llama: Path, tmp_path: Path, columns: int) -> None:
+    """Where the GPUs' answers don't fit side by side, they stand below each other."""
+    command = [sys.executable, "-m", "ftload.cli", "plan", "--model", llama, "--max_seq_length", "2048"]
+    shown = without_colours(at_a_terminal(command, tmp_path, columns=columns))
+    tables = shown[shown.index("\n") + 1 : shown.index("the largest batch of")]
+    assert "…" not in tables
+    assert max(map(len, tables.splitlines())) <= columns
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (heading, *wide) = re.findall(r"^ *(?:fits|[0-9]+ GB)  .*$", piped, re.MULTILINE)
+    assert heading.split() == ["fits", "full", "lora", "qlora"]
+    lines = [line.rstrip() for line in tables.splitlines()]
+    if columns == 200:
+        assert lines[-10:] == [heading, *wide]
+        return
+    rows = [re.split(r"  +(?=yes|only|no)", row.strip()) for row in wide]
+    assert len(rows) == 9
+    expected = []
+    for number, method in enumerate(heading.split()[1:], start=1):
+        expected += [f"{method} fits", *(f"{row[0]} {row[number]}" for row in rows)]
+    assert [" ".join(line.split()) for line in lines[-30:]] == expected

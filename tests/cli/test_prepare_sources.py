@@ -212,6 +212,16 @@ def run_on(hub: LoopbackHub, directory: Path, *words: str) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
+def test_the_address_of_a_models_page(llama: Path, tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        commit = hub.add("org/model", llama, tags=("v1",))
+        page = f"{hub.env(tmp_path)['HF_ENDPOINT']}/org/model"
+        report = run_on(hub, tmp_path, "--model", f"{page}/tree/v1", "--output_dir", "out", "--use_lora")
+        source = report["source"]
+        assert (source["model"], source["revision"], source["commit"]) == ("org/model", "v1", commit)
+        assert (report["adapter"]["base"], report["adapter"]["revision"]) == ("org/model", commit)
+
+
 def test_a_model_on_the_hub(llama: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     shutil.copytree(llama, repo)

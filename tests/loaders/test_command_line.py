@@ -348,6 +348,10 @@ def test_yaml_files_mean_what_they_mean_to_hf_argument_parser(text: str, tmp_pat
         ("--dataset_mixer '{\"a\": 1}'", {"dataset_mixer": {"a": 1}}),
         ('--dataset_mixer \'{"a": "1"}\'', {"dataset_mixer": {"a": "1"}}),
         ("--additional_model_arguments {}", {"additional_model_arguments": {}}),
+        (
+            """--additional_model_arguments '{"a": "\u00b2", "b": "1"}'""",
+            {"additional_model_arguments": {"a": "\u00b2", "b": 1}},
+        ),
         ("--base copy --embedding_init reference", {"base": "copy", "embedding_init": "reference"}),
         ("--max_shard_size 2GiB", {"max_shard_size": "2GiB"}),
         ("--lora_rank 1 --lora_dropout 0 --seed 0", {"lora_rank": 1, "lora_dropout": 0.0, "seed": 0}),

@@ -1,0 +1,104 @@
+"""What people type by mistake, and what they are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ftload.loaders.environment import ftload_version
+from ftload.loaders.errors import MissingRequirementError
+from ftload.loaders.request import Decision
+from ftload.loaders.strict import check_strict
+
+from ..conftest import Result
+
+Ftload = Callable[..., Result]
+ROOT = "a command comes first: prepare, plan, verify, inspect, doctor; see `ftload --help`"
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("help", "--help"),
+        ("help prepare", "prepare --help"),
+        ("help verify", "verify --help"),
+        ("prepare --version", "--version"),
+        ("verify --version", "--version"),
+        ("inspect x --version", "--version"),
+    ],
+)
+def test_other_ways_to_ask(ftload: Ftload, words: str, same: str) -> None:
+    asked = ftload(*words.split())
+    assert asked == ftload(*same.split())
+    assert (asked.code, asked.err) == (0, "")
+    if same == "--version":
+        assert asked.out == f"ftload {ftload_version()}\n"
+    else:
+        assert "Usage: ftload" in asked.out
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("verify", "see `ftload verify --help`"),
+        ("verify --slow x", "see `ftload verify --help`"),
+        ("inspect", "see `ftload inspect --help`"),
+        ("inspect a b c", "see `ftload inspect --help`"),
+        ("doctor --for", "see `ftload doctor --help`"),
+        ("load x", ROOT),
+        ("run.yaml", ROOT),
+        ("--model x", ROOT),
+        ("help load", ROOT),
+        ("prepare --lora_rnak 8", "`--help` lists every flag"),
+        ("prepare org/name", "name the model with `--model org/name`"),
+        ("prepare --model", None),
+        ("prepare", "pass --model with a hub id, a directory or a .gguf file"),
+    ],
+)
+def test_each_command_points_to_its_own_help(ftload: Ftload, words: str, hint: str | None) -> None:
+    result = ftload(*words.split(), "--json") if words.startswith("prepare") else ftload(*words.split())
+    assert result.code == 2
+    if words.startswith("prepare"):
+        assert json.loads(result.out)["error"]["hint"] == hint
+    else:
+        assert result.err.splitlines()[1:] == [f"hint: {hint}"]
+
+
+@pytest.mark.parametrize(
+    ("what", "requested", "effective", "way"),
+    [
+        ("attention", "flash_attention_2", "sdpa", "pass `--use_flash_attn false`"),
+        ("use_lora", "false", "true", "pass `--use_lora`"),
+        ("use_liger_kernel", "true", "false", "pass `--use_liger_kernel false`"),
+        ("base", "link", "copy", "pass `--base copy`"),
+        ("base_dtype", "bfloat16", "float32", "pass `--base copy`"),
+        ("add_bos", "true", "false", "pass `--add_bos false`"),
+        ("use_fast", "false", "true", "pass `--use_fast true`"),
+        ("lora_targets", "q_proj", "c_attn c_proj", "pass `--lora_target_modules c_attn c_proj`"),
+        ("model_revision", "v1", "none", "leave out `--model_revision`"),
+        ("chat_template_name", "x", "the tokenizer's own", "leave out `--chat_template_name`"),
+        ("push_to_hub hf_entity", "publish", "false", "leave out `--push_to_hub --hf_entity`"),
+        ("nf4_encoder", "numba", "bitsandbytes", "ask for what is possible here"),
+    ],
+)
+def test_strict_names_the_flag_that_satisfies_it(what: str, requested: str, effective: str, way: str) -> None:
+    kept = Decision(what="get_tokenizer_fn", requested="x", effective="x", reason="r")
+    with pytest.raises(MissingRequirementError) as caught:
+        check_strict([kept, Decision(what=what, requested=requested, effective=effective, reason="why")])
+    assert caught.value.message == f"`--strict`: not as requested: {what}: {requested} → {effective} (why)"
+    assert caught.value.hint == f"{way}, or leave out --strict"
+    check_strict([kept])
+
+
+def test_what_strict_names_satisfies_it(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
+    words = ["plan", "--model", llama, "--output_dir", tmp_path / "out", "--strict", "--json"]
+    asked = [*words, "--use_qlora", "--no_use_lora", "--model_revision", "v1", "--save_to_hub", "a/b"]
+    refused = ftload(*asked)
+    assert refused.code == 5
+    assert json.loads(refused.out)["error"]["hint"] == (
+        "leave out `--model_revision`, pass `--use_lora`, leave out `--save_to_hub`, pass `--use_flash_attn false`, "
+        "or leave out --strict"
+    )
+    assert ftload(*words, "--use_qlora", "--use_lora", "--use_flash_attn", "false").code == 0
