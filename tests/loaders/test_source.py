@@ -161,7 +161,9 @@ def test_names_that_can_be_nothing(tmp_path: Path) -> None:
         resolve_source("~nobody-has-this-name", None)
     with pytest.raises(SourceError) as caught:
         resolve_source("https://me:password@example.org/org/name", None)
-    assert caught.value.message == "`https://***@example.org/org/name` does not exist"
+    assert caught.value.message.startswith(
+        "`https://***@example.org/org/name` is not the address of a model's page on "
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
