@@ -69,6 +69,9 @@ class Verification:
 def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: Progress) -> Verification:
     """Check a prepared directory; `quick` leaves out loading the model and the training step.
 
+    Every file is read once for its hash; beyond that the quick way reads headers, the JSON files, the tokenizer, of a
+    4-bit weight its statistics (a thirty-second of it), and of each lora A 16 KiB. Of a base on a hub: headers alone.
+
     Raises `CheckpointError` when there is no report that this version understands, `SourceError` when there is no such
     directory.
     """

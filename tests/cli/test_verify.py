@@ -275,6 +275,7 @@ def test_a_referenced_base_that_changed(ftload: Ftload, model: Path, tmp_path: P
     result = ftload("verify", tmp_path / "out", "--quick")
     assert result.code == 7
     assert f"`{tmp_path / 'model'}` does not exist" in result.err
+    assert "prepare it again" not in result.err.splitlines()[-1]  # there is nothing that it could be prepared from
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema_version": "0"}', '{"schema_version": "1"}'])

@@ -198,6 +198,25 @@ def test_an_adapter_of_another_rank(ftload: Ftload, outputs: dict[str, Path], tm
     assert "q_proj.lora_A.weight` has the shape [4, 64], its layer takes [8, 64]" in failed["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("plant", "hint"),
+    [
+        (make_pad_eos, "prepare it with another --tokenizer_name_or_path, or mend the model's own tokenizer first"),
+        (lambda out: (make_pad_eos(out), config(hidden_act="gelu")(out)), "prepare it again with --overwrite"),
+    ],
+)
+def test_the_hint_of_several_problems(
+    ftload: Ftload, outputs: dict[str, Path], tmp_path: Path, plant: Callable[[Path], Any], hint: str
+) -> None:
+    """What was written wrong would be written again; what is not what was written would not."""
+    shutil.copytree(outputs["copied"], tmp_path / "out")
+    plant(tmp_path / "out")
+    make_hashes_fit(tmp_path / "out")
+    result = ftload("verify", tmp_path / "out", "--quick")
+    assert result.code == 7
+    assert result.err.splitlines()[-1] == f"hint: {hint}"
+
+
 @pytest.mark.parametrize("fault", ["a shard truncated", "the adapter missing", "a byte of tokenizer.json flipped"])
 def test_what_can_not_be_loaded_is_no_bug(ftload: Ftload, outputs: dict[str, Path], tmp_path: Path, fault: str) -> None:
     kind, _, fit, plant = FAULTS[fault]
