@@ -10,7 +10,7 @@ from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from .catalog import LinearLayer, Targets, resolve_targets
+from .catalog import ALL_LINEAR, LinearLayer, Targets, resolve_targets
 from .checkpoint import DTYPE_CODES, TORCH_NAMES, Checkpoint
 from .environment import Attention, resolve_attention, usable_processors
 from .errors import MissingRequirementError, ResourceError, UsageError, said_by
@@ -18,6 +18,7 @@ from .liger import liger_kernels
 from .lora import adapter_steps
 from .operations import Grow, OutputTensor, Quantize, Step
 from .output_files import OutputFile, divide, output_file, unchanged_files
+from .peft_matching import Peft
 from .request import Decision, Request
 from .skeleton import Skeleton
 from .tensor_map import ModelTensor
@@ -155,11 +156,17 @@ def make_plan(request: Request, strategy: Strategy, checkpoint: Checkpoint, skel
     targets = adapter_file = None
     if strategy.has_adapter:
         four_bit = _four_bit_layers(skeleton, steps)
+        layers = tuple(_seen_by_peft(layer, four_bit=layer.name in four_bit) for layer in skeleton.layers)
         targets = resolve_targets(
-            (_seen_by_peft(layer, four_bit=layer.name in four_bit) for layer in skeleton.layers),
+            layers,
+            modules=(name for name, _ in skeleton.model.named_modules()),
             asked=request.lora_targets,
             fused_experts=bool(skeleton.fused_experts),
         )
+        peft = Peft(
+            model=skeleton.model, rank=request.lora_rank, alpha=request.lora_alpha, dropout=request.lora_dropout
+        )
+        targets = peft.confirm(targets, asked=request.lora_targets not in (None, (ALL_LINEAR,)), layers=layers)
         decisions += targets.decisions
         dtypes = {
             layer.name: _adapter_dtype(layer, strategy, skeleton, four_bit, quantization_config)

@@ -21,6 +21,7 @@ from .source import Source, resolve_source, tokenizer_file_names
 from .strategy import STRATEGIES
 from .stream import Progress
 from .tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source
+from .trained_adapter import leave_adapter
 from .vocabulary import (
     Padding,
     check_rows,
@@ -145,6 +146,9 @@ def make_ready(
                 reason="the model is local: it has no revisions",
             )
         )  # fmt: skip
+    left = leave_adapter(source, fresh=strategy.has_adapter)
+    if left is not None:
+        decisions.append(left)
 
     config = None
     if source.kind != "gguf":

@@ -130,7 +130,8 @@ def build_skeleton(
 
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     head_module = head.removesuffix(".weight") if head else None
-    layers = tuple(_linear_layers(model, classes, head_module))
+    towers = tower_modules(model)
+    layers = tuple(_linear_layers(model, classes, head_module, towers))
     saved = SavedModel(
         model=model,
         state=saved_state,
@@ -159,7 +160,7 @@ def build_skeleton(
         tied=tied,
         stored_quantization=stored_quantization,
         left_out=left_out,
-        towers=tower_modules(model),
+        towers=towers,
         warnings=tuple(warnings),
     )
 
@@ -358,9 +359,14 @@ def _check_loadable(resized: PreTrainedModel, fresh: PreTrainedModel) -> None:
             )
 
 
-def _linear_layers(model: PreTrainedModel, classes: Mapping[str, str], head: str | None) -> Iterator[LinearLayer]:
+def _linear_layers(
+    model: PreTrainedModel, classes: Mapping[str, str], head: str | None, towers: tuple[str, ...]
+) -> Iterator[LinearLayer]:
     import torch
     from transformers.pytorch_utils import Conv1D
+
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    apart = tuple(f"{name}." for name in towers)
 
     for name, module in model.named_modules():
         if name == head:
@@ -378,6 +384,7 @@ def _linear_layers(model: PreTrainedModel, classes: Mapping[str, str], head: str
             out_features=out_features,
             component=component_of(f"{name}.weight", classes, head=head),
             transposed=transposed,
+            in_blocks=name.startswith(blocks) and not f"{name}.".startswith(apart),
         )
 
 

@@ -29,6 +29,7 @@ def check_adapter(context: Context) -> Iterator[str]:
             replace(layer, transposed=layer.transposed and layer.name not in four_bit)
             for layer in context.skeleton.layers
         ),
+        modules=(name for name, _ in context.skeleton.model.named_modules()),
         asked=tuple(expected["targets"]),
         fused_experts=False,
     )

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
-from ftload.loaders.catalog import ALL_LINEAR, REFERENCE_TARGETS, Component, LinearLayer, component_of, resolve_targets
+from ftload.loaders.catalog import (
+    ALL_LINEAR,
+    REFERENCE_TARGETS,
+    Component,
+    LinearLayer,
+    Targets,
+    component_of,
+    resolve_targets,
+)
 from ftload.loaders.errors import UsageError
 
 
 def _layer(name: str, component: Component) -> LinearLayer:
-    return LinearLayer(name=name, in_features=4, out_features=4, component=component, transposed=False)
+    return LinearLayer(
+        name=name, in_features=4, out_features=4, component=component, transposed=False,
+        in_blocks="vision_tower" not in name,
+    )  # fmt: skip
+
+
+def _resolve(
+    layers: Iterable[LinearLayer], *, asked: tuple[str, ...] | None, fused_experts: bool, others: tuple[str, ...] = ()
+) -> Targets:
+    layers = tuple(layers)
+    modules = [*(layer.name for layer in layers), *others]
+    return resolve_targets(layers, modules=modules, asked=asked, fused_experts=fused_experts)
 
 
 LLAMA = [
@@ -22,7 +43,7 @@ LLAMA = [
 
 
 def test_the_seven_names_where_the_architecture_has_them() -> None:
-    targets = resolve_targets(LLAMA, asked=None, fused_experts=False)
+    targets = _resolve(LLAMA, asked=None, fused_experts=False)
     assert targets.patterns == REFERENCE_TARGETS
     assert dict(targets.hits) == dict.fromkeys(REFERENCE_TARGETS, 2)
     assert targets.layers == tuple(LLAMA)
@@ -36,7 +57,7 @@ def test_all_linear_layers_of_the_blocks_where_some_name_is_missing() -> None:
         _layer("h.0.mlp.gate", "router"),
         _layer("vision_tower.h.0.attn.qkv_vision", "attention"),
     ]
-    targets = resolve_targets(layers, asked=None, fused_experts=False)
+    targets = _resolve(layers, asked=None, fused_experts=False)
     assert targets.patterns == ("qkv", "down_proj")
     (decision,) = targets.decisions
     assert decision.what == "lora_targets"
@@ -45,7 +66,7 @@ def test_all_linear_layers_of_the_blocks_where_some_name_is_missing() -> None:
 
 
 def test_attention_alone_where_experts_are_fused() -> None:
-    targets = resolve_targets(LLAMA, asked=None, fused_experts=True)
+    targets = _resolve(LLAMA, asked=None, fused_experts=True)
     assert targets.patterns == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert len(targets.layers) == 8
     assert "attention alone" in targets.decisions[0].reason
@@ -56,14 +77,30 @@ def test_whole_names_where_a_short_one_would_hit_what_must_not_be_trained() -> N
         _layer("model.layers.0.self_attn.proj", "attention"),
         _layer("model.vision_tower.0.attn.proj", "attention"),
     ]
-    targets = resolve_targets(layers, asked=None, fused_experts=False)
+    targets = _resolve(layers, asked=None, fused_experts=False)
     assert targets.patterns == ("model.layers.0.self_attn.proj",)
     assert dict(targets.hits) == {"model.layers.0.self_attn.proj": 1}
     assert targets.layers == (layers[0],)
 
 
+def test_whole_names_where_a_module_of_another_kind_has_the_short_one() -> None:
+    layers = [_layer("h.0.ffn.0", "mlp"), _layer("h.0.ffn.2", "mlp")]
+    targets = _resolve(layers, asked=None, fused_experts=False, others=("h", "h.0"))
+    assert targets.patterns == ("h.0.ffn.0", "h.0.ffn.2")
+    assert _resolve(LLAMA, asked=None, fused_experts=False, others=("other.q_proj",)).patterns == tuple(
+        layer.name for layer in LLAMA
+    )
+
+
+def test_a_mixer_is_trained_where_experts_are_fused_and_no_attention_is_called_so() -> None:
+    layers = [_layer("layers.0.mixer.in_proj", "mlp"), _layer("layers.0.experts.0.up_proj", "experts")]
+    targets = _resolve(layers, asked=None, fused_experts=True)
+    assert targets.patterns == ("in_proj",)
+    assert "the rest alone is trained" in targets.decisions[0].reason
+
+
 def test_what_the_user_names_is_taken_and_must_hit() -> None:
-    targets = resolve_targets(LLAMA, asked=("q_proj", "layers.1.mlp.up_proj"), fused_experts=False)
+    targets = _resolve(LLAMA, asked=("q_proj", "layers.1.mlp.up_proj"), fused_experts=False)
     assert dict(targets.hits) == {"q_proj": 2, "layers.1.mlp.up_proj": 1}
     assert [layer.name for layer in targets.layers] == [
         "model.layers.0.self_attn.q_proj",
@@ -71,19 +108,19 @@ def test_what_the_user_names_is_taken_and_must_hit() -> None:
         "model.layers.1.mlp.up_proj",
     ]
     with pytest.raises(UsageError, match="no linear layer is called `w1`, `w2`") as raised:
-        resolve_targets(LLAMA, asked=("q_proj", "w1", "w2"), fused_experts=False)
+        _resolve(LLAMA, asked=("q_proj", "w1", "w2"), fused_experts=False)
     assert raised.value.hint == "this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
 
 def test_all_linear_is_pefts_word() -> None:
-    targets = resolve_targets(LLAMA, asked=(ALL_LINEAR,), fused_experts=False)
+    targets = _resolve(LLAMA, asked=(ALL_LINEAR,), fused_experts=False)
     assert set(targets.patterns) == set(REFERENCE_TARGETS)
     assert targets.decisions[0].requested == "all-linear"
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(UsageError, match="finds no linear layer"):
-        resolve_targets([_layer("x.gate", "router")], asked=None, fused_experts=False)
+        _resolve([_layer("x.gate", "router")], asked=None, fused_experts=False)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +149,7 @@ ROUTER = _layer("model.layers.0.mlp.gate", "router")
 
 
 def test_the_seven_names_leave_a_vision_tower_alone() -> None:
-    targets = resolve_targets([*LLAMA, TOWER], asked=None, fused_experts=False)
+    targets = _resolve([*LLAMA, TOWER], asked=None, fused_experts=False)
     assert targets.layers == tuple(LLAMA)
     assert TOWER.name in targets.decisions[0].reason
 
@@ -121,13 +158,15 @@ def test_the_seven_names_leave_a_vision_tower_alone() -> None:
 def test_a_name_that_hits_a_vision_tower_unasked(pattern: str, stray: LinearLayer | None) -> None:
     layers = [*LLAMA, TOWER, ROUTER, _layer("model.layers.0.mlp.proj", "mlp")]
     if stray is None:
-        assert len(resolve_targets(layers, asked=(pattern,), fused_experts=False).layers) in (1, 2)
+        assert len(_resolve(layers, asked=(pattern,), fused_experts=False).layers) == (1 if pattern == "proj" else 2)
         return
-    with pytest.raises(UsageError, match=f"`{pattern}` hits `{stray.name}`, which is a vision tower's"):
-        resolve_targets(layers, asked=(pattern,), fused_experts=False)
+    with pytest.raises(
+        UsageError, match=f"`{pattern}` hits `{stray.name}`, which lies outside the language model's layers"
+    ):
+        _resolve(layers, asked=(pattern,), fused_experts=False)
 
 
 @pytest.mark.parametrize("pattern", [TOWER.name, "vision_tower.layers.0.self_attn.q_proj", "gate"])
 def test_what_is_asked_for_by_its_own_name_is_trained(pattern: str) -> None:
-    (layer,) = resolve_targets([*LLAMA, TOWER, ROUTER], asked=(pattern,), fused_experts=False).layers
+    (layer,) = _resolve([*LLAMA, TOWER, ROUTER], asked=(pattern,), fused_experts=False).layers
     assert layer in (TOWER, ROUTER)

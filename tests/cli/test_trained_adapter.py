@@ -1,0 +1,74 @@
+"""A trained adapter beside the model is not dropped without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ftload.cli.app import run
+from safetensors.torch import load_file, save_file
+
+from ..parity.models import write_model
+from ..tokenizers import write_llama
+from .runs import prepare
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapters")
+    write_model(directory / "source", "llama", vocab_size=144, dtype="bfloat16")
+    write_llama(directory / "source", vocab_size=128)
+    prepare(directory / "source", directory / "prepared", "--use_lora", "--base", "copy")
+    return directory / "prepared"
+
+
+def _train(weights: Path) -> None:
+    """Change one number of the last B, as a training step would."""
+    tensors = load_file(weights)
+    name = sorted(name for name in tensors if ".lora_B." in name)[-1]
+    tensors[name][-1, -1] = 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def _decisions(report: dict[str, Any]) -> list[dict[str, str]]:
+    return [decision for decision in report["decisions"] if decision["what"] == "adapter"]
+
+
+def test_an_untrained_one_is_nothing_to_tell(prepared: Path, tmp_path: Path) -> None:
+    flags = ("--use_lora", "--strict", "--use_flash_attn", "false")
+    assert _decisions(prepare(prepared, tmp_path / "again", *flags)) == []
+
+
+@pytest.mark.parametrize("place", ["adapter", "."])
+def test_a_trained_one_is_a_decision(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    weights = prepared / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    moved: list[Path] = []
+    try:
+        _train(weights)
+        if place == ".":
+            for path in (prepared / "adapter").iterdir():
+                moved.append(prepared / path.name)
+                (prepared / path.name).write_bytes(path.read_bytes())
+            weights.write_bytes(before)
+        found = "adapter_config.json" if place == "." else "adapter/adapter_config.json"
+        reason = f"`{found}` belongs to a trained adapter, which ftload neither merges nor goes on with"
+        for flags, effective in (([], "none"), (["--use_lora"], "a fresh one")):
+            words = ["--model", str(prepared), "--output_dir", str(tmp_path / f"out{len(flags)}"), *flags]
+            words += ["--use_flash_attn", "false"]
+            assert run(["plan", *words, "--strict"]) == 5
+            assert f"adapter: the one in `{prepared}` → {effective} ({reason})" in capsys.readouterr().err
+            (decision,) = _decisions(prepare(prepared, tmp_path / f"out{len(flags)}", *flags))
+            assert decision == {
+                "what": "adapter",
+                "requested": f"the one in `{prepared}`",
+                "effective": effective,
+                "reason": reason,
+            }
+    finally:
+        weights.write_bytes(before)
+        for path in moved:
+            path.unlink()
