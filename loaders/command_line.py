@@ -188,7 +188,8 @@ def _add_unclear(typed: str, names: Iterable[str], problems: Problems) -> None:
 
 def _from_words(flag: Flag, label: str, given: list[str], attached: bool, ahead: list[str], problems: Problems) -> Any:
     """Return the value of `flag` from the words up to the next flag, which is the first of those `ahead`."""
-    shown = f"`{label}`"
+    spelled = label.removeprefix("--").replace("-", "_")
+    shown = f"`{label}`" if ALIASES.get(spelled, spelled) == flag.name else f"`{label}` (`--{flag.name}`)"
     takes_list = flag.kind in ("list", "str or list")
     if not given:
         if flag.kind == "bool":

@@ -58,6 +58,9 @@ class Problems:
         name = typed.lstrip("-").replace("-", "_").lower()
         elsewhere = ELSEWHERE.get(name)
         near = [elsewhere] if elsewhere else difflib.get_close_matches(name, [*self.flags, *ALIASES], n=2)
+        if not near:
+            holders = [flag for flag in self.flags if name and f"_{name}_" in f"_{flag}_"]
+            near = holders if len(holders) <= 2 else []
         nearest = " or ".join(f"`{dashes}{found}`" for found in near)
         self.add(
             f"unknown {kind} `{printable(typed)}`{place}{nearest and f' (nearest: {nearest})'}",

@@ -442,7 +442,17 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
             "ambiguous flag `--de`: it could be `--device`, `--debug`; "
             "ambiguous flag `--de`: it could be `--device`, `--debug`",
         ),
-        ("--lora_r x", "`--lora_r` takes an int, not `x`"),
+        ("--lora_r x", "`--lora_r` (`--lora_rank`) takes an int, not `x`"),
+        (
+            "--lr 3e-4",
+            "`--lr` (`--lr_scheduler_type`) takes one of linear, cosine, cosine_with_restarts, polynomial, "
+            "constant, constant_with_warmup, not `3e-4`",
+        ),
+        ("--max-seq", "`--max-seq` (`--max_seq_length`) needs a value: an int"),
+        ("--model", "`--model` needs a value: a string"),
+        ("--batch_size 4", "unknown flag `--batch_size` (nearest: `--per_device_train_batch_size`)"),
+        ("--epochs 3", "unknown flag `--epochs` (nearest: `--num_train_epochs`)"),
+        ("--steps 3", "unknown flag `--steps`"),
         ("--no_push 1", "`--no_push` takes no value, but `1` follows it"),
         ("--model a --model_name b", "`--model a` and `--model_name_or_path b` name different models"),
         ("--=1", "unknown flag `--`"),
