@@ -59,6 +59,8 @@ def outputs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_honest_outputs_pass(ftload: Ftload, tmp_path: Path, architecture: str, flags: list[str], rows: int) -> None:
     write_model(tmp_path / "model", architecture, vocab_size=rows, dtype="bfloat16")
     write_llama(tmp_path / "model", vocab_size=128)  # and a pad token: 128 rows have to grow
+    # where the template's turns end; the tiny GPT-2 would stop at a token that its tokenizer takes for unknown
+    edit(tmp_path / "model/generation_config.json", lambda c: c.update(eos_token_id=2))
     prepare(tmp_path / "model", tmp_path / "out", *CHAT, *flags)
     shutil.move(tmp_path / "out", tmp_path / "moved")
     result = ftload("verify", tmp_path / "moved", "--json")
