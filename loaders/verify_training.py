@@ -40,6 +40,8 @@ def check_training(context: Context) -> Iterator[str]:
     # SGD keeps no states: the step must fit where the model and its gradients do
     optimizer = torch.optim.SGD(trainable.values(), lr=1e-2)
     device = next(iter(trainable.values())).device
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False  # nothing is generated; some caches are written in place, and spoil the gradients
     with quiet_transformers():
         output = model(**_batch(tokenizer, device))
         output.loss.backward()

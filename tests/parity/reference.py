@@ -24,8 +24,15 @@ def run_reference(
     The seed is set after loading: some models draw from the global generator within `from_pretrained`.
     """
     import torch
+    import transformers
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        set_seed,
+    )
 
     if strategy == "qlora":
         load_arguments["quantization_config"] = BitsAndBytesConfig(
@@ -34,9 +41,12 @@ def run_reference(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    model_class = AutoModelForCausalLM
     if "gguf_file" not in load_arguments:
-        load_arguments["config"] = AutoConfig.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **load_arguments)
+        config = load_arguments["config"] = AutoConfig.from_pretrained(source)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # what is left of Mllama and Emu3 when it is saved
+            model_class = getattr(transformers, config.architectures[0])
+    model = model_class.from_pretrained(source, dtype=torch.bfloat16, **load_arguments)
     set_seed(seed)
     if tokenizer_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)

@@ -40,8 +40,10 @@ class Result:
     model_type: str
     strategy: str
     resized: bool
-    outcome: Literal["equal", "refused", "different", "crashed", "no model"]
-    """`no model`: the libraries themselves can't make one."""
+    whole: bool
+    """Whether a multimodal type was taken as published."""
+    outcome: Literal["equal", "refused", "unverified", "different", "crashed", "no model"]
+    """`unverified`: equal, but `verify` fails; `no model`: the libraries themselves can't make one."""
     reason: str = ""
     """ftload's message, or what differs."""
 
@@ -53,7 +55,9 @@ def compare(model_type: str, directory: Path, *, resized: bool, whole: bool = Fa
     """
 
     def result(strategy: str, outcome: Any, reason: str = "") -> Result:
-        return Result(model_type=model_type, strategy=strategy, resized=resized, outcome=outcome, reason=reason)
+        return Result(
+            model_type=model_type, strategy=strategy, resized=resized, whole=whole, outcome=outcome, reason=reason
+        )
 
     source = directory / "source"
     try:
@@ -68,7 +72,7 @@ def compare(model_type: str, directory: Path, *, resized: bool, whole: bool = Fa
         try:
             outcome = prepare(parse_arguments([str(word) for word in words]), Silent())
         except FtloadError as error:
-            yield result(strategy, "refused", error.message.replace(str(source), "MODEL"))
+            yield result(strategy, "refused", error.message)
             continue
         except Exception as error:
             yield result(strategy, "crashed", _said_by(error))
@@ -80,8 +84,10 @@ def compare(model_type: str, directory: Path, *, resized: bool, whole: bool = Fa
             yield result(strategy, "different", _said_by(error))
             continue
         verification = verify(ours, quick=strategy != "qlora", trust_remote_code=False, progress=Silent())
-        problem = verification.error
-        yield result(strategy, "equal") if problem is None else result(strategy, "different", problem.message)
+        if verification.error is None:
+            yield result(strategy, "equal")
+        else:
+            yield result(strategy, "unverified", verification.error.message.replace(str(ours), strategy))
 
 
 def _assert_equal(source: Path, ours: Path, theirs: Path, strategy: str, report: dict[str, Any]) -> None:
@@ -120,22 +126,22 @@ def _said_by(error: Exception) -> str:
     )
 
 
-def read_refused() -> list[dict[str, Any]]:
-    """What is rightly refused: `says` is a part of the message, `strategies` and `types` tell where it is said."""
+def read_expected() -> list[dict[str, Any]]:
+    """What is rightly not equal: `says` is a part of the message, `strategies` and `types` tell where it is said."""
     return tomllib.loads((Path(__file__).parent / "refused.toml").read_text())["refused"]
 
 
-def problem_of(result: Result, refused: list[dict[str, Any]]) -> str | None:
-    """What is wrong with a result: it is different, crashed, or refused or made against the list; else None."""
-    expected = [
+def problem_of(result: Result, expected: list[dict[str, Any]]) -> str | None:
+    """What is wrong with a result: it is different or crashed, or not equal, or equal, against the list; else None."""
+    listed = [
         entry["says"]
-        for entry in refused
+        for entry in expected
         if result.model_type in entry["types"]
         and result.strategy in entry["strategies"]
         and entry.get("resized", result.resized) == result.resized
+        and entry.get("whole", result.whole) == result.whole
     ]
-    if result.outcome in ("refused", "no model"):
-        return None if any(says in result.reason for says in expected) else result.reason
     if result.outcome == "equal":
-        return f"equal, though listed as refused: {expected[0]}" if expected else None
-    return result.reason
+        return f"equal, though listed: {listed[0]}" if listed else None
+    right = result.outcome not in ("different", "crashed") and any(says in result.reason for says in listed)
+    return None if right else result.reason

@@ -17,9 +17,9 @@ _WIDTH, _HEADS, _HEAD, _INNER, _LAYERS, _EXPERTS = 64, 4, 16, 96, 2, 4
 
 _SIZES_IN_WORDS: tuple[tuple[int, str], ...] = (
     (_WIDTH, """
-        hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size
-        word_embed_proj_dim lru_width mamba_d_ssm output_dim vision_output_dim projector_dim attention_hidden_size
-        pronunciation_embed_dim shape_embed_dim backbone_hidden_size ple_embed_dim
+        hidden_size hidden_size_global d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size
+        output_embedding_size word_embed_proj_dim lru_width mamba_d_ssm output_dim vision_output_dim projector_dim
+        attention_hidden_size pronunciation_embed_dim shape_embed_dim backbone_hidden_size ple_embed_dim
     """),
     (_HEADS, """
         num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
@@ -107,7 +107,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         "n_recurrent_layers": 2,
         "n_output_layers": 1,
     },
-    "dots3_note_audio_encoder": {"adapter_input_size": _WIDTH},
+    "dots3_note_audio_encoder": {"adapter_input_size": _WIDTH, "adapter_out_dim": _WIDTH},
     "dots3_note_vision_encoder": {"adapter_in_dim": _WIDTH, "adapter_out_dim": _WIDTH},
     "dots3_note_text": _DOTS3,
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
@@ -131,6 +131,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1, "num_layers_per_stack": 1},
     "inkling2_loop_text": {
         "num_hidden_layers": 3,
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
         "n_layers_per_attn_res_block": 1,
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 2,
@@ -145,7 +146,13 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 1.0},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 2 * _WIDTH,
+        "attention_head_dim": 2 * _HEAD,
+    },
+    "youtu": {"pad_token_id": None},  # its own; else loading zeroes that row of the embedding
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a type needs beside or instead of that."""
@@ -177,8 +184,8 @@ def _small(config_class: type[PretrainedConfig], model_type: str, vocab_size: in
     sizes = _SIZES | dict.fromkeys(_VOCABULARIES, vocab_size)
     fields = {field.name for field in dataclasses.fields(config_class)}
     values = {key: value for key, value in sizes.items() if key in fields}
-    if "qk_rope_head_dim" in fields:
-        values["head_dim"] = values["qk_rope_head_dim"]  # what these rotate
+    if "kv_lora_rank" in fields:  # DeepSeek's attention: only these are rotated, and no heads are shared
+        values |= {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": _HEADS}
     extra = _BY_TYPE.get(model_type, {})
     try:
         defaults = config_class()
