@@ -39,10 +39,12 @@ class Qlora(Lora):
         transposed = tensor.linear.transposed
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(
-            operation=Quantize(source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.dtype),
+            operation=Quantize(
+                source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.quantised_from
+            ),
             outputs=tuple(
                 _part(tensor, tensor.name + suffix, stored, dtype)
-                for suffix, (stored, dtype) in nf4.stored_shapes(shape, TORCH_NAMES[tensor.dtype]).items()
+                for suffix, (stored, dtype) in nf4.stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
             ),
         )
 

@@ -63,6 +63,8 @@ class ModelTensor:
     sources: tuple[TensorMeta, ...]
     linear: LinearLayer | None = None
     """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
+    quantised_from: str = "BF16"
+    """The safetensors code that the reference casts it to before it quantises it."""
     set_after_loading: Tensor | None = None
     """What of a buffer is otherwise than stored: see `buffers.py`."""
     rows_before: int | None = None
@@ -218,10 +220,20 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+            quantised_from=_quantised_from(saved.model, parameter),
             set_after_loading=set_after_loading(saved.model, parameter) if buffer else None,
             four_bit_problem=four_bit_problem,
         )
     ]  # fmt: skip
+
+
+def _quantised_from(model: PreTrainedModel, parameter: str) -> str:
+    """float32 where the class keeps it so; that a module is made in float32 counts only for what is not quantised."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = list(model._get_dtype_plan(torch.bfloat16))
+    return "F32" if kept and build_glob_alternation(kept)[0].search(parameter) else "BF16"
 
 
 def _four_bit_problem(group: Group, saved: SavedModel) -> str | None:

@@ -152,6 +152,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 2 * _WIDTH,
         "attention_head_dim": 2 * _HEAD,
     },
+    "xmod": {"default_language": "en_XX"},
     "youtu": {"pad_token_id": None},  # its own; else loading zeroes that row of the embedding
     "zaya": {"num_experts_per_tok": 1},
 }
