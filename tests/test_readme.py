@@ -49,7 +49,7 @@ def run(text: str, model: Path, directory: Path) -> subprocess.CompletedProcess[
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(directory / "cache"),
     }  # fmt: skip
     return subprocess.run(
-        ["bash", "-c", text], cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=300
+        ["bash", "-c", text], cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
 
 

@@ -12,12 +12,38 @@ import re
 import struct
 import subprocess
 import termios
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 FLAGS = {"standard": [], "liger": ["--use_liger_kernel"], "lora": ["--use_lora"], "qlora": ["--use_qlora"]}
 """What chooses each strategy."""
+
+ENDLESS = """
+import time
+from ftload.cli.app import main
+from ftload.loaders.stream import _FileWriter
+
+write = _FileWriter.write
+
+def writing(self, name, values):
+    write(self, name, values)
+    while True:
+        self._advance(0)
+        time.sleep(0.01)
+
+_FileWriter.write = writing
+main()
+"""
+"""A program that is the command line, but never comes to the end of the first tensor that it writes."""
+
+
+def wait_for_file(directory: Path, name: str, process: subprocess.Popen[str]) -> None:
+    """Until a process has begun a file somewhere in a directory; it must not end before."""
+    while not list(directory.rglob(name)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
 
 
 def prepare(model: str | Path, output: Path, *flags: str | Path) -> dict[str, Any]:
@@ -46,7 +72,7 @@ def at_a_terminal(command: Sequence[str | Path], directory: Path, *, columns: in
         except OSError:  # how Linux says that the other side has closed
             break
     os.close(ours)
-    assert done.wait(60) == 0
+    assert done.wait(600) == 0
     return seen.decode().replace("\r\n", "\n")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ..parity.models import write_model
 from ..tokenizers import write_llama
+from .runs import ENDLESS, wait_for_file
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -21,16 +21,12 @@ def test_a_signal_in_the_middle(tmp_path: Path, name: str, code: int) -> None:
     write_llama(model, vocab_size=128)
     work = tmp_path / "work"
     work.mkdir()
-    # drawing an adapter of this rank takes longer than the test waits
-    words = ["--model", model, "--output_dir", work / "out", "--use_lora", "--lora_rank", "1000000"]
+    words = ["prepare", "--model", model, "--output_dir", work / "out", "--use_lora"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ftload.cli", "prepare", *map(str, words), "--max_memory", "100GB"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(work.rglob("adapter_model.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        [sys.executable, "-c", ENDLESS, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_file(work, "adapter_model.safetensors", process)
     process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (code, "", "error: interrupted\n")
     assert list(work.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 from ftload.loaders.checkpoint import read_header
 from ftload.loaders.errors import CheckpointError
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .cases import dump, joined, spoilt_bytes, spoilt_json
@@ -39,17 +39,28 @@ def described(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
     return {tensor.name: (tensor.dtype, list(tensor.shape), content[tensor.begin : tensor.end]) for tensor in tensors}
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(files())
-def test_what_is_taken_is_what_safetensors_reads(content: bytes) -> None:
-    try:
-        found = described(content)
-    except CheckpointError:
-        assume(False)
-    read = {
-        name: (info["dtype"], info["shape"], bytes(info["data"])) for name, info in safetensors.deserialize(content)
-    }
-    assert found == read
+def test_what_is_taken_is_what_safetensors_reads() -> None:
+    taken = refused = 0
+
+    @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(files())
+    def compare(content: bytes) -> None:
+        nonlocal taken, refused
+        try:
+            found = described(content)
+        except CheckpointError as error:
+            assert "`file`" in error.message
+            refused += 1
+            return
+        read = {
+            name: (info["dtype"], info["shape"], bytes(info["data"])) for name, info in safetensors.deserialize(content)
+        }
+        assert found == read
+        taken += 1
+
+    compare()
+    assert taken > 50, taken  # 210 of 3000, when this was written
+    assert refused > 50, refused
 
 
 @pytest.mark.parametrize(

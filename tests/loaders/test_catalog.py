@@ -154,16 +154,23 @@ def test_the_seven_names_leave_a_vision_tower_alone() -> None:
     assert TOWER.name in targets.decisions[0].reason
 
 
-@pytest.mark.parametrize(("pattern", "stray"), [("q_proj", TOWER), ("proj", None), ("gate_proj", None)])
-def test_a_name_that_hits_a_vision_tower_unasked(pattern: str, stray: LinearLayer | None) -> None:
+def test_a_name_that_hits_a_vision_tower_unasked() -> None:
+    message = f"`q_proj` hits `{TOWER.name}`, which lies outside the language model's layers and was not asked for"
+    with pytest.raises(UsageError, match=message):
+        _resolve([*LLAMA, TOWER], asked=("q_proj",), fused_experts=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("proj", ["model.layers.0.mlp.proj"]),  # whole parts of a name count, not their ends
+        ("gate_proj", ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]),
+    ],
+)
+def test_a_name_hits_whole_parts_of_names(pattern: str, found: list[str]) -> None:
     layers = [*LLAMA, TOWER, ROUTER, _layer("model.layers.0.mlp.proj", "mlp")]
-    if stray is None:
-        assert len(_resolve(layers, asked=(pattern,), fused_experts=False).layers) == (1 if pattern == "proj" else 2)
-        return
-    with pytest.raises(
-        UsageError, match=f"`{pattern}` hits `{stray.name}`, which lies outside the language model's layers"
-    ):
-        _resolve(layers, asked=(pattern,), fused_experts=False)
+    targets = _resolve(layers, asked=(pattern,), fused_experts=False)
+    assert [layer.name for layer in targets.layers] == found
 
 
 @pytest.mark.parametrize("pattern", [TOWER.name, "vision_tower.layers.0.self_attn.q_proj", "gate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ftload.loaders.environment import available_memory_bytes, usable_processors
@@ -53,8 +54,14 @@ def test_a_container_sees_its_group_at_the_root(groups: Path) -> None:
     assert available_memory_bytes() == 0
 
 
-def test_without_control_groups_the_machine_counts(groups: Path) -> None:
-    assert available_memory_bytes() > 0
+def test_without_control_groups_the_machine_counts(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+
+    def meminfo(path: Path, *arguments: Any) -> str:
+        return "MemTotal: 900 kB\nMemAvailable: 700 kB\n" if path == Path("/proc/meminfo") else read(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", meminfo)
+    assert available_memory_bytes() == 700 * 1024
 
 
 @pytest.mark.parametrize(

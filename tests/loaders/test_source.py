@@ -12,7 +12,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ import json, sys, time
 from ftload.loaders.errors import FtloadError
 from ftload.loaders.source import resolve_source
 
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(seconds / 100)  # the waits between attempts, ours and the library's
+waits = []
+time.sleep = waits.append  # between attempts, ours and the library's: nobody is waited for
 answers = []
 for job in json.loads(sys.argv[1]):
     answer = {"progress": []}
+    waits.clear()
     try:
         source = resolve_source(job["model"], job.get("revision"))
         answer |= {
@@ -45,7 +45,7 @@ for job in json.loads(sys.argv[1]):
         answer["present"] = sorted(path.name for path in source.root.glob("*"))
     except FtloadError as error:
         answer["error"] = {"code": error.code, "message": error.message, "hint": error.hint}
-    answers.append(answer)
+    answers.append({**answer, "waits": waits.copy()})
 print(json.dumps(answers))
 """
 
@@ -78,7 +78,7 @@ def run(hub: LoopbackHub, tmp_path: Path) -> Run:
     ) -> list[dict[str, Any]]:
         env = hub.env(tmp_path / "home", token=token, offline=offline) | variables
         command = [sys.executable, "-c", SCRIPT, json.dumps(jobs)]
-        process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert (process.returncode, process.stderr) == (0, "")
         for secret in (hub.token, hub.stranger_token, "secret"):
             assert secret not in process.stdout
@@ -371,9 +371,8 @@ def test_hub_out_of_reach(hub: LoopbackHub, run: Run, tmp_path: Path) -> None:
     commit = hub.add("org/m", FILES)
     run({"model": "org/m", "fetch": ["config.json"]})
     hub.stop()
-    begin = time.monotonic()
     cached, unknown = run({"model": "org/m", "fetch": ["config.json"]}, {"model": "org/other"})
-    assert time.monotonic() - begin < 5  # nobody is waited for who is not there
+    assert cached["waits"] == unknown["waits"] == []  # nobody is waited for who is not there
     assert (cached["commit"], cached["from_cache"], cached["progress"]) == (commit, True, [23])
     unreachable = f"can't reach the hub at `{hub.endpoint}`: [Errno {errno.ECONNREFUSED}] Connection refused"
     assert cached["notes"] == [f"{unreachable}: using commit {commit} of `org/m` from the cache"]
@@ -414,10 +413,9 @@ def test_hub_in_trouble(hub: LoopbackHub, run: Run) -> None:
 def test_slow_download(hub: LoopbackHub, run: Run) -> None:
     hub.add("org/m", FILES)
     hub.misbehave("*/model.safetensors", bytes_per_second=400_000)
-    begin = time.monotonic()
     (answer,) = run({"model": "org/m", "fetch": ["model.safetensors"]})
-    assert time.monotonic() - begin > 0.5
     assert sum(answer["progress"]) == len(WEIGHTS)
+    assert hub.sent("*/model.safetensors") == len(WEIGHTS)  # in one go: slow is not broken
 
 
 def test_download_broken_off_once_is_resumed(hub: LoopbackHub, run: Run) -> None:

@@ -8,10 +8,10 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from ftload.loaders import processes
@@ -22,6 +22,7 @@ from ftload.loaders.processes import Processes
 from ftload.loaders.stream import Silent
 from torch.distributed import HashStore
 
+from ..cli.runs import ENDLESS, wait_for_file
 from ..tokenizers import write_llama
 from .models import write_model
 
@@ -53,8 +54,10 @@ def hash_all(directory: Path) -> dict[str, str]:
     }
 
 
-def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> list[subprocess.Popen[str]]:
-    """The processes as `torchrun --nproc-per-node` starts them."""
+def start(
+    count: int, *words: str | Path, spoilt_rank: int | None = None, endless: bool = False
+) -> list[subprocess.Popen[str]]:
+    """The processes as `torchrun --nproc-per-node` starts them; `endless` ones never end by themselves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,7 +67,8 @@ def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> lis
             **os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-m", "ftload.cli", "prepare", *map(str, words)]
+        program = ["-c", ENDLESS] if endless else ["-m", "ftload.cli"]
+        command = [sys.executable, *program, "prepare", *map(str, words)]
         if rank == spoilt_rank:
             command += ["--max_memory", "1KB"]
         started.append(
@@ -76,7 +80,7 @@ def start(count: int, *words: str | Path, spoilt_rank: int | None = None) -> lis
 def test_three_processes_write_what_one_writes(source: Path, hashes: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     processes = start(3, "--model", source, "--output_dir", out, *FLAGS, "--json")
-    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    results = [(*process.communicate(timeout=600), process.returncode) for process in processes]
     assert [code for _, _, code in results] == [0, 0, 0], results
     assert [bool(stdout) for stdout, _, _ in results] == [True, False, False]
     assert len(list(out.glob("model-*.safetensors"))) > 2
@@ -86,7 +90,7 @@ def test_three_processes_write_what_one_writes(source: Path, hashes: dict[str, s
 
 def test_one_process_that_fails_fails_all_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
     processes = start(2, "--model", source, "--output_dir", tmp_path / "out", *FLAGS, spoilt_rank=1)
-    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    results = [(*process.communicate(timeout=600), process.returncode) for process in processes]
     assert [code for _, _, code in results] == [6, 6], results
     assert results[0][1].startswith("error: process 1 failed: tensor `")
     assert results[1][1].startswith("error: tensor `")
@@ -101,52 +105,88 @@ def test_an_output_that_is_there_is_told_of_by_all(source: Path, tmp_path: Path)
             (tmp_path / "out/mine").rename(tmp_path / "out/ftload_report.json")
             (tmp_path / "out/ftload_report.json").write_text("{}")
         processes = start(2, "--model", source, "--output_dir", tmp_path / "out", *FLAGS)
-        results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+        results = [(*process.communicate(timeout=600), process.returncode) for process in processes]
         assert [code for _, _, code in results] == [8, 8], results
         assert all("exists and is not empty" in err for _, err, _ in results), results
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_first_process_is_killed(source: Path, tmp_path: Path) -> None:
-    # drawing an adapter of this rank, which falls to the first, takes longer than the test
-    flags = ["--use_lora", "--lora_rank", "1000000", "--max_memory", "100GB"]
-    first, second = start(2, "--model", source, "--output_dir", tmp_path / "out", *flags)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("adapter_model.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    # the adapter falls to the first
+    first, second = start(2, "--model", source, "--output_dir", tmp_path / "out", "--use_lora", endless=True)
+    wait_for_file(tmp_path, "adapter_model.safetensors", first)
     first.kill()
-    first.communicate(timeout=60)
-    _, err = second.communicate(timeout=60)
+    first.communicate(timeout=600)
+    _, err = second.communicate(timeout=600)
     assert second.returncode == 6
     assert err.startswith("error: the other processes can't be reached: ")
 
 
-def test_a_killed_process_is_noticed_by_its_silence() -> None:
-    waiting = Processes(rank=0, count=2, store=HashStore())
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ResourceError, match="process 1 has given no sign of life"),
-    ):
-        patch.setattr(processes, "_SILENCE_SECONDS", 0.3)
-        patch.setattr(processes, "_FAREWELL_SECONDS", 0.1)
-        with waiting.failing_together():
-            waiting.gather("written", {})
+class Clock:
+    """Time that passes when somebody sleeps, and then alone; at each second something may happen."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, each_second: Callable[[int], object]) -> None:
+        self.now = 0.0
+        self._each_second = each_second
+        patch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        before, self.now = self.now, self.now + seconds
+        if int(self.now) > int(before):
+            self._each_second(int(self.now))
 
 
-def test_a_slow_process_is_waited_for() -> None:
+def test_a_killed_process_is_noticed_by_its_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(processes, "_SILENCE_SECONDS", 0.5)
-        patch.setattr(processes, "_BEAT_SECONDS", 0.1)
+    clock = Clock(monkeypatch, lambda second: second < 10 and store.add("alive 1", 1))
+    waiting = Processes(rank=0, count=2, store=store)
+    with (
+        pytest.raises(ResourceError, match="process 1 has given no sign of life for 60 s"),
+        waiting.failing_together(),
+    ):
+        waiting.gather("written", {})
+    assert 69 < clock.now < 69 + 1 + 30 + 1  # since the last sign; then it is not waited for as long
 
-        def work(rank: int, seconds: float) -> list[Any]:
-            one = Processes(rank=rank, count=2, store=store)
-            with one.failing_together():
-                time.sleep(seconds)
-                return one.gather("done", rank)
 
-        results = [pool.submit(work, rank, 2.0 * rank) for rank in range(2)]
-        assert [result.result(30) for result in results] == [[0, 1], [0, 1]]
+def test_a_slow_process_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+
+    def work_slowly(second: int) -> None:
+        if second % 50 == 0:
+            store.add("alive 1", 1)
+        if second == 500:
+            store.set("done 1", "1")
+            store.set("left 1", "true")
+
+    clock = Clock(monkeypatch, work_slowly)
+    waiting = Processes(rank=0, count=2, store=store)
+    with waiting.failing_together():
+        assert waiting.gather("done", 0) == [0, 1]
+    assert 500 <= clock.now < 502
+
+
+def test_a_process_at_work_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_BEAT_SECONDS", 0.01)
+    store, enough = HashStore(), threading.Event()
+
+    class Counting:
+        """A store that counts signs of life."""
+
+        signs = 0
+
+        def add(self, key: str, count: int) -> int:
+            assert (key, count) == ("alive 1", 1)
+            self.signs += 1
+            if self.signs == 3:
+                enough.set()
+            return store.add(key, count)
+
+        def set(self, key: str, value: str) -> None:
+            store.set(key, value)
+
+    with Processes(rank=1, count=2, store=Counting()).failing_together():
+        assert enough.wait(60)
+    assert store.check(["left 1"])
 
 
 @pytest.mark.parametrize("budget", ["64MB", "1MB"])
