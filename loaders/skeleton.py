@@ -124,7 +124,15 @@ def build_skeleton(
     with quiet_transformers():
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-        saved_state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        try:
+            saved_state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        except RuntimeError as error:  # Reformer's head gets a bias that its class does not know to be tied
+            raise CheckpointError(
+                f"transformers can't save `{model_class.__name__}`"
+                + (" after its embeddings have grown" if rows_after > rows_before else "")
+                + f": {said_by(error)}",
+                hint=_NO_MORE_TOKENS if rows_after > rows_before else None,
+            ) from error
     for name in model._keys_to_ignore_on_save or ():
         saved_state.pop(name, None)
 
@@ -344,6 +352,9 @@ def _quantisable_modules(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
+_NO_MORE_TOKENS = "use a tokenizer with no more tokens than the embeddings have rows; an added pad token counts"
+
+
 def _check_loadable(resized: PreTrainedModel, fresh: PreTrainedModel) -> None:
     """Whether what is resized fits a model of its own configuration: nobody could load it otherwise.
 
@@ -355,7 +366,7 @@ def _check_loadable(resized: PreTrainedModel, fresh: PreTrainedModel) -> None:
             raise CheckpointError(
                 f"the embeddings have to grow, and nobody could load `{type(resized).__name__}` after that: `{name}` "
                 f"has shape {list(value.shape)}, the configuration then asks for {list(shapes[name])}",
-                hint="use a tokenizer with no more tokens than the embeddings have rows; an added pad token counts",
+                hint=_NO_MORE_TOKENS,
             )
 
 

@@ -132,11 +132,13 @@ def _check_values(context: Context, model: Any) -> Iterator[str]:
         # a head may have other rows from the start: Mllama's has 8 less
         if (what == "embeddings" or embeddings["resized"]) and module.weight.shape[0] != embeddings["rows_after"]:
             yield f"the {what} have {module.weight.shape[0]} rows, the report says {embeddings['rows_after']}"
-        # rows of the original may be zero, as padding is; those that ftload added are not
+        # rows of the original may be zero, as padding is; those that ftload added are not, but where loading zeroes the
+        # padding (Youtu)
         added = module.weight.detach()[embeddings["rows_before"] :]
-        empty = (added.count_nonzero(dim=1) == 0).nonzero().flatten().tolist()
+        empty = (added.count_nonzero(dim=1) == 0).nonzero().flatten() + embeddings["rows_before"]
+        empty = [row for row in empty.tolist() if row != embeddings.get("pad_token_id")]
         if empty:
-            yield f"row {embeddings['rows_before'] + empty[0]} of the {what}, which was added, is zero"
+            yield f"row {empty[0]} of the {what}, which was added, is zero"
 
 
 def _check_adapter(context: Context, model: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ SAMPLE = {
     "xlnet": True,  # its first parameter is float32, and so config.json's dtype
     "zaya": False,  # sets an element of a buffer after loading
     "hy_v4": False,  # linear layers in float32, quantised as they are
-    "glm4_moe": False,  # a float32 bias beside bfloat16 weights
+    "hunyuan_v1_moe": False,  # routers that are made in float32, and loaded as bfloat16 before they are quantised
     "qwen3_next": True,  # draws from the global generator while it loads
     "qwen3_5": True,  # so does this; a text model within a multimodal type
     "mixtral": True,  # experts are merged on loading

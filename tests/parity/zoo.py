@@ -100,6 +100,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "emu3": {"vocabulary_map": {"<image>": 3}},
     "dory": {
         "num_hidden_layers": 4,
         "layer_types": None,
