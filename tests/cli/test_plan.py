@@ -20,7 +20,10 @@ from ..tokenizers import write_llama
 from .runs import at_a_terminal, without_colours
 
 Ftload = Callable[..., Result]
-KNOWN_ONLY_AFTERWARDS = {"created", "fingerprint", "timings", "work", "peak_anonymous_bytes", "peak_rss_bytes", "files"}
+KNOWN_ONLY_AFTERWARDS = {
+    "created", "fingerprint", "timings", "work", "peak_anonymous_bytes", "peak_rss_bytes", "files",
+    "configuration",  # hashes of what was written
+}  # fmt: skip
 FLAGS = {
     "standard": [],
     "lora": ["--use_lora"],
