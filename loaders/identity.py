@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .environment import ftload_version, versions
 from .request import Request
-from .source import Source
+from .source import ADAPTER_FILE, Source
 
 if TYPE_CHECKING:
     from .arguments import TokenizerConfig
@@ -47,10 +47,13 @@ def can_have_a_part(path: str) -> bool:
 
 
 def _files(source: Source) -> Iterator[tuple[str, int, int]]:
-    for file in source.files:
-        if can_have_a_part(file.path):
-            path = source.root / file.path
-            yield str(path), file.bytes, path.stat().st_mtime_ns
+    names = [file.path for file in source.files if can_have_a_part(file.path)]
+    # whether an adapter was trained is told (`trained_adapter.py`)
+    names += [Path(config).with_name(ADAPTER_FILE).as_posix() for config in source.adapters]
+    for path in (source.root / name for name in dict.fromkeys(names)):
+        if path.exists():
+            found = path.stat()
+            yield str(path), found.st_size, found.st_mtime_ns
 
 
 def _contents(chat_template_name: str | None) -> str | None:

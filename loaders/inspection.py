@@ -25,7 +25,6 @@ from .config_facts import (
 from .errors import CheckpointError
 from .gguf_header import GgufHeader, read_gguf_header
 from .inventory import (
-    ADAPTER_FILE,
     StoredTensor,
     Sum,
     component_by_name,
@@ -36,7 +35,7 @@ from .inventory import (
     sum_of,
 )
 from .report import REPORT_FILE
-from .source import Source, SourceFile, resolve_source
+from .source import ADAPTER_FILE, Source, SourceFile, resolve_source
 from .tokenizer_facts import TokenizerFacts, gguf_tokenizer_facts, read_tokenizer_facts
 
 ADAPTER_CONFIG = "adapter_config.json"

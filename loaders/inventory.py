@@ -17,9 +17,7 @@ from typing import Any
 from .catalog import Component, component_of
 from .checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_NAMES, TensorMeta, open_checkpoint, read_header
 from .errors import CheckpointError
-from .source import Source
-
-ADAPTER_FILE = "adapter_model.safetensors"
+from .source import ADAPTER_FILE, Source
 
 _STATE = ".quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 10_000

@@ -29,6 +29,8 @@ TOKENIZER_PATTERNS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "*vocab*.txt", "*merges*.txt", f"{CHAT_TEMPLATES}/*.jinja",
 )  # fmt: skip
 
+ADAPTER_FILE = "adapter_model.safetensors"
+"""An adapter's weights, as PEFT calls them."""
 ADAPTER_CONFIGS = ("adapter_config.json", "adapter/adapter_config.json")
 """Where an adapter lies beside a model, or in a directory that ftload prepared."""
 
@@ -66,8 +68,8 @@ class Source:
     """The top level and `additional_chat_templates/`, sorted; of a GGUF model, that file alone."""
     gguf_file: str | None = None
     """The name of the GGUF file in `root`."""
-    adapter: str | None = None
-    """Where the directory or repository holds an adapter too: the path of its adapter_config.json."""
+    adapters: tuple[str, ...] = ()
+    """Where the directory or repository holds adapters too: the paths of their adapter_config.json."""
     from_cache: bool = False
     """The hub could not be asked, so `files` is what the cache happens to hold."""
     notes: tuple[str, ...] = ()
@@ -224,7 +226,7 @@ def resolve_source(model: str, revision: str | None) -> Source:
             _check_links(path, files)
             return Source(
                 model=model, kind="local", revision=revision, commit=None, root=path, files=files,
-                adapter=_find_adapter(name for name in ADAPTER_CONFIGS if (path / name).is_file()),
+                adapters=_list_adapters(path),
             )  # fmt: skip
         if path.is_file():
             return _resolve_file(model, revision, path.parent.resolve() / path.name)
@@ -348,12 +350,12 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
         commit=info.sha,
         root=Path(constants.HF_HUB_CACHE, folder, "snapshots", info.sha or "").absolute(),
         files=tuple(sorted(files, key=lambda file: file.path)),
-        adapter=_find_adapter(file.rfilename for file in siblings),
+        adapters=tuple(file.rfilename for file in siblings if file.rfilename in ADAPTER_CONFIGS),
     )
 
 
-def _find_adapter(names: Iterable[str]) -> str | None:
-    return next((name for name in names if name in ADAPTER_CONFIGS), None)
+def _list_adapters(root: Path) -> tuple[str, ...]:
+    return tuple(name for name in ADAPTER_CONFIGS if (root / name).is_file())
 
 
 def _resolve_cached(model: str, revision: str | None, reason: SourceError) -> Source | None:
@@ -375,7 +377,7 @@ def _resolve_cached(model: str, revision: str | None, reason: SourceError) -> So
         commit=root.name,
         root=root,
         files=_list_files(root),
-        adapter=_find_adapter(name for name in ADAPTER_CONFIGS if (root / name).is_file()),
+        adapters=_list_adapters(root),
         from_cache=True,
         notes=() if chosen else (note,),
     )

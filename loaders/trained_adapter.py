@@ -7,32 +7,33 @@ from pathlib import Path
 from .checkpoint import read_header
 from .errors import CheckpointError
 from .request import Decision
-from .source import Source
+from .source import ADAPTER_FILE, Source
 
 _READ_BYTES = 4 * 1024 * 1024
 
 
 def leave_adapter(source: Source, *, fresh: bool) -> Decision | None:
-    """That the adapter beside the model is not gone on with; None where there is none, or nothing was trained into it.
+    """That an adapter beside the model is not gone on with; None where there is none, or nothing was trained into it.
 
     `fresh` says whether a new adapter is prepared. Of a local adapter, B is read until something in it is not zero; one
     on a hub counts as trained.
     """
-    if source.adapter is None:
-        return None
-    folder = Path(source.adapter).parent
-    if source.kind == "local" and _is_untrained(source.root / folder / "adapter_model.safetensors"):
+    trained = next((config for config in source.adapters if not _is_untrained(source, config)), None)
+    if trained is None:
         return None
     return Decision(
         what="adapter",
         requested=f"the one in `{source.model}`",
         effective="a fresh one" if fresh else "none",
-        reason=f"`{source.adapter}` belongs to a trained adapter, which ftload neither merges nor goes on with",
+        reason=f"`{trained}` belongs to a trained adapter, which ftload neither merges nor goes on with",
     )
 
 
-def _is_untrained(path: Path) -> bool:
+def _is_untrained(source: Source, config: str) -> bool:
     """Whether B of every layer is zero, as LoRA begins (arXiv:2106.09685, section 4.1)."""
+    if source.kind != "local":
+        return False
+    path = source.root / Path(config).with_name(ADAPTER_FILE)
     try:
         with path.open("rb") as file:
 

@@ -40,6 +40,37 @@ def test_an_untrained_one_is_nothing_to_tell(prepared: Path, tmp_path: Path) -> 
     assert _decisions(prepare(prepared, tmp_path / "again", *flags)) == []
 
 
+def test_an_adapter_trained_since_is_another_source(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(prepared, tmp_path / "out")
+    weights = prepared / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    try:
+        _train(weights)
+        assert (
+            run(["prepare", "--model", str(prepared), "--output_dir", str(tmp_path / "out"), "--lora_rank", "8"]) == 8
+        )
+        assert "exists and is not empty" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(before)
+
+
+def test_the_trained_one_of_two_is_told(prepared: Path, tmp_path: Path) -> None:
+    weights = prepared / "adapter" / "adapter_model.safetensors"
+    before, beside = weights.read_bytes(), [prepared / path.name for path in (prepared / "adapter").iterdir()]
+    try:
+        for path in beside:
+            path.write_bytes((prepared / "adapter" / path.name).read_bytes())
+        _train(weights)
+        (decision,) = _decisions(prepare(prepared, tmp_path / "out"))
+        assert decision["reason"].startswith("`adapter/adapter_config.json` belongs to a trained adapter")
+    finally:
+        weights.write_bytes(before)
+        for path in beside:
+            path.unlink()
+
+
 @pytest.mark.parametrize("place", ["adapter", "."])
 def test_a_trained_one_is_a_decision(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
