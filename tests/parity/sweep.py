@@ -119,11 +119,9 @@ def _padding(directory: Path, pad: int | None) -> dict[str, Any]:
 def _said_by(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).split())[:300]
-    return (
-        said
-        if isinstance(error, AssertionError) and said
-        else f"{type(error).__name__}: {said} ({place.name}, {Path(place.filename).name})"
-    )
+    if isinstance(error, AssertionError) and said:
+        return said
+    return f"{type(error).__name__}: {said} ({place.name}, {Path(place.filename).name})"
 
 
 def read_expected() -> list[dict[str, Any]]:

@@ -28,11 +28,14 @@ SAMPLE = {
     "hrm_text": False,  # linear layers that are merged on saving and split on loading
     "qwen4_exp_text": False,  # modules called `..._weight`
     "deepseek_v4": True,  # a table by token id that does not grow
+    "reformer": True,  # can't be saved once its embeddings have grown
+    "youtu": True,  # loading zeroes the padding row, one of the new ones
     "codegen": False,  # a configuration without a pad token
 }
 """The type and whether its embeddings are resized."""
 
 _GROWN = ("refused", "nobody could load `DeepseekV4ForCausalLM` after that")
+_UNSAVED = ("refused", "can't save `ReformerModelWithLMHead` after its embeddings have grown")
 _IDLE = ("unverified", "is trainable and has no gradient")
 EXPECTED = {
     ("prophetnet", "qlora"): _IDLE,
@@ -43,6 +46,9 @@ EXPECTED = {
     ("deepseek_v4", "standard"): _GROWN,
     ("deepseek_v4", "lora"): _GROWN,
     ("deepseek_v4", "qlora"): _GROWN,
+    ("reformer", "standard"): _UNSAVED,
+    ("reformer", "lora"): _UNSAVED,
+    ("reformer", "qlora"): _UNSAVED,
 }
 """What becomes of a type under a strategy, and a part of what ftload says; all others are equal."""
 

@@ -219,7 +219,7 @@ def _layers(defaults: PretrainedConfig) -> dict[str, Any]:
     return {"num_hidden_layers": len(chosen)} | {key: [row[n] for row in chosen] for n, key in enumerate(lists)}
 
 
-def write_tiny(directory: Path, model_type: str, *, vocab_size: int, whole: bool = False, seed: int = 0) -> None:
+def write_tiny(directory: Path, model_type: str, *, vocab_size: int, whole: bool = False) -> None:
     """Write a model of this type in float32, all its tensors drawn (std 0.05): norms, biases and buffers too.
 
     At their initial ones and zeros, a mix-up of tensors could go unseen. The class is the causal one, or with `whole`
@@ -228,7 +228,7 @@ def write_tiny(directory: Path, model_type: str, *, vocab_size: int, whole: bool
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     auto_class = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
     model = auto_class.from_config(tiny_config(model_type, vocab_size=vocab_size))
     with torch.no_grad():
