@@ -16,7 +16,7 @@ from . import nf4
 from .checkpoint import SINGLE_FILE
 from .disk import disk_errors, read_ahead
 from .environment import available_memory_bytes, cuda_problem, require
-from .errors import MissingRequirementError, ResourceError
+from .errors import CheckpointError, MissingRequirementError, ResourceError
 from .file_copy import link_problem
 from .identity import fingerprint
 from .output_files import OutputFile
@@ -251,6 +251,10 @@ def _write_weights(
             timings.progress.expect(bytes=sum(sizes[name] for name in plan.checkpoint.weight_files), tensors=0)
             source.fetch(plan.checkpoint.weight_files, lambda count: timings.progress.advance(bytes=count, tensors=0))
     with timings.stage("write"):
-        written = write_tensors(plan, files, encode, stage, timings.progress, on_finished)
+        try:
+            written = write_tensors(plan, files, encode, stage, timings.progress, on_finished)
+        except CheckpointError:
+            source.check_unchanged(plan.files_read)  # what was read may be of no state that it ever had
+            raise
     source.check_unchanged(plan.files_read)
     return written

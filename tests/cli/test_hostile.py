@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import struct
 import subprocess
@@ -296,15 +295,8 @@ def test_weights_and_the_directory_may_be_links(ftload: Ftload, model: Path, tmp
     assert ftload("prepare", "--model", tmp_path / "link", "--output_dir", tmp_path / "out").code == 0
 
 
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("truncated", r"`model\.safetensors` ends within tensor `[\w.]+`"),
-        ("rewritten", r"`.*/source/model/model\.safetensors` changed while it was read"),
-        ("replaced", r"`.*/source/model/model\.safetensors` changed while it was read"),
-    ],
-)
-def test_a_source_that_changes_while_it_is_read(model: Path, tmp_path: Path, what: str, words: str) -> None:
+@pytest.mark.parametrize("what", ["truncated", "rewritten", "replaced"])
+def test_a_source_that_changes_while_it_is_read(model: Path, tmp_path: Path, what: str) -> None:
     path = model / WEIGHTS
     data = path.read_bytes()
 
@@ -322,7 +314,7 @@ def test_a_source_that_changes_while_it_is_read(model: Path, tmp_path: Path, wha
     flags = ["--model", str(model), "--output_dir", str(tmp_path / "out"), "--max_shard_size", "50KB"]
     with pytest.raises(CheckpointError) as raised:
         prepare(parse_arguments(flags), Changing())
-    assert re.fullmatch(words, raised.value.message)
+    assert raised.value.message == f"`{path}` changed while it was read"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

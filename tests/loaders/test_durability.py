@@ -117,7 +117,7 @@ def test_everything_is_durable_before_it_counts(record: Record, llama: Path, wor
 
 def test_a_copy_counts_as_done_when_it_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_bytes(b"weights")
-    copy = FileCopy(tmp_path / "source", tmp_path / "target", 7, lambda count: None)
+    copy = FileCopy(tmp_path / "source", tmp_path / "target", 7, (), lambda count: None)
     hashed, early = threading.Event(), []
 
     def fsync(descriptor: int) -> None:

@@ -176,7 +176,7 @@ def test_embeddings_grow_by_eight_rows_of_the_mean_and_stay_tied(
     assert not [name for name in tensors if name.startswith("lm_head")]
     assert read_report(prepared[strategy])["embeddings"] == {
         "tokenizer_size": ROWS + 1, "rows_before": ROWS, "rows_after": ROWS + 8, "resized": True, "tied": True,
-        "init": "mean",
+        "init": "mean", "pad_token_id": ROWS,
     }  # fmt: skip
     if strategy == "standard":
         # as a user without ftload loads it
