@@ -75,15 +75,14 @@ _NO_MEMORY = re.compile(
     r"|failed to map segment from shared object(?!: Operation not permitted)",
     re.IGNORECASE,
 )
-"""What C++, Rust, the dynamic linker and Python's threads say; libraries hand it on as whatever they like."""
+"""What the system, C++, Rust, the linker and Python's threads say; libraries hand it on as whatever they like."""
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
     """Whether this error, or one that led to it, is for want of memory."""
     while error is not None:
-        code = error.errno if isinstance(error, OSError) else None
         text = "" if isinstance(error, FtloadError) else str(error)
-        if isinstance(error, MemoryError) or code == errno.ENOMEM or _NO_MEMORY.search(text):
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
             return True
         error = error.__cause__ or error.__context__
     return False
