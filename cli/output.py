@@ -119,9 +119,13 @@ class Output:
         self._tell(failure)
 
     def _tell(self, failure: Failure) -> None:
-        from rich.console import Console
-        from rich.markup import escape
-
+        try:
+            from rich.console import Console
+            from rich.markup import escape
+        except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
+            hint = f"hint: {failure.hint}\n" if failure.hint else ""
+            sys.stderr.write(f"error: {failure.message}\n{hint}")
+            return
         console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print(f"[bold red]error:[/] {escape(failure.message)}")
         if failure.hint:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from ftload.cli.errors import explain
+from ftload.cli.output import OUTPUT
 from ftload.loaders.disk import disk_errors
 from ftload.loaders.errors import CheckpointError, FtloadError, MissingRequirementError, ResourceError
 
@@ -75,3 +77,12 @@ def test_a_disk_that_is_full_or_fails(tmp_path: Path, code: int) -> None:
         raise OSError(code, os.strerror(code))
     assert caught.value.message == f"can't write `{tmp_path / 'file'}`: {os.strerror(code)}"
     assert caught.value.hint == (None if code == errno.EIO else "free some disk space")
+
+
+def test_an_error_is_told_where_there_is_no_memory_to_lay_it_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    OUTPUT.configure(as_json=False, quiet=False, debug=False)
+    OUTPUT.failure(explain(MemoryError()))
+    assert capsys.readouterr().err == f"error: out of memory\nhint: {HINT}\n"
