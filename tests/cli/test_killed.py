@@ -28,7 +28,7 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_trials.py")
     command = [sys.executable, script, tmp_path / "model", tmp_path / "work", str(TRIALS), "20261124"]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=1200
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=7200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tally = json.loads(done.stdout)
