@@ -87,7 +87,7 @@ class Peft:
                 # what it calls the tensors when it saves them, it must find again when it loads them
                 tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
                 loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
                 # after its first sentence PEFT lists sets, in an order that differs from process to process
                 return _Answer(problem=said_by(error).partition(". ")[0])
         modules = adapted.base_model.model.named_modules()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_TEXT = {
+TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -24,14 +24,14 @@ _VISION = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
-_QWEN_TEXT = {
-    **_TEXT,
+LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
 }
+_QWEN_TEXT = {**TEXT, **LINEAR_ATTENTION}
 _QWEN_VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
     "num_position_embeddings": 16,
@@ -47,7 +47,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama4",
         {
             "text_config": {
-                **_TEXT, "intermediate_size_mlp": 96, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+                **TEXT, "intermediate_size_mlp": 96, "num_local_experts": 4, "interleave_moe_layer_step": 2,
             },
             "vision_config": {
                 **_VISION, "intermediate_size": 128, "image_size": 16, "vision_output_dim": 32,
@@ -58,7 +58,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "mllama": (
         "Mllama",
         {
-            "text_config": {**_TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+            "text_config": {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]},
             "vision_config": {
                 **_VISION, "num_global_layers": 1, "attention_heads": 2, "image_size": 16, "vision_output_dim": 64,
                 "intermediate_layers_indices": [0], "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2]],
@@ -69,7 +69,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "Dots3Note",
         {
             "text_config": {
-                **_TEXT, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+                **TEXT, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
                 "v_head_dim": 16, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
                 "moe_intermediate_size": 32, "shared_experts_intermediate_size": 32, "index_head_dim": 16,
                 "index_n_heads": 2, "index_topk": 8,
@@ -87,7 +87,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3",
         {
-            "text_config": _TEXT,
+            "text_config": TEXT,
             "vision_config": {**_VISION, "model_type": "siglip_vision_model", "image_size": 16},
             "mm_tokens_per_image": 4,
         },

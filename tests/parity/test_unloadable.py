@@ -17,27 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from ..tokenizers import write_llama
 from .compare import assert_same_json, assert_same_tensors
+from .multimodal import LINEAR_ATTENTION, TEXT
 from .reference import run_reference
 
-_SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-}
+_SMALL = {**TEXT, "pad_token_id": 0}
 _BLT_PART = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -47,7 +30,7 @@ _BLT_PART = {
 }
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hrm_text": ("HrmTextConfig", {**_SMALL, "num_key_value_heads": 4}),
-    "lara_mini": ("LaraMiniConfig", {**_SMALL, **_LINEAR}),
+    "lara_mini": ("LaraMiniConfig", {**_SMALL, **LINEAR_ATTENTION}),
     "sarvam_moe": (
         "SarvamMoEConfig",
         {**_SMALL, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
