@@ -146,7 +146,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     import numpy as np
     import torch
 
-    from . import nf4_kernel
+    from .nf4_kernel import encode_bfloat16, encode_float32
 
     flat = values.detach().reshape(-1).contiguous()
     n = flat.numel()
@@ -155,10 +155,10 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     absmax = np.empty(-(-n // BLOCK), np.float32)
     if flat.dtype == torch.bfloat16:
         bits = flat.view(torch.int16).numpy()[:whole]
-        finite = nf4_kernel.encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds())
+        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds())
     else:
         wide = flat[:whole].to(torch.float32).numpy()
-        finite = nf4_kernel.encode_float32(wide, codes[: whole // 2], absmax, _bounds())
+        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds())
     rest = flat[whole:].to(torch.float32).numpy()
     if not (finite and np.isfinite(rest).all()):
         raise ValueError("NaN or infinity")
@@ -253,10 +253,10 @@ def _thresholds() -> Any:
     """What bfloat16 weights are compared with, by their block's maximum (int16, 32768 × 16)."""
     import numpy as np
 
-    from . import nf4_kernel
+    from .nf4_kernel import find_thresholds
 
     thresholds = np.empty((2**15, 16), np.int16)
-    nf4_kernel.find_thresholds(_bounds(), thresholds)
+    find_thresholds(_bounds(), thresholds)
     return thresholds
 
 

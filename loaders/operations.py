@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import nf4
+from .nf4 import BLOCK, Encoder, compress_statistics
 from .catalog import Component, LinearLayer
 from .checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, TensorMeta
 from .finite import check_finite
@@ -34,7 +34,8 @@ class Inputs:
 
     checkpoint: Checkpoint
     chunk_bytes: int
-    encode: nf4.Encoder = nf4.encode
+    encode: Encoder | None = None
+    """Of the quantisation, where there is one."""
     new_rows: Mapping[str, Tensor] = field(default_factory=dict)
     """Rows for grown embeddings, by output name, where they were drawn beforehand."""
     _local: threading.local = field(default_factory=threading.local)
@@ -254,7 +255,7 @@ class Quantize:
             + _cast_bytes(self.source, self.dtype, chunk_bytes)
             + elements // 2
             + (ITEM_BYTES[self.dtype] * elements if self.transposed else 0)
-            + self.source.parameters // nf4.BLOCK * 4 * 4
+            + self.source.parameters // BLOCK * 4 * 4
         )
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
@@ -264,12 +265,13 @@ class Quantize:
         """
         import torch
 
+        assert inputs.encode is not None
         shape = self.source.shape[::-1] if self.transposed else self.source.shape
         # the encoder finds what is not finite at no cost
         if self.transposed:
             chunks: Iterable[Tensor] = [inputs.read(self.source, self.dtype, checked=False).T]
         else:
-            chunks = inputs.chunks(self.source, self.dtype, multiple=nf4.BLOCK, checked=False)
+            chunks = inputs.chunks(self.source, self.dtype, multiple=BLOCK, checked=False)
         maxima = []
         for values in chunks:
             try:
@@ -279,7 +281,7 @@ class Quantize:
                 raise
             sink.write(self.name, codes)
             maxima.append(absmax)
-        for suffix, value in nf4.compress_statistics(torch.cat(maxima), shape, TORCH_NAMES[self.dtype]).items():
+        for suffix, value in compress_statistics(torch.cat(maxima), shape, TORCH_NAMES[self.dtype]).items():
             sink.write(self.name + suffix, value)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import nf4
+from .nf4 import Encoder, encode as encode_nf4, encode_with_bitsandbytes, library_problem, numba_problem
 from .checkpoint import SINGLE_FILE
 from .disk import disk_errors, read_ahead
 from .environment import available_memory_bytes, cuda_problem, require
@@ -139,7 +139,7 @@ def _make(
     scratch = staging.scratch(processes.rank)
     with disk_errors(scratch):
         scratch.mkdir()
-    encode = nf4.encode
+    encode = encode_nf4
     # while libraries are imported, the disk would have nothing to do
     needed = () if processes.count > 1 or staging.is_begun else _surely_read(request, sources.model)
     with read_ahead(needed, available_memory_bytes() // 2):
@@ -184,22 +184,22 @@ def _surely_read(request: Request, source: Source) -> tuple[Path, ...]:
     return tuple(source.root / name for name in names if fnmatch(name, "model-*-of-*.safetensors"))
 
 
-def _choose_encoder(request: Request) -> tuple[nf4.Encoder, Decision | None]:
+def _choose_encoder(request: Request) -> tuple[Encoder, Decision | None]:
     """The NF4 encoder of the device that was asked for. Raises `MissingRequirementError` where there is none."""
     if request.device == "cuda":
         problem = cuda_problem()
         if problem is not None:
             raise MissingRequirementError(f"`--device cuda`: {problem}", hint="leave it out: the CPU encodes as well")
-        return partial(nf4.encode_with_bitsandbytes, device="cuda"), None
-    problem = nf4.numba_problem()
+        return partial(encode_with_bitsandbytes, device="cuda"), None
+    problem = numba_problem()
     if problem is None:
-        return nf4.encode, None
+        return encode_nf4, None
     decision = Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem)
-    return nf4.encode_with_bitsandbytes, decision
+    return encode_with_bitsandbytes, decision
 
 
 def _statistics_decision() -> Decision | None:
-    problem = nf4.library_problem()
+    problem = library_problem()
     if problem is None:
         return None
     return Decision(
@@ -239,7 +239,7 @@ def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> Non
 def _write_weights(
     prepared: Prepared,
     files: tuple[OutputFile, ...],
-    encode: nf4.Encoder,
+    encode: Encoder,
     stage: Path,
     timings: Timings,
     on_finished: Callable[[OutputFile, str], None],

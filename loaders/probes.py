@@ -75,12 +75,12 @@ def _bitsandbytes() -> dict[str, Any]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from . import nf4
+    from .nf4 import BLOCK, CODE_BOOK
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        values = torch.tensor(nf4.CODE_BOOK * 4, device=device)
-        codes, state = quantize_4bit(values, blocksize=nf4.BLOCK, quant_type="nf4")
+        values = torch.tensor(CODE_BOOK * 4, device=device)
+        codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
         if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
             raise RuntimeError(f"a block in NF4 does not come back as it was on {device}")
     return {"detail": f"a block quantised to NF4 and back on {' and '.join(devices)}"}

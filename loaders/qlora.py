@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from . import nf4
+from .nf4 import STATE_SUFFIX, stored_shapes
 from .checkpoint import TORCH_NAMES
 from .errors import MissingRequirementError
 from .lora import Lora
@@ -44,7 +44,7 @@ class Qlora(Lora):
             ),
             outputs=tuple(
                 _part(tensor, tensor.name + suffix, stored, dtype)
-                for suffix, (stored, dtype) in nf4.stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
+                for suffix, (stored, dtype) in stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
             ),
         )
 
@@ -73,7 +73,7 @@ def _part(tensor: ModelTensor, name: str, shape: tuple[int, ...], dtype: str) ->
         component=tensor.component,
         counted_as="nf4",
         parameters=prod(tensor.shape) if name == tensor.name else 0,
-        variable=name.endswith(nf4.STATE_SUFFIX),
+        variable=name.endswith(STATE_SUFFIX),
     )
 
 

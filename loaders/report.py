@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from . import nf4
+from .nf4 import BLOCK
 from .checkpoint import DTYPE_CODES
 from .environment import ftload_version, peak_memory_bytes, versions
 from .model_config import settings_hash
@@ -236,7 +236,7 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
         "quant_type": config["bnb_4bit_quant_type"],
         "double_quant": config["bnb_4bit_use_double_quant"],
         "block_size": next(
-            (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None), nf4.BLOCK
+            (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None), BLOCK
         ),
         "compute_dtype": config["bnb_4bit_compute_dtype"],
         "storage_dtype": config["bnb_4bit_quant_storage"],
