@@ -15,11 +15,11 @@ import typer
 
 from .doctor import doctor
 from .errors import Interrupted, explain
-from .inspect_checkpoint import InspectCommand, inspect
+from .inspect import InspectCommand, inspect
 from .options import FlagsCommand, PlanCommand
-from .output import OUTPUT, is_first_process
 from .plan import plan
 from .prepare import prepare
+from .show.output import OUTPUT, is_first_process
 from .verify import verify
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ app.command("doctor")(doctor)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from ..loaders.environment import ftload_version
+        from ..loaders.system.versions import ftload_version
 
         typer.echo(f"ftload {ftload_version()}")
         raise typer.Exit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .output import OUTPUT
+from .show.output import OUTPUT
 
 
 def doctor(
@@ -23,7 +23,7 @@ def doctor(
 
     Every library is really used, in a process of its own: that takes as long as importing them.
     """
-    from ..loaders.doctor import examine
+    from ..loaders.doctor.diagnosis import examine
     from ..loaders.errors import UsageError
     from ..loaders.strategy import STRATEGIES
 

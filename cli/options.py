@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
-from ..loaders.arguments import PANELS, PLAN, Flag, all_flags, plan_flags
+from ..loaders.flags.declared import PANELS, PLAN, Flag, all_flags, plan_flags
 
 if TYPE_CHECKING:
     from rich.table import Table

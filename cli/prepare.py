@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from .output import OUTPUT, is_first_process
+from .show.output import OUTPUT, is_first_process
 
 
 def prepare(ctx: typer.Context) -> None:
     """Turn a pretrained causal language model into a directory that training can start from."""
-    from ..loaders.command_line import parse_arguments
+    from ..loaders.flags.command_line import parse_arguments
     from ..loaders.prepare import prepare as run
 
     arguments = parse_arguments(ctx.obj)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .output import OUTPUT
+from .show.output import OUTPUT
 
 
 def verify(
@@ -24,7 +24,7 @@ def verify(
     Hashes, headers, configuration, tokenizer, template and adapter are checked against the report; then the model is
     loaded and takes one training step. Exit code 7 if anything failed.
     """
-    from ..loaders.verify import verify as run
+    from ..loaders.verify.verify import verify as run
 
     OUTPUT.configure(as_json=json, quiet=quiet, debug=debug)
     with OUTPUT.progress() as progress:

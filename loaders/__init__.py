@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .prepared import load_prepared
+    from .load import load_prepared
 
 __all__ = ["load_prepared"]
 
@@ -13,7 +13,7 @@ __all__ = ["load_prepared"]
 def __getattr__(name: str) -> Any:
     # on first use: the command line imports this package too, and its `--help` must not wait for it
     if name in __all__:
-        from .prepared import load_prepared
+        from .load import load_prepared
 
         return load_prepared
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")

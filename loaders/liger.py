@@ -7,14 +7,17 @@ the same architecture in the process may come to use them too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import said_by
 from .standard import Standard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _KERNELS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "fused_linear_cross_entropy")
 
@@ -51,3 +54,16 @@ def apply_liger(model: PreTrainedModel) -> tuple[str, ...]:
     options = dict.fromkeys(kernels, True)
     MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model=model, **options)
     return kernels
+
+
+def liger_problem() -> str | None:
+    """Why Liger's kernels can't run here; None when they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "Liger's Triton kernels need a GPU, and there is none"
+    try:
+        importlib.import_module("liger_kernel.transformers")
+    except Exception as error:  # a broken Triton raises whatever it likes
+        return f"liger-kernel does not import: {said_by(error)}"
+    return None

@@ -12,30 +12,40 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .nf4 import Encoder, encode as encode_nf4, encode_with_bitsandbytes, library_problem, numba_problem
-from .checkpoint import SINGLE_FILE
-from .disk import disk_errors, read_ahead
-from .environment import available_memory_bytes, cuda_problem, require
+from .checkpoint.checkpoint import SINGLE_FILE
+from .decision import Decision
 from .errors import CheckpointError, MissingRequirementError, ResourceError
-from .file_copy import link_problem
-from .identity import fingerprint
-from .output_files import OutputFile
-from .plan import Plan
-from .processes import Processes, join_processes
-from .ready import Prepared, Sources, Timings, make_ready, resolve_sources
-from .recorded import record, rewrite
-from .report import REPORT_FILE, describe_plan
-from .request import Decision, Request, resolve_request
-from .side_files import write_side_files
-from .source import Source
-from .staging import Journal, Staging, check_output, find_finished, staged
+from .flags.request import Request, resolve_request
+from .flags.strict import check_strict
+from .nf4.encode import encode as encode_nf4
+from .nf4.encode import encode_with_bitsandbytes, library_problem, numba_problem
+from .plan.output_files import REPORT_FILE, OutputFile
+from .plan.plan import Plan
+from .plan.ready import Prepared, make_ready
+from .plan.sources import Sources, resolve_sources
+from .progress import Progress, Timings
+from .report.metadata_files import write_side_files
+from .report.outputs import check_output, find_finished
+from .report.recorded import record, rewrite
+from .report.report import describe_plan
+from .source.source import Source
+from .steps.quantisation import Encoder
 from .strategy import STRATEGIES
-from .stream import Progress, Written, write_tensors
-from .strict import check_strict
+from .system.cuda import cuda_problem
+from .system.durable import disk_errors
+from .system.limits import available_memory_bytes
+from .system.read_ahead import read_ahead
+from .system.versions import require
+from .write.file_copy import link_problem
+from .write.fingerprint import fingerprint
+from .write.processes import Processes, join_processes
+from .write.staging import Journal, Staging, staged
+from .write.stream import write_tensors
+from .write.written import Written
 
 if TYPE_CHECKING:
-    from .arguments import Arguments, PlanOptions
-    from .memory import Sharding
+    from .flags.declared import Arguments, PlanOptions
+    from .memory.estimate import Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +107,7 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
     dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
     """
-    from .memory import compare_methods
+    from .memory.estimate import compare_methods
 
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
@@ -117,7 +127,7 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
 
 
 def _sharding(options: PlanOptions) -> Sharding | None:
-    from .memory import Sharding
+    from .memory.estimate import Sharding
 
     if options.fsdp is not None:
         return Sharding(method="fsdp", gpus=options.fsdp)
@@ -165,6 +175,7 @@ def _make(
     report: dict[str, Any] = {}
     if processes.rank == 0:
         report = write_side_files(prepared, written, {**finished, **written.hashes}, making, staging.stage, timings)
+        check_output(request.output, overwrite=request.overwrite)
         staging.publish(overwrite=request.overwrite)
     processes.gather("published", True)
     return report

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from .nf4 import STATE_SUFFIX, stored_shapes
-from .checkpoint import TORCH_NAMES
+from .checkpoint.formats.nf4 import STATE_SUFFIX
+from .checkpoint.tensors import TORCH_NAMES
 from .errors import MissingRequirementError
 from .lora import Lora
-from .operations import All, Cast, OutputTensor, Quantize, Step, plain_step
-from .tensor_map import ModelTensor
+from .model.tensor_map import ModelTensor
+from .nf4.encode import stored_shapes
+from .nf4.quantise import Quantize
+from .steps.plain import All, Cast, plain_step
+from .steps.step import OutputTensor, Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import CheckpointError
-from .operations import Step, plain_step
-from .tensor_map import ModelTensor
+from .model.tensor_map import ModelTensor
+from .steps.plain import plain_step
+from .steps.step import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

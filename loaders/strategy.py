@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from .liger import Liger
 from .lora import Lora
-from .operations import Step
+from .model.tensor_map import ModelTensor
 from .qlora import Qlora
 from .standard import Standard
-from .tensor_map import ModelTensor
+from .steps.step import Step
 
 
 class Strategy(Protocol):

@@ -78,19 +78,18 @@ def test_a_model_that_can_not_be_had_has_its_own_code(tmp_path: Path, text: str,
 
 
 def test_every_file_has_its_line() -> None:
-    """A file of the code that the README's table does not name, or one that it names and that is gone."""
+    """A file of the code that docs/architecture.md does not name, or one that it names and that is gone."""
     root = Path(__file__).parent.parent
-    table = README.partition("## The code\n")[2]
-    named = set()
-    for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
-        folder = ""
-        for path in re.findall(r"`([^`]+)`", row):
-            folder = path.rpartition("/")[0] or folder
-            named.add(f"{folder}/{path.rpartition('/')[2]}")
+    rooms = (root / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## `")[1:]
+    named = {
+        room.partition("`")[0] + path
+        for room in rooms
+        for path in re.findall(r"^\| `([^`]+\.py)` \|", room, re.MULTILINE)
+    }
     files = {
         path.relative_to(root).as_posix()
         for folder in ("cli", "loaders")
-        for path in (root / folder).glob("*.py")
+        for path in (root / folder).rglob("*.py")
         if not path.name.startswith("__")
     }
-    assert {name for name in named if name.endswith(".py")} == files
+    assert named == files

@@ -18,13 +18,13 @@ def test_the_wheel_is_whole_and_runs(tmp_path: Path) -> None:
         held = {name for name in archive.namelist() if name.startswith("ftload/")}
         archive.extractall(tmp_path / "site")
     expected = {
-        f"ftload/{package}/{path.name}"
+        f"ftload/{path.relative_to(ROOT).as_posix()}"
         for package in ("cli", "loaders")
-        for path in (ROOT / package).iterdir()
+        for path in (ROOT / package).rglob("*")
         if path.suffix in (".py", ".typed", ".json", ".html")
     }
-    assert "ftload/loaders/report.schema.json" in expected
-    assert {"ftload/cli/py.typed", "ftload/cli/page.html"} <= expected
+    assert "ftload/loaders/report/report.schema.json" in expected
+    assert {"ftload/cli/py.typed", "ftload/cli/show/page.html"} <= expected
     assert held == expected
     program = f"""
 import site, sys

@@ -87,7 +87,7 @@ def main() -> None:
     out = work / "out"
     assert finish(start(model, out, STRATEGIES["qlora"])) == 0  # numba's cache is filled
     expected, seconds = {}, {}
-    import ftload.loaders.nf4 as nf4
+    import ftload.loaders.nf4.encode as nf4
 
     assert nf4.numba_problem() is None
     from transformers import LlamaForCausalLM  # noqa: F401

@@ -23,7 +23,7 @@ FLAGS = {"standard": [], "liger": ["--use_liger_kernel"], "lora": ["--use_lora"]
 ENDLESS = """
 import time
 from ftload.cli.app import main
-from ftload.loaders.stream import _FileWriter
+from ftload.loaders.write.file_writer import FileWriter
 
 write = _FileWriter.write
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.doctor import run_probe
+from ftload.loaders.doctor.diagnosis import run_probe
 
 from ..conftest import Result
 from ..hub import LoopbackHub

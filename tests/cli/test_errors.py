@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from ftload.cli.errors import explain
-from ftload.cli.output import OUTPUT
-from ftload.loaders.disk import disk_errors
+from ftload.cli.show.output import OUTPUT
 from ftload.loaders.errors import CheckpointError, FtloadError, MissingRequirementError, ResourceError
+from ftload.loaders.system.durable import disk_errors
 
 HINT = "free some memory, or raise the limit that `ulimit -v` shows"
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import CheckpointError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.rendering import MAX_SECONDS
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
+from ftload.loaders.tokenizer.rendering import MAX_SECONDS
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result

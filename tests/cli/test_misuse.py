@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ftload.loaders.environment import ftload_version
+from ftload.loaders.decision import Decision
 from ftload.loaders.errors import MissingRequirementError
-from ftload.loaders.request import Decision
-from ftload.loaders.strict import check_strict
+from ftload.loaders.flags.strict import check_strict
+from ftload.loaders.system.versions import ftload_version
 
 from ..conftest import Result
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 from ftload.cli.app import app as ftload_app
 from ftload.cli.options import FlagsCommand
-from ftload.loaders.arguments import PANELS, all_flags
+from ftload.loaders.flags.declared import PANELS, all_flags
 from typer.testing import CliRunner
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ftload.loaders import identity
-from ftload.loaders.command_line import parse_arguments
-from ftload.loaders.disk import disk_errors
 from ftload.loaders.errors import ResourceError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
+from ftload.loaders.system.durable import disk_errors
+from ftload.loaders.write import fingerprint as identity
 
 from ..conftest import Result
 from ..parity.models import write_model
@@ -179,7 +179,7 @@ def kill_when(model: Path, out: Path, finished: int, flags: list[str]) -> None:
     """Run in a process of its own, which dies once so many files are finished."""
     program = f"""
 import os, sys
-import ftload.loaders.staging as staging
+import ftload.loaders.write.staging as staging
 add = staging.Journal.add
 left = {finished}
 def dying(self, path, sha256):
@@ -281,7 +281,7 @@ def fill(disk: Path, free: int) -> None:
 @pytest.fixture
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one worker, files are written in the plan's order."""
-    monkeypatch.setattr("ftload.loaders.plan.count_workers", lambda: 1)
+    monkeypatch.setattr("ftload.loaders.plan.plan.count_workers", lambda: 1)
 
 
 @pytest.mark.usefixtures("one_worker")

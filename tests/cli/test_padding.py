@@ -94,7 +94,7 @@ def test_a_base_that_is_referred_to_keeps_its_files(ftload: Ftload, tmp_path: Pa
 
 def test_a_text_model_within_another(tmp_path: Path) -> None:
     """Gemma 3 as published: the text model's configuration holds the id, and the whole model's has none."""
-    from ftload.loaders.vocabulary import set_padding, stored_padding
+    from ftload.loaders.plan.vocabulary import set_padding, stored_padding
     from transformers import Gemma3Config, Gemma3TextConfig
 
     config = Gemma3Config(text_config=Gemma3TextConfig(vocab_size=64).to_dict())

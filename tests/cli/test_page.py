@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.cli.tables import format_bytes
+from ftload.cli.show.tables import format_bytes
 
 from ..conftest import Result
 from ..parity.models import write_model

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint
-from ftload.loaders.staging import staged
+from ftload.loaders.checkpoint.checkpoint import Checkpoint
+from ftload.loaders.write.staging import staged
 from safetensors.torch import load_file, save_file
 
 from ..conftest import ROWS, Result
@@ -65,7 +65,7 @@ def test_report_is_valid(runs: Runs, llama: Path, strategy: str) -> None:
     from jsonschema import Draft202012Validator, FormatChecker
 
     _, report = runs[strategy]
-    schema = json.loads((Path(loaders.__path__[0]) / "report.schema.json").read_text())
+    schema = json.loads((Path(loaders.__path__[0]) / "report" / "report.schema.json").read_text())
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema, format_checker=FormatChecker()).validate(report)
     assert report["strategy"] == strategy
@@ -310,7 +310,7 @@ def test_a_device_that_is_not_there(ftload: Ftload, tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_encodes_as_the_kernel_does() -> None:
-    from ftload.loaders import nf4
+    from ftload.loaders.nf4 import encode as nf4
 
     values = torch.randn(1000, 64, dtype=torch.bfloat16)
     codes, absmax = nf4.encode(values)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.disk import hash_file
-from ftload.loaders.staging import staged
+from ftload.loaders.system.durable import hash_file
+from ftload.loaders.write.staging import staged
 
 from ..conftest import Result
 from .runs import prepare

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from ftload.loaders.errors import CheckpointError, UsageError
-from ftload.loaders.vocabulary import check_rows
+from ftload.loaders.plan.vocabulary import check_rows
 
 from ..conftest import Result
 from ..parity.models import write_model

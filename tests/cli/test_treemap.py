@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ftload.cli.treemap import Rectangle, squarify
+from ftload.cli.show.treemap import Rectangle, squarify
 from hypothesis import example, given
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from ftload.loaders.checkpoint import read_header
+from ftload.loaders.checkpoint.safetensors_header import read_header
 from ftload.loaders.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

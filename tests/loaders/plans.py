@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftload.loaders.arguments import FlatArguments
-from ftload.loaders.command_line import parse_arguments
-from ftload.loaders.plan import Plan
-from ftload.loaders.ready import Timings, make_ready, resolve_sources
-from ftload.loaders.request import resolve_request
-from ftload.loaders.stream import Silent
+from ftload.loaders.flags.command_line import parse_arguments
+from ftload.loaders.flags.declared import FlatArguments
+from ftload.loaders.flags.request import resolve_request
+from ftload.loaders.plan.plan import Plan
+from ftload.loaders.plan.ready import make_ready
+from ftload.loaders.plan.sources import resolve_sources
+from ftload.loaders.progress import Silent, Timings
 
 
 def make_plan(model: Path, work: Path, *flags: str) -> tuple[Plan, FlatArguments]:

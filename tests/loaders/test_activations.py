@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ftload.loaders import activations, load_prepared
-from ftload.loaders.activations import Batch, LoraSetting, Setting, Simulation
-from ftload.loaders.memory import training_setting
+from ftload.loaders import load_prepared
+from ftload.loaders.memory import activations
+from ftload.loaders.memory.activations import Batch, LoraSetting, Setting, Simulation
+from ftload.loaders.memory.estimate import training_setting
 
 from ..cli.runs import FLAGS, prepare
 from ..parity.models import ARCHITECTURES

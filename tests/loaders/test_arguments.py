@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.arguments import (
+from ftload.loaders.errors import UsageError
+from ftload.loaders.flags.declared import (
     PANELS,
     Arguments,
     FlatArguments,
@@ -20,9 +21,8 @@ from ftload.loaders.arguments import (
     parse_size,
     plan_flags,
 )
-from ftload.loaders.errors import UsageError
-from ftload.loaders.masking import masked
-from ftload.loaders.training_refusals import training_warnings
+from ftload.loaders.flags.training_refusals import training_warnings
+from ftload.loaders.system.masking import masked
 
 CONTRACT: list[dict[str, Any]] = json.loads(
     Path(__file__).parents[1].joinpath("data", "flags.json").read_text(encoding="utf-8")
@@ -236,11 +236,11 @@ def test_importing_is_light() -> None:
         "package = types.ModuleType('ftload.loaders')\n"
         "package.__path__ = [p + '/loaders' for p in [sys.argv[1]]]\n"
         "sys.modules['ftload.loaders'] = package\n"
-        "import ftload.loaders.command_line\n"
+        "import ftload.loaders.flags.command_line\n"
         "heavy = {'torch', 'transformers', 'typer', 'rich', 'yaml', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else 0)\n"
     )
-    loaders = Path(sys.modules["ftload.loaders.arguments"].__file__ or "").parent
+    loaders = Path(sys.modules["ftload.loaders.flags.declared"].__file__ or "").parents[1]
     done = subprocess.run(
         [sys.executable, "-c", program, str(loaders.parent)], capture_output=True, text=True, check=False
     )

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from ftload.loaders.catalog import (
-    ALL_LINEAR,
-    REFERENCE_TARGETS,
-    Component,
-    LinearLayer,
-    Targets,
-    component_of,
-    resolve_targets,
-)
+from ftload.loaders.adapter.targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, resolve_targets
 from ftload.loaders.errors import UsageError
+from ftload.loaders.model.components import Component, LinearLayer, component_of
 
 
 def _layer(name: str, component: Component) -> LinearLayer:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.chat_templates import TEMPLATES
+from ftload.loaders.tokenizer.chat_templates import TEMPLATES
 
 VECTORS: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "data" / "chat_templates.json").read_text(encoding="utf-8")

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint, fetch_config, open_checkpoint, read_header
+from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ftload.loaders.checkpoint.json_files import fetch_config
+from ftload.loaders.checkpoint.safetensors_header import read_header
 from ftload.loaders.errors import CheckpointError
-from ftload.loaders.source import resolve_source
+from ftload.loaders.source.source import resolve_source
 from safetensors.torch import save_file
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ftload.loaders.arguments import Arguments, Flag, all_flags
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import UsageError
+from ftload.loaders.flags.command_line import parse_arguments
+from ftload.loaders.flags.declared import Arguments, Flag, all_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

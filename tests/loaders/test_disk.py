@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ftload.loaders.disk import read_ahead
+from ftload.loaders.system.read_ahead import read_ahead
 
 from ..page_cache import cached_bytes, forget
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import OutputError, ResourceError
-from ftload.loaders.file_copy import FileCopy
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.staging import staged
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
+from ftload.loaders.write.file_copy import FileCopy
+from ftload.loaders.write.staging import staged
 
 
 def content(path: Path) -> str:

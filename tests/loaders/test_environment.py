@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.environment import available_memory_bytes, usable_processors
-from ftload.loaders.machine import look_at_machine
+from ftload.loaders.doctor.machine import look_at_machine
+from ftload.loaders.system.limits import available_memory_bytes, usable_processors
 
 MB = 10**6
 
@@ -28,8 +28,8 @@ def write_group(directory: Path, version: int, limit: str, used: int, cached: in
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("ftload.loaders.environment._GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr("ftload.loaders.environment._OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr("ftload.loaders.system.limits._GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("ftload.loaders.system.limits._OWN_GROUPS", tmp_path / "own")
     return tmp_path / "cgroup"
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import TensorMeta
+from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import CheckpointError, SourceError
-from ftload.loaders.file_copy import FileCopy
+from ftload.loaders.write.file_copy import FileCopy
 
 CONTENT = bytes(range(256)) * 150_000  # 38 MB: more than one piece
 

@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from ftload.loaders.comparison import compare
+from ftload.loaders.checkpoint.gguf_header import GGML_TYPES, read_gguf_header
 from ftload.loaders.errors import CheckpointError, SourceError
-from ftload.loaders.gguf_header import GGML_TYPES, read_gguf_header
-from ftload.loaders.inspection import inspect
-from ftload.loaders.inventory import component_by_name
-from ftload.loaders.source import resolve_source
-from ftload.loaders.tokenizer_facts import read_tokenizer_facts
+from ftload.loaders.inspect.comparison import compare
+from ftload.loaders.inspect.inspection import inspect
+from ftload.loaders.inspect.tokenizer_facts import read_tokenizer_facts
+from ftload.loaders.model.components import component_by_name
+from ftload.loaders.source.source import resolve_source
 from safetensors.torch import load_file, save_file
 
 from ..cli.runs import FLAGS, prepare

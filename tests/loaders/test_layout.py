@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from ftload.loaders.checkpoint import DTYPE_CODES
-from ftload.loaders.layout import METADATA, lay_out
-from ftload.loaders.operations import OutputTensor
+from ftload.loaders.checkpoint.tensors import DTYPE_CODES
+from ftload.loaders.plan.layout import METADATA, lay_out
+from ftload.loaders.steps.step import OutputTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders import load_prepared, memory
-from ftload.loaders.arguments import FlatArguments
-from ftload.loaders.memory import (
+from ftload.loaders import load_prepared
+from ftload.loaders.flags.declared import FlatArguments
+from ftload.loaders.memory import estimate as memory
+from ftload.loaders.memory.estimate import (
     Fit,
     NoEstimate,
     Sharding,
@@ -21,7 +22,7 @@ from ftload.loaders.memory import (
     estimate_training_memory,
     optimizer_bytes,
 )
-from ftload.loaders.plan import Plan
+from ftload.loaders.plan.plan import Plan
 
 from ..cli.runs import FLAGS, prepare
 from .plans import make_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ftload.loaders.errors import SourceError, UsageError
-from ftload.loaders.model_page import repository_of
+from ftload.loaders.flags.model_page import repository_of
 from huggingface_hub import constants
 
 HUB = constants.ENDPOINT

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from ftload.loaders import nf4
+from ftload.loaders.nf4 import encode as nf4
 
 from ..conftest import Result
 

@@ -16,10 +16,10 @@ import ftload.loaders
 import pytest
 import torch
 from ftload.cli.errors import Interrupted
-from ftload.loaders import nf4
-from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.flags.command_line import parse_arguments
+from ftload.loaders.nf4 import encode as nf4
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -7,12 +7,14 @@ from typing import cast
 
 import pytest
 import torch
-from ftload.loaders.checkpoint import Checkpoint, TensorMeta, open_checkpoint
+from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ftload.loaders.checkpoint.finite import all_finite
+from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import CheckpointError
-from ftload.loaders.finite import all_finite
-from ftload.loaders.operations import Cast, Convert, Inputs
-from ftload.loaders.source import resolve_source
-from ftload.loaders.tensor_map import Conversion
+from ftload.loaders.model.tensor_map import Conversion
+from ftload.loaders.source.source import resolve_source
+from ftload.loaders.steps.plain import Cast, Convert
+from ftload.loaders.steps.step import Inputs
 from safetensors.torch import save_file
 
 

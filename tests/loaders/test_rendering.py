@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders import rendering
 from ftload.loaders.errors import CheckpointError, ResourceError
-from ftload.loaders.rendering import Rendered, Turns, look_at_turns, render
+from ftload.loaders.tokenizer import rendering
+from ftload.loaders.tokenizer.rendering import Rendered, Turns, look_at_turns, render
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -58,7 +58,7 @@ def test_a_machine_that_never_gets_to_it(monkeypatch: pytest.MonkeyPatch) -> Non
 SMALLER_LIMIT = """
 import resource, sys
 from ftload.loaders.errors import ResourceError
-from ftload.loaders.rendering import render
+from ftload.loaders.tokenizer.rendering import render
 
 class Greedy:
     def apply_chat_template(self, conversation, **_):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ftload.loaders.stream import in_order
+from ftload.loaders.write.stream import in_order
 
 from .plans import make_plan
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.chat_templates import TEMPLATES
+from ftload.loaders.decision import Decision
 from ftload.loaders.errors import CheckpointError, FtloadError, MissingRequirementError, UsageError
-from ftload.loaders.request import Decision
-from ftload.loaders.tokenizer import PreparedTokenizer, prepare_tokenizer, resolve_tokenizer_source, save_tokenizer
+from ftload.loaders.tokenizer.chat_templates import TEMPLATES
+from ftload.loaders.tokenizer.tokenizer import (
+    PreparedTokenizer,
+    prepare_tokenizer,
+    resolve_tokenizer_source,
+    save_tokenizer,
+)
 
 from ..tokenizers import (
     CHATML_TEMPLATE,
@@ -635,12 +640,12 @@ def test_a_vocabulary_that_another_library_must_read(tmp_path: Path, monkeypatch
     write_llama(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"no protobuf")
-    monkeypatch.setattr("ftload.loaders.tokenizer_loading.installed_version", lambda _: None)
+    monkeypatch.setattr("ftload.loaders.tokenizer.loading.installed_version", lambda _: None)
     error = failure(tmp_path, MissingRequirementError)
     assert error.code == 5
     assert error.message == f"reading `{tmp_path / 'tokenizer.model'}` needs `sentencepiece` and `protobuf`"
     assert error.hint == "pip install sentencepiece protobuf"
-    monkeypatch.setattr("ftload.loaders.tokenizer_loading.installed_version", lambda _: "1.0")
+    monkeypatch.setattr("ftload.loaders.tokenizer.loading.installed_version", lambda _: "1.0")
     assert failure(tmp_path, CheckpointError).message.startswith(f"no tokenizer can be loaded from `{tmp_path}`: ")
 
 
@@ -759,6 +764,6 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "m.gguf").write_bytes(b"GGUF1234")
     error = failure(tmp_path, CheckpointError, gguf_file="m.gguf")
     assert error.message.startswith(f"no tokenizer can be loaded from `{tmp_path / 'm.gguf'}`: ")
-    monkeypatch.setattr("ftload.loaders.tokenizer_loading.installed_version", lambda _: None)
+    monkeypatch.setattr("ftload.loaders.tokenizer.loading.installed_version", lambda _: None)
     error = failure(tmp_path, MissingRequirementError, gguf_file="m.gguf")
     assert error.hint == "pip install 'ftload[gguf]'"

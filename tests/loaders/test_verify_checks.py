@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders import verify_training
-from ftload.loaders.checkpoint import open_checkpoint
-from ftload.loaders.nf4 import find_packed
-from ftload.loaders.prepared import load_prepared, read_report
-from ftload.loaders.source import resolve_source
-from ftload.loaders.stream import Silent
-from ftload.loaders.verify_adapter import check_adapter
-from ftload.loaders.verify_files import Context, check_config, check_files, check_report, check_tensors
-from ftload.loaders.verify_nf4 import check_statistics
-from ftload.loaders.verify_tokenizer import check_chat_template, check_tokenizer
-from ftload.loaders.verify_training import check_training
+from ftload.loaders.checkpoint.checkpoint import open_checkpoint
+from ftload.loaders.checkpoint.formats.nf4 import find_packed
+from ftload.loaders.load import load_prepared
+from ftload.loaders.nf4.check import check_statistics
+from ftload.loaders.progress import Silent
+from ftload.loaders.report.outputs import read_report
+from ftload.loaders.source.source import resolve_source
+from ftload.loaders.verify import training as verify_training
+from ftload.loaders.verify.adapter import check_adapter
+from ftload.loaders.verify.files import Context, check_config, check_files, check_report, check_tensors
+from ftload.loaders.verify.tokenizer import check_chat_template, check_tokenizer
+from ftload.loaders.verify.training import check_training
 from safetensors.torch import save_file
 
 from ..cli.runs import prepare
@@ -228,7 +229,7 @@ def test_an_adapter_tensor_that_is_gone(outputs: dict[str, Path]) -> None:
 
 def test_the_hash_of_a_base_file(outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub states hashes, a directory none: here it is made to."""
-    from ftload.loaders import verify_adapter
+    from ftload.loaders.verify import adapter as verify_adapter
 
     def with_hashes(model: str, revision: str | None) -> Any:
         source = resolve_source(model, revision)
@@ -375,7 +376,7 @@ def test_4_bit_without_double_quantisation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zeros", "one value", "half zeros", "one block", "an outlier", "a trained layer"])
 def test_statistics_of_odd_weights_are_honest(tmp_path: Path, kind: str) -> None:
-    from ftload.loaders import nf4
+    from ftload.loaders.nf4 import encode as nf4
 
     normal = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
     weight = {

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from ftload.loaders import nf4
-from ftload.loaders.checkpoint import SINGLE_FILE
-from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.checkpoint.checkpoint import SINGLE_FILE
 from ftload.loaders.errors import VerificationError
-from ftload.loaders.operations import Inputs, Operation, Sink
+from ftload.loaders.flags.command_line import parse_arguments
+from ftload.loaders.nf4 import encode as nf4
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent, write_tensors
+from ftload.loaders.progress import Silent
+from ftload.loaders.steps.step import Inputs, Operation, Sink
+from ftload.loaders.write.stream import write_tensors
 
 from .plans import make_plan
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import FtloadError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
-from ftload.loaders.verify import verify
+from ftload.loaders.progress import Silent
+from ftload.loaders.verify.verify import verify
 
 from ..tokenizers import write_llama
 from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors

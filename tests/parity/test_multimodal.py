@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import CheckpointError, FtloadError, MissingRequirementError, UsageError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
-from ftload.loaders.verify import Check, verify
+from ftload.loaders.progress import Silent
+from ftload.loaders.verify.verify import Check, verify
 from safetensors.torch import load_file, save_file
 
 from ..tokenizers import write_llama

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.command_line import parse_arguments
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
 from safetensors import safe_open
 
 from ..tokenizers import write_llama

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ftload.loaders import processes
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import ResourceError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.processes import Processes
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
+from ftload.loaders.write import processes
+from ftload.loaders.write.processes import Processes
 from torch.distributed import HashStore
 
 from ..cli.runs import ENDLESS, wait_for_file

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from ftload.cli.app import run
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import UsageError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
 
 from ..tokenizers import write_llama
 from .compare import assert_same_adapter_config, assert_same_tensors, read_tensors

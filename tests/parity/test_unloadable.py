@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders import load_prepared
-from ftload.loaders.command_line import parse_arguments
 from ftload.loaders.errors import CheckpointError, MissingRequirementError
+from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
-from ftload.loaders.stream import Silent
+from ftload.loaders.progress import Silent
 from safetensors.torch import load_file, save_file
 
 from ..tokenizers import write_llama
@@ -168,7 +168,7 @@ def test_the_padding_of_a_head_is_written_as_the_library_writes_it(tmp_path: Pat
     ],
 )
 def test_whether_statistics_are_found_is_transformers_own_answer(parameter: str, found: bool) -> None:
-    from ftload.loaders.tensor_map import _finds_statistics
+    from ftload.loaders.model.tensor_map import _finds_statistics
     from transformers.core_model_loading import Concatenate, WeightConverter, rename_source_key
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 

@@ -1,0 +1,72 @@
+"""Tables and numbers for people, at a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import one_line
+
+UNBOUNDED = 10_000
+"""Columns."""
+
+
+def make_console() -> Console:
+    """A console on stdout: as wide as the terminal; in a pipe, where lines are for `grep`, nothing is folded."""
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        return Console(highlight=False, emoji=False, width=UNBOUNDED)
+    if "COLUMNS" not in os.environ:
+        # rich asks descriptors 0 to 2 for a width, and stdout has been moved to another (see cli/app.py)
+        with contextlib.suppress(OSError):
+            console.width = os.get_terminal_size(sys.stdout.fileno()).columns or console.width
+    return console
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; in a pipe without the blanks that fill its lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(line.rstrip(), markup=False, soft_wrap=True)
+
+
+def print_details(console: Console, details: Iterable[tuple[str, str]]) -> None:
+    """Print a line for each name and value."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in details:
+        table.add_row(name, harmless(value))
+    print_table(console, table)
+
+
+def harmless(text: str) -> str:
+    """Text of a file or a library that neither a terminal nor rich takes for an instruction."""
+    return escape(one_line(text))
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and downloads are sold: `1.23 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def format_count(count: int) -> str:
+    """A count of parameters, in the units in which models are named: `8.03 B`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)

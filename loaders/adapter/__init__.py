@@ -1,0 +1,1 @@
+"""Which layers an adapter trains, and what it is made of."""

@@ -1,0 +1,150 @@
+"""PEFT asked what it makes of a list of target names: which modules it adapts, and whether it finds the adapter again.
+
+It matches the ends of module names of any kind, forbids some modules, and rewrites names where transformers merges
+weights on loading. Importing it takes seconds, so it is not asked where the answer is certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..decision import Decision
+from ..errors import MissingRequirementError, UsageError, said_by
+from ..model.components import LinearLayer
+from ..system.quiet import quiet_transformers
+from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_hits, matches, name_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Peft:
+    """PEFT, asked about a model on `meta`, which stays as it is."""
+
+    model: PreTrainedModel
+    rank: int
+    alpha: float
+    dropout: float
+
+    def confirm(self, targets: Targets, *, asked: bool, layers: tuple[LinearLayer, ...]) -> Targets:
+        """`targets` if PEFT adapts just these layers, under the names that it keeps; else those that it takes, and why.
+
+        Raises `UsageError` where it refuses what the user `asked` for, or everything, and `MissingRequirementError`
+        where it must be asked and can't be imported.
+        """
+        answer = self._ask(targets)
+        if answer.problem is None:
+            return _under(answer.patterns, targets, layers)
+        if asked:
+            raise UsageError(
+                f"`--lora_target_modules`: PEFT can't adapt these layers: {answer.problem}",
+                hint="name others, or leave it out: ftload takes what PEFT can adapt",
+            )
+        modules = tuple(name for name, _ in self.model.named_modules())
+        by_leaf: dict[str, list[LinearLayer]] = {}
+        for layer in targets.layers:
+            by_leaf.setdefault(layer.leaf, []).append(layer)
+        problems = {
+            leaf: self._ask(name_targets(group, layers=layers, modules=modules)).problem
+            for leaf, group in by_leaf.items()
+        }
+        taken = [layer for layer in targets.layers if problems[layer.leaf] is None]
+        if taken:
+            narrowed = name_targets(taken, layers=layers, modules=modules)
+            again = self._ask(narrowed)
+            if again.problem is None:
+                narrowed = replace(narrowed, decisions=(_narrowing(targets, problems),))
+                return _under(again.patterns, narrowed, layers)
+        raise UsageError(
+            f"PEFT can't adapt the linear layers of this model: {answer.problem}",
+            hint="name some with --lora_target_modules",
+        )
+
+    def _ask(self, targets: Targets) -> _Answer:
+        """Adapt a copy of the model, and load the adapter's own tensor names into it again."""
+        if self._is_certain(targets):
+            return _Answer(patterns=targets.patterns)
+        try:
+            from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+            from peft.tuners.tuners_utils import BaseTunerLayer
+        except Exception as error:  # a broken build raises whatever it likes
+            raise MissingRequirementError(
+                f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+            ) from error
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] - any number works
+            lora_dropout=self.dropout,
+            target_modules=list(targets.patterns),
+        )
+        with quiet_transformers():
+            try:
+                adapted: Any = get_peft_model(deepcopy(self.model), config, low_cpu_mem_usage=True)
+                # what it calls the tensors when it saves them, it must find again when it loads them
+                tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+                loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+                # after its first sentence PEFT lists sets, in an order that differs from process to process
+                return _Answer(problem=said_by(error).partition(". ")[0])
+        modules = adapted.base_model.model.named_modules()
+        found = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
+        wanted = {layer.name for layer in targets.layers}
+        if found != wanted:
+            name = min(found ^ wanted)
+            what = f"does not adapt `{name}`" if name in wanted else f"adapts `{name}` as well"
+            return _Answer(problem=f"it {what}")
+        lost = sorted(name for name in loaded.missing_keys if ".lora_" in name) + sorted(loaded.unexpected_keys)
+        if lost:
+            return _Answer(problem=f"it does not find `{lost[0]}` again")
+        kept = set(config.target_modules or ())
+        return _Answer(patterns=targets.patterns if kept == set(targets.patterns) else tuple(sorted(kept)))
+
+    def _is_certain(self, targets: Targets) -> bool:
+        """Whether the answer is known: the usual names, of plain linear layers, and weights that nothing merges."""
+        import torch
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        wanted = {layer.name for layer in targets.layers}
+        hit = {name: module for name, module in self.model.named_modules() if matches(name, targets.patterns)}
+        return (
+            set(targets.patterns) <= set(REFERENCE_TARGETS)
+            and hit.keys() == wanted
+            and all(type(module) is torch.nn.Linear for module in hit.values())
+            and get_checkpoint_conversion_mapping(self.model.config.model_type) is None
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """What PEFT makes of some targets."""
+
+    patterns: tuple[str, ...] = ()
+    """As it keeps them: of many whole names, the shortest ends that no other module shares."""
+    problem: str | None = None
+    """Why it does not adapt just these layers, in its words or in ours."""
+
+
+def _under(patterns: tuple[str, ...], targets: Targets, layers: tuple[LinearLayer, ...]) -> Targets:
+    """The same layers under other names."""
+    decisions = tuple(
+        decision if decision.effective == ALL_LINEAR else replace(decision, effective=" ".join(patterns))
+        for decision in targets.decisions
+    )
+    return replace(targets, patterns=patterns, hits=count_hits(layers, patterns), decisions=decisions)
+
+
+def _narrowing(targets: Targets, problems: Mapping[str, str | None]) -> Decision:
+    """The decision about `targets`, where PEFT takes some of them."""
+    refused = {leaf: problem for leaf, problem in problems.items() if problem is not None}
+    reason = f"PEFT refuses {', '.join(f'`{leaf}`' for leaf in refused)}: {next(iter(refused.values()))}"
+    return Decision(
+        what="lora_targets",
+        requested=targets.decisions[0].requested if targets.decisions else " ".join(targets.patterns),
+        effective="",
+        reason="; ".join([*(decision.reason for decision in targets.decisions), reason]),
+    )

@@ -1,0 +1,138 @@
+"""What a parameter is for, and which linear layers an adapter trains.
+
+Both are decided by what the model's modules are and are called, not by a list of architectures: a new architecture
+needs no entry here as long as it keeps to the field's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..decision import Decision
+from ..errors import UsageError
+from ..model.components import ROUTER_NAMES, LinearLayer
+
+REFERENCE_TARGETS = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
+"""The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
+
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """The layers that get an adapter, in the model's module order, and how they were found."""
+
+    patterns: tuple[str, ...]
+    layers: tuple[LinearLayer, ...]
+    hits: Mapping[str, int]
+    decisions: tuple[Decision, ...]
+
+
+def resolve_targets(
+    layers: Iterable[LinearLayer], *, modules: Iterable[str], asked: tuple[str, ...] | None, fused_experts: bool
+) -> Targets:
+    """Choose the linear layers that get an adapter; `modules` are the names of all modules, linear or not.
+
+    Names that the user asked for are taken as they are; each must hit. Otherwise the reference's seven names are
+    used where the architecture has them all. Where it lacks some, or for `all-linear`, every linear layer of the
+    language model's blocks is a target, except routers; where experts are fused into 3-D parameters, which LoRA's
+    linear adapters can't reach, the attention layers alone.
+    Raises `UsageError` when a name that was asked for, or everything, hits nothing, and when one hits a router or a
+    layer outside the blocks without naming it as such.
+    """
+    layers, modules = tuple(layers), tuple(modules)
+    if asked is not None and asked != (ALL_LINEAR,):
+        return _as_asked(layers, tuple(dict.fromkeys(asked)))
+    hits = count_hits(layers, REFERENCE_TARGETS)
+    usual = _matching(layers, REFERENCE_TARGETS)
+    trained = {layer.name for layer in usual if not _is_apart(layer)}
+    strays = [name for name in modules if matches(name, REFERENCE_TARGETS) and name not in trained]
+    if asked is None and all(hits.values()) and not fused_experts and not strays:
+        return Targets(patterns=REFERENCE_TARGETS, layers=usual, hits=hits, decisions=())
+    eligible = [layer for layer in layers if not _is_apart(layer)]
+    if fused_experts:
+        # an architecture may call its attention by the name of a mixer
+        attention = [layer for layer in eligible if layer.component == "attention"]
+        eligible = attention or [layer for layer in eligible if layer.component != "experts"]
+    if not eligible:
+        raise UsageError(
+            "LoRA finds no linear layer to train in this model", hint="name some with --lora_target_modules"
+        )
+    targets = name_targets(eligible, layers=layers, modules=modules)
+    missed = ", ".join(name for name in REFERENCE_TARGETS if not hits[name])
+    if fused_experts:
+        what = "attention" if eligible[0].component == "attention" else "the rest"
+        reason = (
+            f"the experts are fused into 3-D parameters, which linear adapters can't reach: {what} alone is trained"
+        )
+    elif asked is not None:
+        reason = f"the linear layers of its blocks are {' '.join(targets.patterns)}"
+    elif all(hits.values()):
+        reason = f"those names also hit `{strays[0]}`: the linear layers of its blocks alone are trained"
+    else:
+        reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
+    decision = Decision(
+        what="lora_targets",
+        requested=" ".join(asked or REFERENCE_TARGETS),
+        effective=ALL_LINEAR if asked is not None and not fused_experts else " ".join(targets.patterns),
+        reason=reason,
+    )
+    return replace(targets, decisions=(decision,))
+
+
+def name_targets(chosen: Iterable[LinearLayer], *, layers: Iterable[LinearLayer], modules: Iterable[str]) -> Targets:
+    """Patterns that PEFT matches with these layers and no other module: their last names, else their whole ones."""
+    chosen, layers = tuple(chosen), tuple(layers)
+    patterns = tuple(dict.fromkeys(layer.leaf for layer in chosen))
+    names = {layer.name for layer in chosen}
+    if any(name not in names and matches(name, patterns) for name in modules):
+        patterns = tuple(layer.name for layer in chosen)
+    return Targets(patterns=patterns, layers=chosen, hits=count_hits(layers, patterns), decisions=())
+
+
+def matches(module: str, patterns: Iterable[str]) -> bool:
+    """Whether PEFT takes a module for one of a list of targets: by its whole name, or its end after a dot."""
+    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _as_asked(layers: tuple[LinearLayer, ...], asked: tuple[str, ...]) -> Targets:
+    hits = count_hits(layers, asked)
+    missed = [pattern for pattern, count in hits.items() if not count]
+    if missed:
+        names = sorted({layer.leaf for layer in layers})
+        raise UsageError(
+            f"`--lora_target_modules`: no linear layer is called {', '.join(f'`{name}`' for name in missed)}",
+            hint=f"this model has {', '.join(names)}",
+        )
+    chosen = _matching(layers, asked)
+    stray = next((layer for layer in chosen if _is_apart(layer) and not _is_named(layer, asked)), None)
+    if stray is not None:
+        where = "is a router's" if stray.component == "router" else "lies outside the language model's layers"
+        raise UsageError(
+            f"`--lora_target_modules`: `{stray.leaf}` hits `{stray.name}`, which {where} and was not asked for",
+            hint="name the layers in full, with a dot in each name",
+        )
+    return Targets(patterns=asked, layers=chosen, hits=hits, decisions=())
+
+
+def _is_apart(layer: LinearLayer) -> bool:
+    """Whether a layer is not trained unasked: a router, or outside the language model's blocks."""
+    return layer.component == "router" or not layer.in_blocks
+
+
+def _is_named(layer: LinearLayer, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern that hits it says what the layer belongs to: a router's own name, or a path."""
+    return any(matches(layer.name, (pattern,)) and ("." in pattern or pattern in ROUTER_NAMES) for pattern in patterns)
+
+
+def count_hits(layers: Iterable[LinearLayer], patterns: Iterable[str]) -> dict[str, int]:
+    """Pattern to the number of layers that it matches."""
+    layers = tuple(layers)
+    return {pattern: sum(matches(layer.name, (pattern,)) for layer in layers) for pattern in patterns}
+
+
+def _matching(layers: tuple[LinearLayer, ...], patterns: tuple[str, ...]) -> tuple[LinearLayer, ...]:
+    return tuple(layer for layer in layers if matches(layer.name, patterns))

@@ -1,0 +1,120 @@
+"""The JSON files of a checkpoint, read with bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from ..errors import CheckpointError, SourceError
+from ..source.source import Source, config_file_names
+
+MAX_JSON_BYTES = 25_000_000
+"""Of a configuration or an index; the largest that are known have 9 MB."""
+
+
+def fetch_config(source: Source) -> None:
+    """Have the files that describe the model, and see that they can be read at all.
+
+    Raises `CheckpointError` where there is no `config.json`, or one of them is not JSON.
+    """
+    names = {file.path: file for file in source.files}
+    if "config.json" not in names:
+        hint = "a model directory holds config.json, a tokenizer and *.safetensors"
+        if "adapter_config.json" in names:
+            hint = "this is an adapter: give the model that it was trained on"
+        raise absent_error(source, f"`{source.model}` holds no `config.json`", hint)
+    found = config_file_names(source.files)
+    source.fetch(found)
+    for name in found:
+        size = names[name].bytes
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"`{source.root / name}` is {size} bytes long")
+        _check_sizes(parse_json(source.read(name, 0, size), str(source.root / name)), str(source.root / name))
+
+
+_MOST = {
+    re.compile(r"(layers?|cycles)$"): 2_000,
+    re.compile(r"labels$"): 100_000,
+    re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000,
+}
+"""Keys of a configuration, and the largest value that they can have. Without a bound, a number of a few digits makes
+transformers build modules, or lists of them, until memory or patience end; the largest models have a tenth of this."""
+
+
+def _check_sizes(document: Any, file: str) -> None:
+    waiting = [document]
+    while waiting:
+        place = waiting.pop()
+        if isinstance(place, list):
+            waiting += place
+        elif isinstance(place, dict):
+            waiting += place.values()
+            for key, value in place.items():
+                for pattern, most in _MOST.items():
+                    if isinstance(value, int | float) and pattern.search(key) and value > most:
+                        raise CheckpointError(f"`{file}`: `{key}` is more than the {most:,} of any real model")
+
+
+TRUNCATED = "the file is incomplete or of another kind: download it again"
+
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def lfs_pointer_error(file: str) -> CheckpointError:
+    """The error for a file that was never downloaded: only its Git LFS pointer is there."""
+    return CheckpointError(f"`{file}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
+
+
+def absent_error(source: Source, message: str, hint: str) -> CheckpointError | SourceError:
+    """A missing file is the checkpoint's fault, unless only a cache could be looked into."""
+    if source.from_cache:
+        return SourceError(f"{message} in the cache", hint="go online and run it again")
+    return CheckpointError(message, hint=hint)
+
+
+def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in one of the source's JSON files. Raises `CheckpointError` for anything else, naming the file."""
+    size = next(file.bytes for file in source.files if file.path == name)
+    if size > most_bytes:
+        raise CheckpointError(f"`{name}` is {size} bytes long")
+    return parse_json(source.read(name, 0, size), name)
+
+
+def parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]:
+    """A JSON object without repeated keys; `strict` as in RFC 8259, not with all that Python's parser takes as well."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise CheckpointError(f"`{file}` names a key twice")
+        return result
+
+    try:
+        if strict:
+            text = raw.decode()
+            value = json.loads(
+                text, object_pairs_hook=unique, parse_constant=_refuse, parse_float=_refuse, parse_int=_integer
+            )
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+        else:
+            value = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if raw.startswith(LFS_POINTER):
+            raise lfs_pointer_error(file) from error
+        raise CheckpointError(f"`{file}` is not valid JSON", hint=TRUNCATED) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{file}` is not a JSON object", hint=TRUNCATED)
+    return value
+
+
+def _integer(literal: str) -> int:
+    """For an integer of a header; the library can't take more digits than a float has."""
+    return int(literal) if len(literal) <= 300 else _refuse(literal)
+
+
+def _refuse(literal: str) -> NoReturn:
+    """For what has no place in a header: fractions, NaN and infinity."""
+    raise ValueError(literal)

@@ -1,0 +1,54 @@
+"""An adapter that lies where the model does: what was trained into it is no part of what is prepared from the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..decision import Decision
+from ..errors import CheckpointError
+from ..source.source import ADAPTER_FILE, Source
+from .safetensors_header import read_header
+
+_READ_BYTES = 4 * 1024 * 1024
+
+
+def leave_adapter(source: Source, *, fresh: bool) -> Decision | None:
+    """That an adapter beside the model is not gone on with; None where there is none, or nothing was trained into it.
+
+    `fresh` says whether a new adapter is prepared. Of a local adapter, B is read until something in it is not zero; one
+    on a hub counts as trained.
+    """
+    trained = next((config for config in source.adapters if not _is_untrained(source, config)), None)
+    if trained is None:
+        return None
+    return Decision(
+        what="adapter",
+        requested=f"the one in `{source.model}`",
+        effective="a fresh one" if fresh else "none",
+        reason=f"`{trained}` belongs to a trained adapter, which ftload neither merges nor goes on with",
+    )
+
+
+def _is_untrained(source: Source, config: str) -> bool:
+    """Whether B of every layer is zero, as LoRA begins (arXiv:2106.09685, section 4.1)."""
+    if source.kind != "local":
+        return False
+    path = source.root / Path(config).with_name(ADAPTER_FILE)
+    try:
+        with path.open("rb") as file:
+
+            def read(begin: int, end: int) -> bytes:
+                file.seek(begin)
+                return file.read(end - begin)
+
+            tensors = [
+                tensor for tensor in read_header(path.name, path.stat().st_size, read) if ".lora_B." in tensor.name
+            ]
+            pieces = (
+                read(begin, min(begin + _READ_BYTES, tensor.end))
+                for tensor in tensors
+                for begin in range(tensor.begin, tensor.end, _READ_BYTES)
+            )
+            return bool(tensors) and not any(piece.strip(b"\0") for piece in pieces)
+    except (OSError, CheckpointError):  # whatever it is, it was not written by ftload
+        return False

@@ -1,0 +1,1 @@
+"""`ftload doctor`: what this machine can do."""

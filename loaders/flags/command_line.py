@@ -1,0 +1,249 @@
+"""From the words of a command line, and a YAML file if the first of them is one, to `Arguments`.
+
+What HfArgumentParser accepts is accepted and means the same; tests compare the two.
+Every problem found is reported in one error, so that a run is corrected in one go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..errors import UsageError
+from .declared import (
+    Arguments,
+    Flag,
+    FlatArguments,
+    Origin,
+    OwnOptions,
+    PlanOptions,
+    TokenizerConfig,
+    all_flags,
+    parse_size,
+    plan_flags,
+)
+from .values import ALIASES, EXPECTED, Problems, from_text, is_boolean, is_null, printable
+from .yaml_file import read_yaml
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+MOST_GPUS = 100_000
+"""More than any that train one model; a larger number is a slip."""
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read `[run.yaml] [--flag [value ...]]...`; a flag overrides the file.
+
+    Raises:
+        UsageError: names every unknown flag and key, every bad value and every misplaced word.
+    """
+    problems = Problems(all_flags())
+    return _arguments(*_read(argv, problems), problems)
+
+
+def parse_plan_arguments(argv: Sequence[str]) -> tuple[Arguments, PlanOptions]:
+    """Read what `ftload plan` takes: the words of `parse_arguments`, and among the flags its own.
+
+    Raises:
+        UsageError: as `parse_arguments`.
+    """
+    problems = Problems({**all_flags(), **plan_flags()})
+    from_yaml, from_cli = _read(argv, problems)
+    own = {name: from_cli.pop(name) for name in plan_flags() if name in from_cli}
+    fsdp, zero, gpus = (own.get(name) for name in ("fsdp", "zero", "gpus"))
+    if fsdp is not None and zero is not None:
+        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
+    if zero is not None and zero not in (1, 2, 3):
+        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
+    if gpus is not None and "zero" not in own:
+        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
+    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
+        if count is not None and not 2 <= count <= MOST_GPUS:
+            problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
+    return _arguments(from_yaml, from_cli, problems), PlanOptions(**own)
+
+
+def _read(argv: Sequence[str], problems: Problems) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of the YAML file, if there is one, and those of the flags."""
+    words = list(argv)
+    from_yaml: dict[str, Any] = {}
+    if words and not _is_flag(words[0]):
+        name = words.pop(0)
+        if name.endswith(YAML_SUFFIXES):
+            try:
+                from_yaml = read_yaml(name, problems)
+            except UsageError as error:
+                problems.add(error.message, error.hint)
+        else:
+            looks_like_model = Path(name).exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?|.*[/\\].*", name)
+            problems.add(
+                f"`{printable(name)}` is not a YAML file (.yaml or .yml); nothing else can come before the flags",
+                f"name the model with `--model {printable(name)}`" if looks_like_model else None,
+            )
+    return from_yaml, _read_flags(words, problems)
+
+
+def _arguments(from_yaml: dict[str, Any], from_cli: dict[str, Any], problems: Problems) -> Arguments:
+    values = from_yaml | from_cli
+    origins: dict[str, Origin] = {}
+    for name in all_flags():
+        origins[name] = "cli" if name in from_cli else "yaml" if name in from_yaml else "default"
+    _check_ranges(values, problems)
+    problems.raise_if_any()
+
+    def group(kind: type) -> Any:
+        return kind(**{name: value for name, value in values.items() if all_flags()[name].group == kind.__name__})
+
+    return Arguments(
+        flat=group(FlatArguments), tokenizer=group(TokenizerConfig), own=group(OwnOptions), origins=origins
+    )
+
+
+def _is_flag(word: str) -> bool:
+    """Whether `word` is a flag rather than a value: `-1e-3`, `-` and `- a b` are values, as for argparse."""
+    if not word.startswith("-") or word == "-" or (" " in word and not word.startswith("--")):
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
+    """Return the value of every flag among `words`, by the flag's name."""
+    values: dict[str, Any] = {}
+    models: dict[str, str] = {}
+    while words:
+        word = words.pop(0)
+        if not _is_flag(word):
+            _add_stray(word, problems)
+            continue
+        typed, equals, attached = word.partition("=")
+        given = [attached] if equals else []
+        while not equals and words and not _is_flag(words[0]):
+            given.append(words.pop(0))
+
+        names = _names_meant(typed, problems.flags)
+        if len(names) != 1:
+            _add_unclear(typed, names, problems)
+            continue
+        (name,) = names
+        flag, negated = names[name]
+        if not negated:
+            value = _from_words(flag, typed, given, bool(equals), words, problems)
+        else:
+            value = False
+            if given:
+                problems.add(f"`{typed}` takes no value, but `{printable(given[0])}` follows it")
+        if flag.name in ALIASES.values() and isinstance(value, str):
+            models[name] = value
+        values[flag.name] = value
+    if len(set(models.values())) > 1:
+        both = " and ".join(f"`--{name} {printable(value)}`" for name, value in models.items())
+        problems.add(f"{both} name different models")
+    return values
+
+
+_Names: TypeAlias = dict[str, tuple[Flag, bool]]
+"""What can be typed, without dashes: the flag that it means, and whether it turns it off."""
+
+
+def _names_meant(typed: str, flags: Mapping[str, Flag]) -> _Names:
+    """Return the name that `typed` is, or all those that it may be short for: none, one or several.
+
+    argparse takes beginnings of names. Those of the training script are looked at first, so that what is short for one
+    of them there is short for the same one here, whatever flags ftload has beside.
+    """
+    name = typed.removeprefix("--").replace("-", "_")
+    if not typed.startswith("--") or not name:
+        return {}
+    theirs: _Names = {}
+    ours: _Names = {alias: (flags[meant], False) for alias, meant in ALIASES.items()}
+    for flag in flags.values():
+        trains = flag.group in (FlatArguments.__name__, TokenizerConfig.__name__)
+        (theirs if trains else ours)[flag.name] = flag, False
+        if flag.kind == "bool":
+            # HfArgumentParser has `no_` before the booleans that are true by default
+            (theirs if trains and flag.default else ours)[f"no_{flag.name}"] = flag, True
+    for names in (theirs, ours):
+        if name in names:
+            return {name: names[name]}
+    for names in (theirs, ours):
+        if begun := {full: meant for full, meant in names.items() if full.startswith(name)}:
+            return begun
+    return {}
+
+
+def _add_unclear(typed: str, names: Iterable[str], problems: Problems) -> None:
+    """Record a flag that there is not, or that could be any of `names`."""
+    could_be = ", ".join(f"`--{name}`" for name in names)
+    if could_be:
+        problems.add(f"ambiguous flag `{printable(typed)}`: it could be {could_be}", "write more of its name")
+    else:
+        problems.add_unknown("flag", typed)
+
+
+def _from_words(flag: Flag, label: str, given: list[str], attached: bool, ahead: list[str], problems: Problems) -> Any:
+    """Return the value of `flag` from the words up to the next flag, which is the first of those `ahead`."""
+    spelled = label.removeprefix("--").replace("-", "_")
+    shown = f"`{label}`" if ALIASES.get(spelled, spelled) == flag.name else f"`{label}` (`--{flag.name}`)"
+    takes_list = flag.kind in ("list", "str or list")
+    if not given:
+        if flag.kind == "bool":
+            return True
+        dashed = ahead and not ahead[0].startswith("--")
+        hint = f"write `{label}={printable(ahead[0])}` if that is the value" if dashed else None
+        problems.add(f"{shown} needs a value: {EXPECTED[flag.kind]}", hint)
+        return None
+    if flag.optional and flag.type != "str | None" and len(given) == 1 and is_null(given[0]):
+        return None
+    if takes_list:
+        return given
+    if flag.kind == "bool" and not attached and not is_boolean(given[0]):
+        _add_stray(given[0], problems, after=label, hint=f"`{label}` stands alone, or takes true or false")
+        return None
+    for word in given[1:]:
+        _add_stray(word, problems, after=f"{label} {printable(given[0])}")
+    try:
+        return from_text(flag, given[0])
+    except ValueError as error:
+        problems.add_bad_value(shown, flag, error, given[0])
+        return None
+
+
+def _add_stray(word: str, problems: Problems, after: str = "", hint: str | None = None) -> None:
+    """Record a word that no flag takes."""
+    place = f" after `{after}`" if after else ""
+    if word.endswith(YAML_SUFFIXES):
+        problems.add(f"`{printable(word)}`{place} is out of place: one YAML file can be given, before the flags")
+    else:
+        problems.add(f"`{printable(word)}`{place} belongs to no flag", hint)
+
+
+def _check_ranges(values: dict[str, Any], problems: Problems) -> None:
+    """Refuse values of the right type that nothing can be prepared with; here a bad value is None."""
+    rank, alpha, dropout, seed = (values.get(f) for f in ("lora_rank", "lora_alpha", "lora_dropout", "seed"))
+    if rank is not None and rank < 1:
+        problems.add(f"`lora_rank` must be at least 1, not {rank}")
+    if alpha is not None and not math.isfinite(alpha):
+        problems.add(f"`lora_alpha` must be a finite number, not {alpha}")
+    if dropout is not None and not 0 <= dropout < 1:
+        problems.add(f"`lora_dropout` must be at least 0 and below 1, not {dropout}")
+    if seed is not None and not 0 <= seed < 2**32:
+        # the bound is numpy's, which training scripts seed as well
+        problems.add(f"`seed` must be at least 0 and below 2^32, not {seed}")
+    least = values.get("min_quantized")
+    if least is not None and not 0 <= least <= 100:
+        problems.add(f"`min_quantized` is a percentage, 0 to 100, not {least}")
+    if values.get("lora_target_modules") == []:
+        problems.add("`lora_target_modules` must name at least one layer")
+    for name in ("max_shard_size", "max_memory"):
+        try:
+            parse_size(values.get(name) or "1")
+        except UsageError as error:
+            problems.add(f"`{name}`: {error.message}", error.hint)

@@ -1,0 +1,142 @@
+"""What is wanted: the flags, resolved once into values that the rest of ftload works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..decision import Decision
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .declared import Arguments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """Everything of the flags that changes what is written, apart from the tokenizer's own."""
+
+    model: str
+    revision: str | None
+    config_name: str | None
+    config_overrides: Mapping[str, Any]
+    trust_remote_code: bool
+    allow_pickle: bool
+    strategy: str
+    """A key of `strategy.STRATEGIES`."""
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_targets: tuple[str, ...] | None
+    """None asks for the reference's seven names."""
+    use_liger_kernel: bool
+    use_flash_attn: bool
+    gradient_checkpointing: bool
+    embedding_init: str
+    """`mean` or `reference`."""
+    base: str
+    """`auto`, `copy`, `link` or `reference`."""
+    min_quantized: float
+    """Percent."""
+    device: str
+    """Where NF4 is encoded: `cpu` or `cuda`."""
+    seed: int
+    output: Path
+    overwrite: bool
+    max_shard_bytes: int
+    max_memory_bytes: int
+    """For the tensors that are being worked on; the interpreter and its libraries come on top."""
+    decisions: tuple[Decision, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve_request(arguments: Arguments) -> Request:
+    """Turn flags into a request. Raises `UsageError` where they contradict each other."""
+    from .declared import parse_size
+    from .model_page import repository_of
+    from .training_refusals import training_warnings
+
+    flat, own = arguments.flat, arguments.own
+    if not flat.model_name_or_path:
+        raise UsageError("no model is given", hint="pass --model with a hub id, a directory or a .gguf file")
+    for flag, value in (("--model", flat.model_name_or_path), ("--output_dir", flat.output_dir)):
+        if not value.isascii() and value != value.encode(errors="replace").decode():
+            # the report, the configuration and the adapter are UTF-8 and name both
+            raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
+    model, revision = repository_of(flat.model_name_or_path, flat.model_revision)
+    decisions = []
+    if flat.use_qlora and not flat.use_lora:
+        asked = "true" if arguments.origins["use_lora"] == "default" else "false"
+        decisions.append(
+            Decision(what="use_lora", requested=asked, effective="true", reason="use_qlora trains a LoRA adapter")
+        )
+    publish = [name for name in _PUBLISHING if arguments.origins[name] != "default" and getattr(flat, name)]
+    if publish:
+        decisions.append(
+            Decision(
+                what=" ".join(publish),
+                requested="publish",
+                effective="false",
+                reason="ftload never uploads anything",
+            )
+        )
+    if flat.use_qlora:
+        strategy = "qlora"
+    elif flat.use_lora:
+        strategy = "lora"
+    elif flat.use_liger_kernel:
+        strategy = "liger"
+    else:
+        strategy = "standard"
+    adapter_only = [
+        name
+        for name, given in (
+            ("lora_target_modules", own.lora_target_modules is not None),
+            ("base", own.base == "reference"),
+        )
+        if given
+    ]
+    if adapter_only and not (flat.use_lora or flat.use_qlora):
+        raise UsageError(f"`--{adapter_only[0]}` is for adapters", hint="pass --use_lora or --use_qlora as well")
+    try:
+        output = Path(flat.output_dir).expanduser().absolute()
+    except RuntimeError as error:  # `~name` of nobody
+        raise UsageError(f"`--output_dir` is `{flat.output_dir}`, whose home directory is not known") from error
+    if output.name == "..":
+        output = output.resolve()
+    return Request(
+        model=model,
+        revision=revision,
+        config_name=flat.config_name,
+        config_overrides=_overrides(flat.additional_model_arguments),
+        trust_remote_code=arguments.tokenizer.trust_remote_code,
+        allow_pickle=own.allow_pickle,
+        strategy=strategy,
+        lora_rank=flat.lora_rank,
+        lora_alpha=flat.lora_alpha,
+        lora_dropout=flat.lora_dropout,
+        lora_targets=tuple(own.lora_target_modules) if own.lora_target_modules is not None else None,
+        use_liger_kernel=flat.use_liger_kernel,
+        use_flash_attn=flat.use_flash_attn,
+        gradient_checkpointing=flat.gradient_checkpointing,
+        embedding_init=own.embedding_init,
+        base=own.base,
+        min_quantized=own.min_quantized,
+        device=own.device,
+        seed=flat.seed,
+        output=output,
+        overwrite=own.overwrite,
+        max_shard_bytes=parse_size(own.max_shard_size),
+        max_memory_bytes=parse_size(own.max_memory),
+        decisions=tuple(decisions),
+        warnings=training_warnings(flat),
+    )
+
+
+_PUBLISHING = ("push_to_hub", "save_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision")
+
+
+def _overrides(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,164 @@
+"""What the text of a flag's value means, and what is wrong with flags and values so far.
+
+Shared by the two places where flags are given: `command_line.py` and `yaml_file.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ..errors import UsageError
+from ..system.masking import masked
+from .declared import Flag
+
+ALIASES = {"model": "model_name_or_path"}
+"""Short names of flags, on the command line and in YAML."""
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bits", "quantization", "quantization_bit", "qlora"), "use_qlora"),
+    "attn_implementation": "use_flash_attn",
+    "use_peft": "use_lora",
+}
+"""What other trainers call a thing, and the flag that asks for it here."""
+
+
+MOST_PROBLEMS = 50
+"""Problems to list in one error."""
+
+
+_BOOLEANS: dict[str, bool] = dict.fromkeys(("true", "yes", "t", "y", "1"), True)
+
+
+_BOOLEANS |= dict.fromkeys(("false", "no", "f", "n", "0"), False)
+
+
+EXPECTED = {
+    "bool": "true or false",
+    "int": "an int",
+    "float": "a float",
+    "str": "a string",
+    "list": "a list of strings",
+    "str or list": "a string or a list of strings",
+    "json": "a JSON object",
+}
+"""What each kind of flag takes, in words."""
+
+
+class Problems:
+    """What is wrong so far, and the first hint that came with it; `flags` are those that are known, by name."""
+
+    def __init__(self, flags: Mapping[str, Flag]) -> None:
+        self.flags = flags
+        self.messages: list[str] = []
+        self.hint: str | None = None
+
+    def add(self, message: str, hint: str | None = None) -> None:
+        """Note something that is wrong."""
+        self.messages.append(message)
+        self.hint = self.hint or hint
+
+    def add_unknown(self, kind: str, typed: str, place: str = "") -> None:
+        """Note a `flag` or a `key` that there is not, as it was typed, and those that it may have been meant to be."""
+        dashes = "--" if kind == "flag" else ""
+        name = typed.lstrip("-").replace("-", "_").lower()
+        elsewhere = ELSEWHERE.get(name)
+        near = [elsewhere] if elsewhere else difflib.get_close_matches(name, [*self.flags, *ALIASES], n=2)
+        if not near:
+            holders = [flag for flag in self.flags if name and f"_{name}_" in f"_{flag}_"]
+            near = holders if len(holders) <= 2 else []
+        nearest = " or ".join(f"`{dashes}{found}`" for found in near)
+        self.add(
+            f"unknown {kind} `{printable(typed)}`{place}{nearest and f' (nearest: {nearest})'}",
+            "`--help` lists every flag",
+        )
+
+    def add_bad_value(self, label: str, flag: Flag, error: Exception, value: str | None) -> None:
+        """Note a value that `flag`, which the user sees as `label`, can't take; `error` may say what it is instead."""
+        expected = "one of " + ", ".join(flag.choices) if flag.choices else EXPECTED[flag.kind]
+        got = str(error) if isinstance(error, BadValue) else f"`{printable(value or '')}`"
+        self.add(f"{label} takes {expected}, not {got}")
+
+    def raise_if_any(self) -> None:
+        """Raise a `UsageError` that tells them all."""
+        if self.messages:
+            more = len(self.messages) - MOST_PROBLEMS
+            rest = [f"and {more} more"] if more > 0 else []
+            raise UsageError("; ".join(self.messages[:MOST_PROBLEMS] + rest), hint=self.hint)
+
+
+class BadValue(ValueError):
+    """A value that its flag can't take; the message says what it is instead."""
+
+
+def printable(text: str, most: int = 80) -> str:
+    """Return `text` fit for one line of a message: printable, short, without credentials."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in masked(text))
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def is_boolean(text: str) -> bool:
+    """Whether a word is one of those for true and false."""
+    return text.lower() in _BOOLEANS
+
+
+def is_null(text: str) -> bool:
+    """Whether a word means None to a flag that has it for a value."""
+    return text.lower() in ("none", "null")
+
+
+def from_text(flag: Flag, text: str) -> Any:
+    """Return the value that one word means for a flag that takes one; ValueError if it means none."""
+    if flag.kind == "bool":
+        if not is_boolean(text):
+            raise ValueError(text)
+        return _BOOLEANS[text.lower()]
+    if flag.kind == "int":
+        return int(text)
+    if flag.kind == "float":
+        return float(text)
+    if flag.kind == "json":
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+            if isinstance(value, dict):
+                # where a string is declared too, the training script looks into it; a plain `dict` it leaves as it is
+                return _typed(value) if flag.type.startswith("dict | str") else value
+        except RecursionError:
+            pass
+        raise ValueError(text)
+    if flag.choices and text not in flag.choices:
+        raise ValueError(text)
+    return text
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise BadValue(f"an object that holds {name}, which is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise BadValue(f"an object that holds `{printable(name)}` twice")
+        unique[name] = value
+    return unique
+
+
+def _typed(value: Any) -> Any:
+    """Return strings of booleans and of unsigned decimal numbers, in objects inside each other, as what they say.
+
+    As transformers' `_convert_str_dict` does, through which Open Instruct sends it: `-1` and `1e-5` stay strings, and
+    so does all that stands in lists.
+    """
+    if isinstance(value, dict):
+        return {name: _typed(inner) for name, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value.isdecimal():
+        return int(value)
+    return float(value) if value.replace(".", "", 1).isdecimal() else value

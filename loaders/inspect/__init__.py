@@ -1,0 +1,1 @@
+"""`ftload inspect`: what headers tell of a checkpoint."""

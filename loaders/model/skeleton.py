@@ -1,0 +1,268 @@
+"""The model without its weights.
+
+transformers itself loads the checkpoint's *headers* into a model on the `meta` device, so that what it renames, drops,
+ties, keeps in float32 or finds missing is its own answer, for every architecture that it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.formats.nf4 import PackedTensor, find_packed
+from ..checkpoint.tensors import TensorMeta
+from ..errors import CheckpointError, said_by
+from ..system.quiet import quiet_transformers
+from .components import LinearLayer, component_of
+from .linear_layers import linear_layers, quantisable_modules
+from .model_class import choose_class, unknown_to_auto
+from .on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
+from .tensor_map import ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
+from .ties import tie_equal_weights
+from .towers import LeftOut, find_left_out, tower_modules
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Skeleton:
+    """A model on the `meta` device and everything about it that a plan needs."""
+
+    model: PreTrainedModel
+    tensors: tuple[ModelTensor, ...]
+    layers: tuple[LinearLayer, ...]
+    """Every linear layer, in module order."""
+    fused_experts: tuple[str, ...]
+    """Parameters of three dimensions that hold the weights of many experts."""
+    never_trained: tuple[str, ...]
+    """Parameters that the model's class makes without a gradient, such as the biases that balance experts."""
+    embedding: str
+    """Name of the input embedding's parameter."""
+    head: str | None
+    rows_before: int
+    rows_after: int
+    tied: bool
+    stored_quantization: dict[str, Any] | None
+    """The `quantization_config` of a checkpoint that holds 4-bit tensors."""
+    left_out: LeftOut | None
+    """What the checkpoint holds beside this model."""
+    towers: tuple[str, ...]
+    """The modules that text does not pass through."""
+    warnings: tuple[str, ...]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, after resizing."""
+        return self.model.config
+
+
+def build_skeleton(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool,
+    tokenizer_size: int,
+    headers_only: bool = False,
+) -> Skeleton:
+    """Load the headers of `checkpoint` into a model on `meta` and grow its embeddings to fit the tokenizer.
+
+    Where a tied parameter is stored all the same, weights are read, unless `headers_only`: see `ties.py`.
+    Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
+    another shape.
+    """
+    import torch
+
+    loaded_as = choose_class(checkpoint, config, trust_remote_code=trust_remote_code)
+    model_class, config = loaded_as.model_class, loaded_as.config
+    packed = find_packed(checkpoint)
+    stored_quantization = _stored_quantization(checkpoint, config, packed)
+    parts = PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
+    left_out = None
+    if loaded_as.whole is not None:
+        with building(loaded_as.whole.model_class, parts):
+            left_out = find_left_out(
+                checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config), packed
+            )
+    hidden = {meta.name for tensor in packed.values() for meta in tensor.parts if meta.name != tensor.name}
+    if left_out is not None:
+        hidden |= {meta.name for meta in left_out.tensors}
+    state = {
+        meta.name: torch.empty(_shape(meta, packed), dtype=torch.bfloat16, device="meta")
+        for meta in checkpoint.tensors.values()
+        if meta.name not in hidden
+    }
+    with building(model_class, parts):
+        model, info = load_on_meta(model_class, config, state)
+    _check_keys(checkpoint, model, info, packed)
+    mapping, dropped = map_tensors(checkpoint, model, state)
+    warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
+
+    warnings += tie_equal_weights(checkpoint, model, mapping, headers_only=headers_only)
+    if unknown_to_auto(config):
+        warnings.append(
+            f"AutoModelForCausalLM can't load a `{config.model_type}` by itself: load what is written with "
+            f"`load_prepared`, or with `{model_class.__name__}`"
+        )
+    embedding, head = _embedding_names(model)
+    shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    rows_before = shapes_before[embedding][0]
+    rows_after = max(rows_before, -(-tokenizer_size // 8) * 8) if tokenizer_size > rows_before else rows_before
+    if rows_after > rows_before:
+        model._init_weights = lambda module: None  # nothing has values here, and xLSTM's own fails on its causal class
+        with quiet_transformers():
+            model.resize_token_embeddings(rows_after, mean_resizing=False)
+    with building(model_class, parts):
+        fresh = empty_model(model_class, model.config)
+    if rows_after > rows_before:
+        _check_loadable(model, fresh)
+    quantisable = quantisable_modules(fresh)
+    if stored_quantization is not None and quantisable and not packed:
+        raise _already_quantised(checkpoint, stored_quantization)
+    with quiet_transformers():
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        try:
+            saved_state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        except RuntimeError as error:  # Reformer's head gets a bias that its class does not know to be tied
+            raise CheckpointError(
+                f"transformers can't save `{model_class.__name__}`"
+                + (" after its embeddings have grown" if rows_after > rows_before else "")
+                + f": {said_by(error)}",
+                hint=_NO_MORE_TOKENS if rows_after > rows_before else None,
+            ) from error
+    for name in model._keys_to_ignore_on_save or ():
+        saved_state.pop(name, None)
+
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    head_module = head.removesuffix(".weight") if head else None
+    towers = tower_modules(model)
+    layers = tuple(linear_layers(model, classes, head_module, towers))
+    saved = SavedModel(
+        model=model,
+        state=saved_state,
+        names=saved_names(model, mapping, saved_state),
+        shapes_before=shapes_before,
+        quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
+        packed=packed,
+        classes=classes,
+        head=head_module,
+    )
+    tied = head is not None and model.get_parameter(head) is model.get_parameter(embedding)
+    return Skeleton(
+        model=model,
+        tensors=tuple(tensor for group in mapping for tensor in saved_tensors(group, saved)),
+        layers=layers,
+        fused_experts=tuple(
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 3 and component_of(name, classes, head=head_module) == "experts"
+        ),
+        never_trained=tuple(name for name, parameter in fresh.named_parameters() if not parameter.requires_grad),
+        embedding=embedding,
+        head=head,
+        rows_before=rows_before,
+        rows_after=rows_after,
+        tied=tied,
+        stored_quantization=stored_quantization,
+        left_out=left_out,
+        towers=towers,
+        warnings=tuple(warnings),
+    )
+
+
+_QUANTIZATION_DEFAULTS = {
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_use_double_quant": False,
+}
+"""What transformers' `BitsAndBytesConfig` takes where an older config.json says nothing."""
+
+
+def _stored_quantization(
+    checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
+) -> dict[str, Any] | None:
+    """The checkpoint's own `quantization_config`, None for 16-bit weights.
+
+    All stored forms but NF4 are refused: their tensors would only look missing and unexpected. NF4 may come
+    without a 4-bit tensor: of an architecture none of whose layers bitsandbytes replaces.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        if packed:
+            raise CheckpointError(
+                f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
+            )
+        return None
+    settings = {**_QUANTIZATION_DEFAULTS, **(stored if isinstance(stored, dict) else stored.to_dict())}
+    if settings.get("bnb_4bit_quant_type") != "nf4" or not (packed or settings.get("load_in_4bit")):
+        raise _already_quantised(checkpoint, settings)
+    return settings
+
+
+def _already_quantised(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> CheckpointError:
+    method = settings.get("quant_method")
+    return CheckpointError(
+        f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
+        hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
+    )
+
+
+def _shape(meta: TensorMeta, packed: Mapping[str, PackedTensor]) -> tuple[int, ...]:
+    return packed[meta.name].shape if meta.name in packed else meta.shape
+
+
+def _check_keys(
+    checkpoint: Checkpoint, model: PreTrainedModel, info: dict[str, Any], packed: Mapping[str, PackedTensor]
+) -> None:
+    problems = []
+    mismatched = [
+        (name, tuple(stored), tuple(expected))
+        for name, stored, expected in sorted(info["mismatched_keys"])
+        # bitsandbytes stores the weights of GPT-2's Conv1D transposed
+        if not (packed and tuple(stored) == tuple(expected)[::-1])
+    ]
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        problems.append(
+            f"tensor `{name}` has shape {list(stored)}, the configuration asks for {list(expected)}{_more(mismatched)}"
+        )
+    for what, keys in (("lacks", info["missing_keys"]), ("has the unexpected", info["unexpected_keys"])):
+        if keys:
+            problems.append(f"{what} tensor `{sorted(keys)[0]}`{_more(keys)}")
+    if problems:
+        raise CheckpointError(
+            f"`{checkpoint.source.model}` does not fit `{type(model).__name__}`: {'; '.join(problems)}",
+            hint="config.json and the weights must belong together",
+        )
+
+
+def _more(items: Any) -> str:
+    return f" and {len(items) - 1} more" if len(items) > 1 else ""
+
+
+_NO_MORE_TOKENS = "use a tokenizer with no more tokens than the embeddings have rows; an added pad token counts"
+
+
+def _check_loadable(resized: PreTrainedModel, fresh: PreTrainedModel) -> None:
+    """Whether what is resized fits a model of its own configuration: nobody could load it otherwise.
+
+    Raises `CheckpointError` naming the first parameter or buffer that does not.
+    """
+    shapes = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    for name, value in resized.state_dict().items():
+        if name in shapes and shapes[name] != tuple(value.shape):
+            raise CheckpointError(
+                f"the embeddings have to grow, and nobody could load `{type(resized).__name__}` after that: `{name}` "
+                f"has shape {list(value.shape)}, the configuration then asks for {list(shapes[name])}",
+                hint=_NO_MORE_TOKENS,
+            )
+
+
+def _embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    names = {id(module): name for name, module in model.named_modules()}
+    output = model.get_output_embeddings()
+    head = f"{names[id(output)]}.weight" if output is not None else None
+    return f"{names[id(model.get_input_embeddings())]}.weight", head

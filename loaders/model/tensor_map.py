@@ -1,0 +1,294 @@
+"""Which stored tensor becomes which parameter, and what will be saved under which name.
+
+Renaming, merging and splitting on loading are transformers' conversion mapping; the names that `save_pretrained` would
+write come from the same mapping, reversed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.formats.nf4 import PackedTensor
+from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
+from ..errors import CheckpointError
+from .buffers import set_after_loading
+from .components import Component, LinearLayer, component_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conversion:
+    """Stored tensors that transformers merges or splits on loading."""
+
+    model: PreTrainedModel
+    converter: Any
+    parameter: str
+    sources: tuple[tuple[str, str], ...]
+    """Stored name and the converter's pattern that it matched, in transformers' order."""
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Load and save in one go: stored names to values, then saved names to values."""
+        return _revert(self.model, self.load(values))
+
+    def load(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored names to values, then parameter names to values."""
+        converter = deepcopy(self.converter)
+        for name, pattern in self.sources:
+            converter.add_tensor(self.parameter, name, pattern, values[name])
+        loaded = converter.convert(self.parameter, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in loaded.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelTensor:
+    """One tensor that the prepared model is made of, under the name that it is saved by."""
+
+    name: str
+    parameter: str
+    """The model's own name for what it is, or is a part of."""
+    buffer: bool
+    """Part of the state, but not a parameter."""
+    shape: tuple[int, ...]
+    """As saved, after resizing; the logical shape for a tensor that is or will be 4-bit."""
+    dtype: str
+    """The safetensors code that the reference loads it with: BF16, or F32 where the architecture keeps it so."""
+    component: Component
+    sources: tuple[TensorMeta, ...]
+    linear: LinearLayer | None = None
+    """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
+    quantised_from: str = "BF16"
+    """The safetensors code that the reference casts it to before it quantises it."""
+    set_after_loading: Tensor | None = None
+    """What of a buffer is otherwise than stored: see `buffers.py`."""
+    rows_before: int | None = None
+    """Rows in the checkpoint, where resizing adds some."""
+    conversion: Conversion | None = None
+    packed: PackedTensor | None = None
+    """Set when the checkpoint already holds it in 4 bits."""
+    padding: int = 0
+    """Elements that are saved but not loaded: rows beyond those that the model has."""
+    four_bit_problem: str | None = None
+    """Why a 4-bit model with this tensor could not be loaded; None where it could."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """What becomes one parameter, or goes through one converter."""
+
+    parameters: tuple[str, ...]
+    sources: tuple[TensorMeta, ...]
+    conversion: Conversion | None
+
+
+def find_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """The parameter or buffer that each stored name leads to, and the pattern of the converter that it goes through.
+
+    In transformers' order; names that lead to nothing in `model` are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    targets = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if target in parameters:
+            targets[name] = target, pattern
+    return targets
+
+
+def map_tensors(
+    checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
+) -> tuple[list[Group], list[str]]:
+    """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    by_pattern = {
+        pattern: converter
+        for converter in get_model_conversion_mapping(model)
+        if isinstance(converter, WeightConverter)
+        for pattern in converter.source_patterns
+    }
+    targets = find_targets(model, state)
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for name, (target, pattern) in targets.items():
+        found.setdefault(target, []).append((name, pattern))
+    dropped = [name for name in state if name not in targets]
+    groups = []
+    order = {name: position for position, name in enumerate(model.state_dict())}
+    for target in sorted(found, key=order.__getitem__):
+        metas = tuple(checkpoint.tensors[name] for name, _ in found[target])
+        patterns = [(name, pattern) for name, pattern in found[target] if pattern is not None]
+        if not patterns:
+            # from_pretrained keeps the first where several names lead to one parameter
+            groups.append(Group(parameters=(target,), sources=metas[:1], conversion=None))
+            continue
+        conversion = Conversion(
+            model=model, converter=by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
+        )
+        loaded = conversion.load(state)
+        groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
+    return groups, dropped
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedModel:
+    """The model as it will be saved, resized and tied, and what it was before."""
+
+    model: PreTrainedModel
+    state: Mapping[str, Tensor]
+    """What `save_pretrained` would write, by the model's own names."""
+    names: Mapping[str, str]
+    """The name that each parameter is saved by, unless it goes through a converter."""
+    shapes_before: Mapping[str, tuple[int, ...]]
+    """Of all parameters and buffers, before the embeddings were resized."""
+    quantisable: Mapping[str, LinearLayer]
+    """The linear layers that bitsandbytes would quantise, by the names of their weights."""
+    packed: Mapping[str, PackedTensor]
+    """What the checkpoint holds in 4 bits, by stored name."""
+    classes: Mapping[str, str]
+    """Module names to class names."""
+    head: str | None
+    """The module of the output embedding."""
+
+
+def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
+    """What `save_pretrained` makes of one group; nothing where the parameter is tied to another or never saved.
+
+    Raises `CheckpointError` for integers where the model has floats, and for resizing that changes more than rows, or
+    what goes through a converter.
+    """
+    import torch
+
+    kept = {name: saved.state[name] for name in group.parameters if name in saved.state}
+    if not kept:
+        return []
+    parameter = group.parameters[0]
+    buffer = not isinstance(saved.model.get_parameter_or_buffer(parameter), torch.nn.Parameter)
+    component = component_of(parameter, saved.classes, head=saved.head)
+    dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
+    if getattr(torch, TORCH_NAMES[dtype]).is_floating_point:
+        _check_floats(group, saved, dtype)
+    four_bit_problem = _four_bit_problem(group, saved)
+    for name, value in kept.items():
+        before, after = saved.shapes_before[name], tuple(value.shape)
+        if before[1:] != after[1:] or (group.conversion is not None and before != after):
+            raise CheckpointError(f"resizing the embeddings changes `{name}` in a way that ftload can't follow")
+    if group.conversion is not None:
+        stored = {meta.name: torch.empty(meta.shape, device="meta") for meta in group.sources}
+        loaded = group.conversion.load(stored)
+        elements = sum(value.numel() for value in loaded.values())
+        outputs = {name: tuple(value.shape) for name, value in _revert(saved.model, loaded).items()}
+        padding = sum(map(prod, outputs.values())) - elements
+        if padding or outputs != {meta.name: meta.shape for meta in group.sources}:
+            return [
+                ModelTensor(
+                    name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
+                    sources=group.sources, conversion=group.conversion, four_bit_problem=four_bit_problem,
+                    padding=padding if position == 0 else 0,
+                )
+                for position, (name, shape) in enumerate(outputs.items())
+            ]  # fmt: skip
+        # a converter and its reverse cancel out when they give back every name and shape, and nothing is lost between
+        return [
+            ModelTensor(
+                name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
+                component=component, sources=(meta,), four_bit_problem=four_bit_problem,
+            )
+            for meta in group.sources
+        ]  # fmt: skip
+    shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
+    source = group.sources[0]
+    if saved.packed:
+        dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
+    return [
+        ModelTensor(
+            name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
+            component=component, sources=(source,), linear=saved.quantisable.get(parameter),
+            rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+            quantised_from=_quantised_from(saved.model, parameter),
+            set_after_loading=set_after_loading(saved.model, parameter) if buffer else None,
+            four_bit_problem=four_bit_problem,
+        )
+    ]  # fmt: skip
+
+
+def _quantised_from(model: PreTrainedModel, parameter: str) -> str:
+    """float32 where the class keeps it so; that a module is made in float32 counts only for what is not quantised."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = list(model._get_dtype_plan(torch.bfloat16))
+    return "F32" if kept and build_glob_alternation(kept)[0].search(parameter) else "BF16"
+
+
+def _four_bit_problem(group: Group, saved: SavedModel) -> str | None:
+    """What keeps transformers from loading the group where config.json says that the model is 4-bit."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
+        return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
+    for name in group.parameters:
+        if name in saved.quantisable and not _finds_statistics(name):
+            return "has 4-bit statistics that it looks for under another name"
+    owner = saved.classes[group.parameters[0].rpartition(".")[0]]
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
+    if patch is not None and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]:
+        return f"belongs to a `{owner}`, in whose place it puts other modules when weights are 4-bit"
+    return None
+
+
+def _finds_statistics(parameter: str) -> bool:
+    """Whether transformers assigns what is stored beside a 4-bit weight to that weight.
+
+    Its patterns are the words alone (`serialized_names` of its bitsandbytes quantiser): a module that is itself called
+    `…weight` is taken for the parameter.
+    """
+    from transformers.core_model_loading import Concatenate, WeightConverter, rename_source_key
+
+    patterns = WeightConverter(["weight", "weight.quant_map"], "weight", [Concatenate()])
+    return rename_source_key(f"{parameter}.quant_map", [], [patterns])[0] == parameter
+
+
+def _check_floats(group: Group, saved: SavedModel, dtype: str) -> None:
+    import torch
+
+    for meta in group.sources:
+        if meta.name not in saved.packed and not getattr(torch, TORCH_NAMES[meta.dtype]).is_floating_point:
+            raise CheckpointError(
+                f"tensor `{meta.name}` of `{meta.file}` holds {TORCH_NAMES[meta.dtype]}, where the model has "
+                f"{TORCH_NAMES[dtype]}",
+                hint="the checkpoint is damaged, or quantised in a way that its config.json does not tell",
+            )
+
+
+def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name that each parameter of `state` is saved by, those that go through a converter left out."""
+    plain = {
+        name: state[name] for group in groups if group.conversion is None for name in group.parameters if name in state
+    }
+    # renaming hands the very same tensors on, so that one call answers for all of them
+    names = {id(value): name for name, value in _revert(model, plain).items()}
+    return {parameter: names[id(value)] for parameter, value in plain.items()}
+
+
+def _revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, values)

@@ -1,0 +1,1 @@
+"""4-bit NormalFloat with double quantisation, as bitsandbytes computes and stores it."""

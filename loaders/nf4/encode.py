@@ -1,0 +1,266 @@
+"""4-bit NormalFloat (NF4) with double quantisation, as bitsandbytes computes and stores it.
+
+A weight `W` of n elements is stored as `W` (uint8, (n+1)//2 × 1, two codes a byte), `.absmax` (uint8, one a block of
+64), `.nested_absmax` (float32, one for 256 blocks), `.quant_map` (float32, 16), `.nested_quant_map` (float32, 256) and
+`.quant_state.bitsandbytes__nf4` (uint8: JSON). Sources: QLoRA, arXiv:2305.14314, appendix E for the code book and
+section 3 for double quantisation; bitsandbytes' `QuantState.as_dict(packed=True)` for the layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import math
+import threading
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.formats.nf4 import BLOCK, NESTED_BLOCK, STATE_SUFFIX
+from ..errors import MissingRequirementError, said_by
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_OFFSET_CHARACTERS = 24
+"""The longest that Python prints a non-negative float: 17 digits, a point, leading zeros or an exponent."""
+
+
+def stored_shapes(shape: tuple[int, ...], dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Suffix to (shape, safetensors dtype) of what a weight of `shape` is stored in; the JSON state at its longest.
+
+    `dtype` is torch's name for what it was before: the state records it, and bitsandbytes goes back to it.
+    """
+    n = math.prod(shape)
+    blocks = -(-n // BLOCK)
+    return {
+        "": (((n + 1) // 2, 1), "U8"),
+        ".absmax": ((blocks,), "U8"),
+        ".nested_absmax": ((-(-blocks // NESTED_BLOCK),), "F32"),
+        ".nested_quant_map": ((256,), "F32"),
+        ".quant_map": ((16,), "F32"),
+        STATE_SUFFIX: ((len(_state(shape, dtype, 0.0)) - len("0.0") + _OFFSET_CHARACTERS,), "U8"),
+    }
+
+
+def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder compiled by numba: bit for bit what bitsandbytes computes on a CPU."""
+    import numpy as np
+    import torch
+
+    from .kernel import encode_bfloat16, encode_float32
+
+    flat = values.detach().reshape(-1).contiguous()
+    n = flat.numel()
+    whole = n // BLOCK * BLOCK
+    codes = _scratch((n + 1) // 2)
+    absmax = np.empty(-(-n // BLOCK), np.float32)
+    if flat.dtype == torch.bfloat16:
+        bits = flat.view(torch.int16).numpy()[:whole]
+        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds())
+    else:
+        wide = flat[:whole].to(torch.float32).numpy()
+        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds())
+    rest = flat[whole:].to(torch.float32).numpy()
+    if not (finite and np.isfinite(rest).all()):
+        raise ValueError("NaN or infinity")
+    if whole < n:
+        # bitsandbytes divides where a whole block is multiplied, and pads an odd end with a zero
+        absmax[-1] = max(np.abs(rest).max(), np.float32(1e-38))
+        scaled = np.append(rest / absmax[-1], np.zeros(n % 2, np.float32))
+        counts = np.searchsorted(_bounds()[:15], scaled).astype(np.uint8)
+        codes[whole // 2 :] = counts[::2] << 4 | counts[1::2]
+    return torch.from_numpy(codes), torch.from_numpy(absmax)
+
+
+def encode_with_bitsandbytes(values: Tensor, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """The encoder on a GPU, and where numba can't be used: bitsandbytes itself."""
+    import torch
+
+    flat = values.reshape(-1).contiguous().to(device)
+    if not torch.isfinite(flat).all():
+        raise ValueError("NaN or infinity")
+    codes, state = _bitsandbytes().quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    return codes.reshape(-1).cpu(), state.absmax.cpu()
+
+
+def numba_problem() -> str | None:
+    """Why numba's encoder can't be used here; None when it can. Compiles it, unless it lies in numba's cache."""
+    import torch
+
+    try:
+        encode(torch.ones(BLOCK, dtype=torch.bfloat16))
+    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
+        return f"numba can't be used: {said_by(error)}"
+    return None
+
+
+def compress_statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    """Double quantisation: absmax (float32, one a block) → suffix to tensor, everything but the codes.
+
+    `shape` is the logical shape of the weight and `dtype` torch's name for its dtype, which the JSON state records.
+    `absmax` is overwritten. From a million or so blocks on, torch's mean depends on the number of its threads: to get
+    the same bytes everywhere, set it to one.
+    """
+    import torch
+
+    offset = absmax.mean()
+    codes, nested = _quantize_blockwise(absmax.sub_(offset))
+    state = torch.frombuffer(bytearray(_state(shape, dtype, offset.item())), dtype=torch.uint8)
+    return {
+        ".absmax": codes,
+        ".nested_absmax": nested,
+        ".nested_quant_map": dynamic_map(),
+        ".quant_map": torch.tensor(CODE_BOOK, dtype=torch.float32),
+        STATE_SUFFIX: state,
+    }
+
+
+CODE_BOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 values of NF4 (QLoRA, appendix E)."""
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which the blocks' maxima are stored.
+
+    Seven decades, each twice as finely divided as the one below, mirrored, and 0 and 1 (arXiv:1511.04561, as
+    bitsandbytes' `create_dynamic_map` computes it).
+    """
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def _bounds() -> Any:
+    """The 15 midpoints of the code book (float32), and a sixteenth number that nothing reaches."""
+    import numpy as np
+
+    values = np.array(CODE_BOOK, np.float32)
+    return np.append((values[:-1] + values[1:]) / np.float32(2), np.float32(2))
+
+
+@cache
+def _thresholds() -> Any:
+    """What bfloat16 weights are compared with, by their block's maximum (int16, 32768 × 16)."""
+    import numpy as np
+
+    from .kernel import find_thresholds
+
+    thresholds = np.empty((2**15, 16), np.int16)
+    find_thresholds(_bounds(), thresholds)
+    return thresholds
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> Any:
+    """Bytes for codes, the same for each call from a thread: fresh memory would have to be zeroed by the kernel."""
+    import numpy as np
+
+    if size > getattr(_local, "codes", np.empty(0, np.uint8)).size:
+        _local.codes = np.empty(size, np.uint8)
+    return _local.codes[:size]
+
+
+def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight-bit codes (uint8, n) and the blocks' maxima (float32) of float32 values, by bitsandbytes' own C function.
+
+    It is called without importing the package, which takes seconds; where its library can't be found, through it.
+    """
+    function = _library_function()
+    if function is None:
+        codes, state = _bitsandbytes().quantize_blockwise(values, code=dynamic_map(), blocksize=NESTED_BLOCK)
+        return codes, state.absmax
+    return _call(function, values)
+
+
+def _call(function: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
+    # held until the function returns: two threads that come first at once each make a map, and one of them is not kept
+    tensors = (dynamic_map(), values, maxima, codes)
+    function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        ctypes.c_longlong(NESTED_BLOCK),
+        ctypes.c_longlong(values.numel()),
+    )
+    return codes, maxima
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes' functions. Raises `MissingRequirementError` where it does not import."""
+    try:
+        import bitsandbytes.functional
+    except Exception as error:  # a build for another machine raises whatever it likes
+        raise MissingRequirementError(
+            f"bitsandbytes does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+        ) from error
+    return bitsandbytes.functional
+
+
+def library_problem() -> str | None:
+    """Why bitsandbytes' C function can't be called past the package, whose import takes seconds; None when it can."""
+    if _library_function() is not None:
+        return None
+    return f"no `{_SYMBOL}` of its library gives the codes that are expected: not the release that ftload was made for?"
+
+
+_SYMBOL = "cquantize_blockwise_cpu_fp32"
+"""Not published by bitsandbytes: another release may leave it out, or let it mean something else."""
+
+
+@cache
+def _library_function() -> Any | None:
+    spec = importlib.util.find_spec("bitsandbytes")
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        for path in Path(folder).glob("libbitsandbytes_cpu.*"):
+            try:
+                function = getattr(ctypes.CDLL(str(path)), _SYMBOL)
+            except (OSError, AttributeError):
+                continue
+            if _gives_every_code(function):
+                return function
+    return None
+
+
+def _gives_every_code(function: Any) -> bool:
+    """Whether the 256 values of the map, doubled and from the last to the first, get their own codes and maximum.
+
+    For the few nearest to zero it takes any neighbour, in all releases so far.
+    """
+    import torch
+
+    values = dynamic_map().flip(0)
+    codes, maxima = _call(function, values * 2)
+    near = torch.allclose(dynamic_map()[codes.long()], values, rtol=0, atol=1e-4)
+    return near and torch.equal(maxima, torch.tensor([2.0]))
+
+
+def _state(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
+    state: Mapping[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": dtype,
+        "shape": list(shape),
+        "nested_blocksize": NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": offset,
+    }
+    return json.dumps(state).encode()

@@ -1,0 +1,1 @@
+"""Everything decided, nothing done."""

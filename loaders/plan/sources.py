@@ -1,0 +1,59 @@
+"""Where model, tokenizer and configuration come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError
+from ..flags.request import Request
+from ..source.source import Source, resolve_source
+from ..tokenizer.tokenizer import resolve_tokenizer_source
+
+if TYPE_CHECKING:
+    from ..flags.declared import TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where everything comes from."""
+
+    model: Source
+    tokenizer: Source
+    config: Source
+    """Of the configuration: the model, or what `--config_name` names."""
+    tokenizer_name: str
+    warnings: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[Source, ...]:
+        """Each of them, the model first."""
+        return self.model, self.tokenizer, self.config
+
+
+def resolve_sources(request: Request, options: TokenizerConfig) -> Sources:
+    """Find the model, the tokenizer and the configuration. Raises `SourceError` for what is not there."""
+    name, revision, warnings = resolve_tokenizer_source(
+        tokenizer_name_or_path=options.tokenizer_name_or_path,
+        tokenizer_revision=options.tokenizer_revision,
+        tokenizer_name=options.tokenizer_name,
+        model=request.model,
+        model_revision=request.revision,
+    )
+    model = resolve_source(request.model, request.revision)
+    same = (name, revision) == (request.model, request.revision)
+    tokenizer = model if same else resolve_source(name, revision)
+    config = model if request.config_name is None else resolve_source(request.config_name, request.revision)
+    kept = {
+        "the model itself": model.root,
+        "the tokenizer itself": tokenizer.root,
+        "the configuration itself": config.root,
+        "the current directory": Path.cwd(),
+        "your home": Path.home(),
+    }
+    for what, path in kept.items():
+        # an output is renamed into place as a whole: what stood there before, with all that is in it, is deleted
+        if path.resolve().is_relative_to(request.output.resolve()):
+            raise OutputError(f"`{request.output}` is or holds {what}", hint="choose another --output_dir")
+    return Sources(model=model, tokenizer=tokenizer, config=config, tokenizer_name=name, warnings=warnings)

@@ -1,0 +1,95 @@
+"""Outputs that exist: whether they are finished, whose they are, and their reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OutputError
+from ..plan.output_files import REPORT_FILE
+from ..system.durable import disk_errors, hash_or_none
+from ..system.limits import usable_processors
+
+
+def find_finished(output: Path, making: str, *, overwrite: bool) -> dict[str, Any] | None:
+    """The report of an output that is just what would be made, and intact; None if it is absent or another one.
+
+    Raises `OutputError` when it is the right one, but damaged, and may not be replaced.
+    """
+    try:
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+        files = {output / entry["path"]: entry["sha256"] for entry in report["files"]}
+        if report["fingerprint"] != making:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        hashes = pool.map(hash_or_none, files)
+    damaged = [path for (path, digest), found in zip(files.items(), hashes, strict=True) if digest != found]
+    if damaged and overwrite:
+        return None
+    if damaged:
+        raise OutputError(
+            f"`{output}` was prepared, but `{damaged[0].relative_to(output)}` is not as it was written",
+            hint="pass --overwrite to prepare it again",
+        )
+    return report
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` unless something can be put at `output`."""
+    with disk_errors(output):
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise OutputError(f"`{output}` exists and is not a directory", hint="choose another --output_dir")
+        if not output.exists() or not any(output.iterdir()):
+            return
+        if not overwrite:
+            raise OutputError(
+                f"`{output}` exists and is not empty", hint="choose another --output_dir, or pass --overwrite"
+            )
+        if not (output / REPORT_FILE).exists():
+            raise OutputError(
+                f"`{output}` was not written by ftload: it holds no `{REPORT_FILE}`",
+                hint="--overwrite deletes only what ftload wrote: remove the directory yourself",
+            )
+        foreign = next(_foreign_files(output), None)
+        if foreign is not None:
+            raise OutputError(
+                f"`{output}` holds `{foreign}`, which ftload did not write",
+                hint="move it away: --overwrite deletes only what ftload wrote",
+            )
+
+
+def _foreign_files(output: Path) -> Iterator[str]:
+    """What a prepared directory holds beside what its report lists, and it holds nothing else when it is written."""
+    try:
+        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+        written = {REPORT_FILE, *(entry["path"] for entry in report["files"])}
+    except (ValueError, KeyError, TypeError):
+        written = {REPORT_FILE}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and name not in written:
+            yield name
+
+
+SCHEMA_VERSION = "1"
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of a prepared directory. Raises `CheckpointError` where there is none that can be understood."""
+    path = directory / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"`{directory}` holds no `{REPORT_FILE}`", hint="give a directory that `ftload prepare` wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{path}` can't be read") from error
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(f"`{path}` is not a report of schema version {SCHEMA_VERSION}")
+    return report

@@ -1,0 +1,275 @@
+"""The report: what was asked, what was decided, and what was written. Its schema is `report.schema.json`.
+
+Counts come from the plan, which is checked against the written headers before it is published. A parameter counts once:
+two to a byte where weights are packed, tied weights once, the adapter included, buffers not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.formats.nf4 import BLOCK, STATE_SUFFIX
+from ..checkpoint.tensors import DTYPE_CODES
+from ..model.config import settings_hash
+from ..plan.plan import Plan
+from ..source.source import Source, config_file_names, tokenizer_file_names
+from ..steps.step import OutputTensor
+from ..system.limits import peak_memory_bytes
+from ..system.versions import ftload_version, versions
+from .outputs import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..plan.ready import Prepared
+    from ..write.written import Written
+
+
+CONFIGURATIONS = ("config.json", "generation_config.json")
+"""The files whose settings the report holds a hash of."""
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """What is known of an output before anything is written, as JSON values: the larger part of its report."""
+    plan, source, tokenizer = prepared.plan, prepared.sources.model, prepared.tokenizer.facts()
+    used = _used_files(prepared)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "ftload_version": ftload_version(),
+        "strategy": plan.strategy.name,
+        "source": {
+            "model": source.model,
+            "kind": source.kind,
+            "revision": source.revision,
+            "commit": source.commit,
+            "path": str(source.root) if source.kind != "hub" else None,
+            "architecture": type(plan.skeleton.model).__name__,
+            "model_type": plan.skeleton.config.model_type,
+            "files": [
+                {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+                for file in sorted(source.files, key=lambda file: file.path)
+                if file.path in used
+            ],
+        },
+        "arguments": prepared.arguments.report(),
+        "base": plan.base,
+        "base_scanned": bool(plan.model_files),
+        "parameters": count_parameters(plan),
+        "embeddings": {
+            "tokenizer_size": tokenizer["size"],
+            "rows_before": plan.skeleton.rows_before,
+            "rows_after": plan.skeleton.rows_after,
+            "resized": plan.skeleton.rows_after != plan.skeleton.rows_before,
+            "tied": plan.skeleton.tied,
+            "init": plan.request.embedding_init if plan.grown else None,
+            "pad_token_id": prepared.padding.id,
+        },
+        "quantization": _quantization(plan),
+        "adapter": _adapter(plan, source),
+        "gradient_checkpointing": plan.request.gradient_checkpointing,
+        "attention": dataclasses.asdict(plan.attention),
+        "kernels": None if plan.kernels is None else {"liger": dataclasses.asdict(plan.kernels)},
+        "tokenizer": tokenizer,
+        "decisions": [dataclasses.asdict(decision) for decision in prepared.decisions],
+        "warnings": list(prepared.warnings),
+        "versions": versions(),
+        "memory_budget_bytes": plan.request.max_memory_bytes,
+    }
+
+
+def build_report(
+    prepared: Prepared,
+    *,
+    making: str,
+    base: Path,
+    files: list[dict[str, Any]],
+    timings: Mapping[str, float],
+    written: Written,
+) -> dict[str, Any]:
+    """The report as JSON values.
+
+    `making` is the output's fingerprint, `base` the directory that holds the base's configuration, `files` what was
+    written.
+    """
+    return {
+        **describe(prepared),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": making,
+        "configuration": {name: settings_hash(base / name) for name in CONFIGURATIONS},
+        "files": files,
+        "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
+        "work": {kind: round(seconds, 3) for kind, seconds in written.seconds.items()},
+        "peak_anonymous_bytes": written.peak_anonymous_bytes,
+        "peak_rss_bytes": peak_memory_bytes(),
+    }
+
+
+def describe_plan(prepared: Prepared) -> dict[str, Any]:
+    """The document of `ftload plan`: what `describe` gives, the files to be written, and what writing them takes."""
+    plan = prepared.plan
+    linked = plan.request.base == "link"
+    return {
+        **describe(prepared),
+        "stored": [
+            {"component": component, "dtype": dtype, **row}
+            for component, tensors in _by([*plan.stored_tensors(), *plan.adapter_tensors()], "component").items()
+            for dtype, row in _group(tensors).items()
+        ],
+        "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
+        "needs": {
+            "disk_bytes": sum(file.size for file in plan.files if not (linked and file.layout is None)),
+            "memory_bytes": plan.memory_bytes,
+            "read_bytes": sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
+        },
+    }
+
+
+def _used_files(prepared: Prepared) -> set[str]:
+    source = prepared.sources.model
+    if source.gguf_file is not None:
+        return {source.gguf_file}
+    return {
+        *config_file_names(source.files),
+        *prepared.plan.checkpoint.weight_files,
+        *tokenizer_file_names(source.files),
+    }
+
+
+def count_parameters(plan: Plan) -> dict[str, Any]:
+    """The `parameters` section: totals, and by dtype and component.
+
+    Bytes are those of the tensors' data; the JSON states of 4-bit weights count as file overhead, like headers.
+    """
+    adapter = list(plan.adapter_tensors())
+    stored = [*plan.stored_tensors(), *adapter]
+    loaded = list(plan.loaded_tensors())
+    base = sum(tensor.parameters for tensor in loaded)
+    total = base + sum(tensor.parameters for tensor in adapter)
+    merged = _merged(plan, loaded)
+    in_training = [
+        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in merged.values()),
+        *adapter,
+    ]
+    never_trained = frozenset(() if plan.strategy.has_adapter else plan.skeleton.never_trained)
+    trained = adapter if plan.strategy.has_adapter else [merged[name] for name in merged.keys() - never_trained]
+    trainable = sum(tensor.parameters for tensor in trained)
+    return {
+        "total": total,
+        "trainable": trainable,
+        "frozen": total - trainable,
+        "trainable_percent": round(100 * trainable / total, 4) if total else 0.0,
+        "never_trained": sorted(never_trained),
+        "by_dtype": _group(stored),
+        "in_training": _group(in_training),
+        "by_component": {
+            component: {
+                "parameters": sum(tensor.parameters for tensor in tensors),
+                "bytes": data_bytes(tensors),
+            }
+            for component, tensors in _by(stored, "component").items()
+        },
+        "towers": {
+            module: sum(
+                prod(tensor.shape)
+                for tensor in plan.skeleton.tensors
+                if tensor.parameter.startswith(f"{module}.") and not tensor.buffer
+            )
+            for module in plan.skeleton.towers
+        },
+    }
+
+
+def data_bytes(tensors: Iterable[OutputTensor]) -> int:
+    """The bytes of tensors' data, the JSON states of 4-bit weights aside."""
+    return sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(STATE_SUFFIX))
+
+
+def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> dict[str, OutputTensor]:
+    """`tensors` as the model holds them, by its own names: those that loading merges into one parameter, as one."""
+    parameters = {tensor.name: tensor.parameter for tensor in plan.skeleton.tensors}
+    merged: dict[str, OutputTensor] = {}
+    for tensor in tensors:
+        name = parameters.get(tensor.name, tensor.name)
+        other = merged.get(name)
+        if other is not None:
+            elements = prod(other.shape) + prod(tensor.shape)
+            tensor = dataclasses.replace(other, shape=(elements,), parameters=other.parameters + tensor.parameters)
+        merged[name] = tensor
+    return merged
+
+
+def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
+    if dtype == tensor.counted_as:
+        return tensor
+    return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
+
+
+def _group(tensors: list[OutputTensor]) -> dict[str, dict[str, int]]:
+    return {
+        dtype: {
+            # a 4-bit weight is one tensor, whatever it is stored in
+            "tensors": sum(1 for tensor in group if dtype != "nf4" or tensor.parameters),
+            "parameters": sum(tensor.parameters for tensor in group),
+            "bytes": data_bytes(group),
+        }
+        for dtype, group in _by(tensors, "counted_as").items()
+    }
+
+
+def _by(tensors: list[OutputTensor], attribute: str) -> dict[str, list[OutputTensor]]:
+    groups: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(getattr(tensor, attribute), []).append(tensor)
+    return dict(sorted(groups.items()))
+
+
+def _quantization(plan: Plan) -> dict[str, Any] | None:
+    config, coverage = plan.quantization_config, plan.coverage
+    if config is None or coverage is None:
+        return None
+    return {
+        "method": "bitsandbytes",
+        "quant_type": config["bnb_4bit_quant_type"],
+        "double_quant": config["bnb_4bit_use_double_quant"],
+        "block_size": next(
+            (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None), BLOCK
+        ),
+        "compute_dtype": config["bnb_4bit_compute_dtype"],
+        "storage_dtype": config["bnb_4bit_quant_storage"],
+        "coverage_percent": round(coverage.percent, 4),
+        "not_quantized": [
+            {
+                "component": component,
+                "tensors": len(tensors),
+                "parameters": sum(tensor.parameters for tensor in tensors),
+                "bytes": data_bytes(tensors),
+            }
+            for component, tensors in coverage.left_by_component().items()
+        ],
+    }
+
+
+def _adapter(plan: Plan, source: Source) -> dict[str, Any] | None:
+    if plan.targets is None:
+        return None
+    return {
+        "r": plan.request.lora_rank,
+        "alpha": plan.request.lora_alpha,
+        "dropout": plan.request.lora_dropout,
+        "targets": dict(plan.targets.hits),
+        "parameters": sum(tensor.parameters for tensor in plan.adapter_tensors()),
+        "dtype": "float32",
+        "base": adapter_base(plan, source),
+        "revision": source.commit if plan.base == "reference" else None,
+    }
+
+
+def adapter_base(plan: Plan, source: Source) -> str:
+    """What the adapter was made for: a hub id, the absolute path of a local model, or the output itself."""
+    if plan.base == "copy":
+        return str(plan.request.output)
+    return source.model if source.kind == "hub" else str(source.root)

@@ -1,0 +1,165 @@
+"""What goes wrong between here and a hub: tried again where that helps, else told in one line.
+
+huggingface_hub's errors become `FtloadError`s here; no message shows a token or the credentials of a URL.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ..errors import FtloadError, ResourceError, SourceError
+from ..system.masking import masked
+
+T = TypeVar("T")
+
+
+RETRY_AFTER_SECONDS = (1, 2)
+
+
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+
+
+def with_retries(call: Callable[[], T]) -> T:
+    """`call()`, tried again where the hub or the line to it fails for a moment."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for seconds in RETRY_AFTER_SECONDS:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in RETRIED_STATUSES:
+                raise
+        except _http_error() as error:
+            # nobody there: a person without network should not wait for it
+            if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+                raise
+        time.sleep(seconds)
+    return call()
+
+
+@contextmanager
+def hub_errors(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """Around every call of huggingface_hub: translate what it raises, and keep it from printing.
+
+    Its warnings hold whole URLs, and each failure that matters is raised as well.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    if level == logging.WARNING:  # its default; anything else was asked for
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (_http_error(), OSError) as error:
+        raise _translate(error, model, revision, file) from error
+    except (RuntimeError, ValueError) as error:
+        if file is None:
+            raise
+        # hf_xet's failures are RuntimeErrors; a file too large for plain HTTP is a ValueError
+        raise _download_error(error, file) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _translate(error: Exception, model: str, revision: str | None, file: str | None) -> FtloadError:
+    """The library's error in one line, the most specific kind first."""
+    from huggingface_hub import constants, errors
+
+    endpoint = masked(constants.ENDPOINT)
+    if isinstance(error, errors.GatedRepoError):
+        hint = "accept the conditions on the model's page, then set `HF_TOKEN`"
+        if _token():
+            hint = "log in with the token's account and accept the conditions on the model's page"
+        return SourceError(f"`{model}` is gated", hint=hint)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check the spelling, and set `HF_TOKEN` if it is private"
+        if _token():
+            hint = "check the spelling, and that the token may read it"
+        return SourceError(f"`{model}` is neither a directory nor on the hub, or it is private", hint=hint)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceError(f"`{model}` has no revision `{revision or 'main'}`", hint="give a branch, a tag or a commit")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return SourceError(f"`{model}` has no file `{file}` at `{revision or 'main'}`")
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _translate(error.__cause__, model, revision, file)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        what = f"`{file}` of `{model}`" if file else f"`{model}`, revision `{revision or 'main'}`,"
+        return SourceError(
+            f"{what} is not in the cache, and the hub is switched off",
+            hint="unset `HF_HUB_OFFLINE`, or set `HF_HOME` to the cache that holds it",
+        )
+    if isinstance(error, errors.FileMetadataError):
+        return not_a_hub()
+    if isinstance(error, errors.HfHubHTTPError):
+        status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
+        said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+        hint = "try again later"
+        if error.response.status_code in (401, 403):
+            hint = "check `HF_TOKEN`: it must be valid and allowed to read the model"
+        of = f"`{file}` of `{model}`" if file else f"`{model}`"
+        return SourceError(f"the hub answers `{status}` for {of}{said}", hint=hint)
+    if isinstance(error, OSError):
+        return _download_error(error, file or model)
+    hint = "check the network and `HF_ENDPOINT`; `HF_HUB_OFFLINE=1` uses the cache alone"
+    if file and not type(error).__name__.startswith("Connect"):
+        return _download_error(error, file)
+    return SourceError(f"can't reach the hub at `{endpoint}`: {_first_line(error)}", hint=hint)
+
+
+def _download_error(error: Exception, file: str) -> FtloadError:
+    from huggingface_hub import constants
+
+    text = str(error)
+    hint = f"the cache is `{constants.HF_HUB_CACHE}`; `HF_HOME` moves it"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+        return ResourceError(f"no space left on the disk to download `{file}`", hint=hint)
+    # the cache: what the library says of itself carries no path
+    if isinstance(error, OSError) and error.filename:
+        return SourceError(f"can't use `{error.filename}`: {error.strerror}", hint=hint)
+    again = "run the same command again: files that are complete are kept"
+    return SourceError(f"the download of `{file}` failed: {_first_line(error)}", hint=again)
+
+
+def not_a_hub() -> SourceError:
+    """What to raise when something answers at the endpoint that is no hub."""
+    from huggingface_hub import constants
+
+    hint = "check `HF_ENDPOINT`, proxy and network: a login page may be answering"
+    return SourceError(f"`{masked(constants.ENDPOINT)}` does not answer like a hub", hint=hint)
+
+
+def _http_error() -> type[Exception]:
+    """The base of all that the HTTP library raises: httpx's for huggingface_hub 1, httpx2's for 2."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether the hub gave no answer, as opposed to saying no."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in RETRIED_STATUSES
+    return isinstance(error, (_http_error(), OfflineModeIsEnabled))
+
+
+def _first_line(error: object) -> str:
+    """What an error of the library says, without anything secret that it may repeat."""
+    lines = str(error).strip().splitlines()
+    line = masked(lines[0] if lines else type(error).__name__)
+    token = _token()
+    return line.replace(token, "***") if token else line
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except OSError:  # it may be in a file
+        return None

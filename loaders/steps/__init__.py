@@ -1,0 +1,1 @@
+"""How output tensors are made, one step at a time."""

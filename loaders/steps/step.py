@@ -1,0 +1,141 @@
+"""A unit of work: what it reads, what it writes, and the memory that it takes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.finite import check_finite
+from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
+from ..model.components import Component
+from .quantisation import Encoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Sink(Protocol):
+    """Where finished tensors go."""
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Append the bytes of `values` to the tensor `name`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """What operations read, and how much of it at once."""
+
+    checkpoint: Checkpoint
+    chunk_bytes: int
+    encode: Encoder | None = None
+    """Of the quantisation, where there is one."""
+    new_rows: Mapping[str, Tensor] = field(default_factory=dict)
+    """Rows for grown embeddings, by output name, where they were drawn beforehand."""
+    _local: threading.local = field(default_factory=threading.local)
+
+    def chunks(self, tensor: TensorMeta, dtype: str, *, multiple: int = 1, checked: bool = True) -> Iterator[Tensor]:
+        """Flat chunks in `dtype` (safetensors code): about `chunk_bytes` as stored, a multiple of so many elements.
+
+        Each is gone when the next comes. Raises `CheckpointError` naming the tensor when it holds NaN, infinity, or
+        what becomes infinite in `dtype`, unless that is not `checked`.
+        """
+        for chunk in self._stored(tensor, multiple):
+            values = chunk.to(torch_dtype(dtype))
+            if checked:
+                check_finite(values, chunk, tensor)
+            yield values
+
+    def read(self, tensor: TensorMeta, dtype: str, *, checked: bool = True) -> Tensor:
+        """The whole tensor in its shape; otherwise as `chunks`."""
+        stored = self.checkpoint.read(tensor)
+        values = stored.to(torch_dtype(dtype))
+        if checked:
+            check_finite(values, stored, tensor)
+        return values
+
+    def _stored(self, tensor: TensorMeta, multiple: int) -> Iterator[Tensor]:
+        elements = max(1, self.chunk_bytes // ITEM_BYTES[tensor.dtype] // multiple) * multiple
+        # one buffer a thread: fresh memory would have to be zeroed, chunk after chunk
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = bytearray(self.chunk_bytes)
+        chunks = self.checkpoint.chunks(tensor, elements, self._local.buffer)
+        while True:
+            begin = time.perf_counter()
+            chunk = next(chunks, None)
+            self._local.seconds = getattr(self._local, "seconds", 0.0) + time.perf_counter() - begin
+            if chunk is None:
+                return
+            yield chunk
+
+    def take_seconds(self) -> float:
+        """The time that this thread has spent on reading chunks since it last asked."""
+        seconds, self._local.seconds = getattr(self._local, "seconds", 0.0), 0.0
+        return seconds
+
+
+class Operation(Protocol):
+    """Makes one or more output tensors. Holds one chunk in memory, or one tensor where it must."""
+
+    def memory(self, chunk_bytes: int) -> int:
+        """The bytes that it allocates at most, at a time."""
+        ...
+
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """Read, convert and write."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputTensor:
+    """One tensor of an output file, known before anything is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors code."""
+    component: Component
+    counted_as: str
+    """The dtype that reports count it under: `nf4` for all that a 4-bit weight is stored in, else torch's name."""
+    parameters: int
+    """Logical parameters: of a 4-bit weight's tensors only the codes count any."""
+    variable: bool = False
+    """A JSON state, whose length is known only once the data are: `shape` is the longest it can be."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes; the largest possible for a variable one."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One unit of work: an operation and all that it writes, into one file."""
+
+    operation: Operation
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+def cast_bytes(source: TensorMeta, dtype: str, chunk_bytes: int) -> int:
+    """Bytes of a chunk in another dtype; none where it is the same."""
+    if source.dtype == dtype:
+        return 0
+    return min(chunk_bytes // ITEM_BYTES[source.dtype], source.parameters) * ITEM_BYTES[dtype]
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """torch's dtype of a safetensors code."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[code])

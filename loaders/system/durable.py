@@ -1,0 +1,93 @@
+"""Files made durable, hashed, and what to say when the disk fails."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, ResourceError
+
+_WRONG_PLACE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
+     errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ENOTEMPTY)
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Name the file when writing fails: `OutputError` where the place is wrong, `ResourceError` where the disk is."""
+    try:
+        with _errors_of_rust():
+            yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _WRONG_PLACE:
+            raise OutputError(f"can't write `{path}`: {reason}", hint="choose another --output_dir") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"can't write `{path}`: {reason}", hint="free some disk space") from error
+        raise ResourceError(f"can't write `{path}`: {reason}") from error
+
+
+@contextlib.contextmanager
+def _errors_of_rust() -> Iterator[None]:
+    """The tokenizers library raises a bare `Exception` for what the system says: make it an `OSError` again."""
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)$", str(error)) if type(error) is Exception else None
+        if said is None:
+            raise
+        number = int(said[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
+def start_writing_back(descriptor: int, begin: int, count: int) -> None:
+    """Have the system write these bytes to the disk from now on (sync_file_range(2)): fsync finds little left.
+
+    A hint: where it can't be taken, nothing is lost.
+    """
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, begin, count, _SYNC_FILE_RANGE_WRITE)
+
+
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+@cache
+def _sync_file_range() -> Any | None:
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_or_none(path: Path) -> str | None:
+    """The sha256 of a file; None where it can't be read."""
+    try:
+        return hash_file(path)
+    except OSError:
+        return None
+
+
+def sync_file(path: Path) -> None:
+    """Make a file or directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""The versions of what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+from ..errors import MissingRequirementError
+
+_REPORTED = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "huggingface_hub",
+    "liger-kernel", "flash-attn", "gguf", "numpy",
+)  # fmt: skip
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None if there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def ftload_version() -> str:
+    """The version of ftload itself."""
+    return installed_version("ftload") or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every installed distribution that has a part in the result."""
+    found = {"python": platform.python_version()}
+    for name in _REPORTED:
+        version = installed_version(name)
+        if version is not None:
+            found[name] = version
+    return found
+
+
+def require(packages: tuple[str, ...], *, purpose: str) -> None:
+    """Raise `MissingRequirementError` naming the distributions that are not installed."""
+    missing = [name for name in packages if installed_version(name) is None]
+    if missing:
+        raise MissingRequirementError(
+            f"{purpose} needs {', '.join(f'`{name}`' for name in missing)}",
+            hint=f"pip install {' '.join(missing)}",
+        )

@@ -1,0 +1,1 @@
+"""The tokenizer, made ready for training."""

@@ -1,0 +1,1 @@
+"""`ftload verify`: what lies in a directory, compared with its report."""

@@ -1,0 +1,112 @@
+"""Whether a prepared adapter, its configuration and its base belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..adapter.peft_lora import adapter_config
+from ..adapter.targets import Targets, resolve_targets
+from ..source.source import resolve_source
+from .files import Context
+
+
+def check_adapter(context: Context) -> Iterator[str]:
+    """Whether adapter_config.json, the adapter's tensors and the base's layers fit each other and the report."""
+    expected = context.report["adapter"]
+    if expected is None:
+        context.found = "none"
+        return
+    context.found = f"rank {expected['r']} on {sum(expected['targets'].values())} layers"
+    if context.report["base"] == "reference":
+        yield from _check_base(context)
+    four_bit = {tensor.parameter.removesuffix(".weight") for tensor in context.skeleton.tensors if tensor.packed}
+    targets = resolve_targets(
+        # a Conv1D is a plain linear layer once it is 4-bit
+        (
+            replace(layer, transposed=layer.transposed and layer.name not in four_bit)
+            for layer in context.skeleton.layers
+        ),
+        modules=(name for name, _ in context.skeleton.model.named_modules()),
+        asked=tuple(expected["targets"]),
+        fused_experts=False,
+    )
+    for pattern, hits in expected["targets"].items():
+        if targets.hits[pattern] != hits:
+            yield f"`{pattern}` hits {targets.hits[pattern]} layers, the report says {hits}"
+    yield from _check_settings(context, targets)
+    yield from _check_tensors(context, targets)
+    yield from _check_draws(context)
+
+
+def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
+    expected = context.report["adapter"]
+    path = context.root / "adapter" / "adapter_config.json"
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    written = adapter_config(
+        targets, rank=expected["r"], alpha=expected["alpha"], dropout=expected["dropout"], base=expected["base"],
+        revision=expected["revision"],
+    )  # fmt: skip
+    for name in sorted({*stored, *written}):
+        if name not in written or name not in stored:
+            yield f"`{name}` is " + ("missing" if name in written else "there, and was not written")
+        elif json.dumps(stored[name]) != json.dumps(written[name]):  # 1 is not true
+            yield f"`{name}` is `{stored[name]}`, not `{written[name]}`"
+
+
+def _check_tensors(context: Context, targets: Targets) -> Iterator[str]:
+    """Lora A is rank × in, lora B is out × rank, for every layer that is a target and no other."""
+    rank = context.report["adapter"]["r"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in targets.layers:
+        shapes[f"base_model.model.{layer.name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"base_model.model.{layer.name}.lora_B.weight"] = (layer.out_features, rank)
+    for name in sorted(shapes.keys() - context.adapter.keys()):
+        yield f"`{name}` is missing"
+    for name in sorted(context.adapter.keys() - shapes.keys()):
+        yield f"`{name}` belongs to no layer that is trained"
+    for name in sorted(context.adapter.keys() & shapes.keys()):
+        if context.adapter[name].shape != shapes[name]:
+            yield f"`{name}` has the shape {list(context.adapter[name].shape)}, its layer takes {list(shapes[name])}"
+    if sum(tensor.parameters for tensor in context.adapter.values()) != context.report["adapter"]["parameters"]:
+        yield "the adapter does not have the parameters that the report says"
+
+
+_ENOUGH_BYTES = 64
+"""Sixteen numbers: fewer may be equal by chance."""
+
+
+_MOST_BYTES = 16 * 1024
+
+
+def _check_draws(context: Context) -> Iterator[str]:
+    """Whether every lora A begins as something that was drawn, and drawn for it alone: 16 KiB of each are read."""
+    others: dict[bytes, str] = {}
+    with context.adapter_file.open("rb") as file:
+        for name, tensor in context.adapter.items():
+            if not name.endswith(".lora_A.weight") or tensor.nbytes < _ENOUGH_BYTES:
+                continue
+            file.seek(tensor.begin)
+            drawn = file.read(min(tensor.nbytes, _MOST_BYTES))
+            if drawn == drawn[:4] * (len(drawn) // 4):
+                yield f"`{name}` was not drawn: its numbers are all the same"
+            elif others.setdefault(drawn, name) != name:
+                yield f"`{name}` was not drawn: it is the same as `{others[drawn]}`"
+
+
+def _check_base(context: Context) -> Iterator[str]:
+    """Whether the base that the adapter refers to is the one that it was made for, as far as its listing tells."""
+    adapter = context.report["adapter"]
+    files = {file.path: file for file in resolve_source(adapter["base"], adapter["revision"]).files}
+    for entry in context.report["source"]["files"]:
+        name = entry["path"]
+        if not name.endswith((".safetensors", "config.json")):
+            continue
+        if name not in files:
+            yield f"the base, `{adapter['base']}`, lacks `{name}`"
+        elif files[name].bytes != entry["bytes"]:
+            yield f"`{name}` of the base has {files[name].bytes} bytes, not {entry['bytes']}"
+        elif None not in (entry["sha256"], files[name].sha256) and files[name].sha256 != entry["sha256"]:
+            yield f"`{name}` of the base has another sha256"

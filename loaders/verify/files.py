@@ -1,0 +1,273 @@
+"""What the files of a prepared directory say, compared with its report: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.formats.nf4 import STATE_SUFFIX, find_packed
+from ..checkpoint.json_files import fetch_config
+from ..checkpoint.safetensors_header import read_header
+from ..checkpoint.tensors import TORCH_NAMES, TensorMeta
+from ..model.config import load_config, load_generation_config, settings_hash
+from ..model.skeleton import Skeleton, build_skeleton
+from ..nf4.check import check_statistics
+from ..plan.output_files import REPORT_FILE
+from ..source.source import Source, resolve_source
+from ..system.durable import hash_file
+from ..system.limits import usable_processors
+from ..system.quiet import quiet_transformers
+from ..tokenizer.loading import load_tokenizer
+from ..write.fingerprint import can_have_a_part
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from ..progress import Progress
+
+
+PREPARE_AGAIN = "prepare it again with --overwrite"
+
+
+@dataclass(kw_only=True)
+class Context:
+    """A prepared directory and what has been read of it. Whatever can't be read raises `FtloadError`, each time."""
+
+    root: Path
+    report: Mapping[str, Any]
+    trust_remote_code: bool
+    progress: Progress
+    found: str = ""
+    """What the check that is being made has seen, in a few words."""
+    hint: str = PREPARE_AGAIN
+    """What helps where the check that is being made finds something wrong. Preparing again does where the directory is
+    not what was written; what was written wrong would be written again."""
+
+    @cached_property
+    def base_source(self) -> Source:
+        """Where the base lies: in the directory itself, wherever that was moved to, or where the adapter refers to."""
+        if self.report["base"] == "copy":
+            source = resolve_source(str(self.root), None)
+        else:
+            source = resolve_source(self.report["adapter"]["base"], self.report["adapter"]["revision"])
+        fetch_config(source)
+        if self.trust_remote_code:
+            source.fetch(file.path for file in source.files if file.path.endswith(".py"))
+        return source
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The headers of the base."""
+        return open_checkpoint(self.base_source, allow_pickle=False)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The base's configuration."""
+        with quiet_transformers():
+            return load_config(self.base_source.root, overrides={}, trust_remote_code=self.trust_remote_code)[0]
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """What transformers makes of the base's configuration and headers: none missing, unexpected or misshapen."""
+        return build_skeleton(self.base, self.config, trust_remote_code=self.trust_remote_code, tokenizer_size=0)
+
+    @property
+    def adapter_file(self) -> Path:
+        """The adapter's weights, where there is an adapter."""
+        return self.root / "adapter" / "adapter_model.safetensors"
+
+    @cached_property
+    def adapter(self) -> dict[str, TensorMeta]:
+        """The headers of the adapter's tensors; empty where there is no adapter."""
+        if self.report["adapter"] is None:
+            return {}
+
+        def read(begin: int, end: int) -> bytes:
+            with self.adapter_file.open("rb") as file:
+                file.seek(begin)
+                return file.read(end - begin)
+
+        size = self.adapter_file.stat().st_size
+        return {tensor.name: tensor for tensor in read_header(self.adapter_file.name, size, read)}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as it lies in the directory."""
+        with quiet_transformers():
+            return load_tokenizer(
+                self.root, use_fast=True, trust_remote_code=self.trust_remote_code, gguf_file=None
+            )  # as `load_prepared` has it
+
+
+def check_report(context: Context) -> Iterator[str]:
+    """Whether the report is whole and agrees with itself."""
+    schema = json.loads((Path(__file__).parent.parent / "report" / "report.schema.json").read_text(encoding="utf-8"))
+    yield from _missing_fields(context.report, schema, "")
+    parameters = context.report["parameters"]
+    total, trainable = parameters["total"], parameters["trainable"]
+    context.found = f"{context.report['strategy']}, {total:,} parameters, {trainable:,} trainable"
+    if trainable + parameters["frozen"] != total:
+        yield "trainable and frozen parameters are not the total"
+    for section in ("by_dtype", "in_training", "by_component"):
+        if sum(row["parameters"] for row in parameters[section].values()) != total:
+            yield f"the parameters of `{section}` are not the total"
+    adapter = context.report["adapter"]
+    if adapter and trainable != adapter["parameters"]:
+        yield "the trainable parameters are not the adapter's"
+
+
+def _missing_fields(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Fields that the schema requires of an object and of the objects in it."""
+    if not isinstance(value, dict):
+        return
+    for name in schema.get("required", ()):
+        if name not in value:
+            yield f"`{place}{name}` is missing"
+    for name, inner in schema.get("properties", {}).items():
+        if name in value:
+            yield from _missing_fields(value[name], inner, f"{place}{name}.")
+
+
+def check_files(context: Context) -> Iterator[str]:
+    """Every file's size and sha256, and that there are no others."""
+    listed = {str(entry["path"]): entry for entry in context.report["files"]}
+    context.progress.expect(bytes=sum(entry["bytes"] for entry in listed.values()), tensors=0)
+
+    def look_at(name: str) -> str | None:
+        path = context.root / name
+        if not path.is_file():
+            return f"`{name}` is missing"
+        if path.stat().st_size != listed[name]["bytes"]:
+            return f"`{name}` has {path.stat().st_size} bytes, not {listed[name]['bytes']}"
+        if hash_file(path) != listed[name]["sha256"]:
+            return f"`{name}` is not what was written: its sha256 differs"
+        return None
+
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        for name, problem in zip(listed, pool.map(look_at, listed), strict=True):
+            context.progress.advance(bytes=listed[name]["bytes"], tensors=0)
+            if problem is not None:
+                yield problem
+    for path in sorted(context.root.rglob("*")):
+        name = path.relative_to(context.root).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if path.is_file() and can_have_a_part(name) and not hidden and name not in (*listed, REPORT_FILE):
+            yield f"`{name}` is not in the report"
+    context.found = f"{len(listed)} files, {sum(entry['bytes'] for entry in listed.values()):,} bytes"
+
+
+def check_tensors(context: Context) -> Iterator[str]:
+    """Counts and dtypes, taken again from the headers, and the statistics of 4-bit weights."""
+    packed = find_packed(context.base)
+    parts = {part.name for tensor in packed.values() for part in tensor.parts}
+    counted: dict[str, dict[str, int]] = {}
+
+    def count(dtype: str, tensors: int, nbytes: int) -> None:
+        row = counted.setdefault(dtype, {"tensors": 0, "bytes": 0})
+        row["tensors"] += tensors
+        row["bytes"] += nbytes
+
+    for tensor in _stored_tensors(context):
+        size = 0 if tensor.name.endswith(STATE_SUFFIX) else tensor.nbytes
+        if tensor.name in parts:
+            count("nf4", tensor.name in packed, size)
+        else:
+            count(TORCH_NAMES[tensor.dtype], 1, size)
+    for tensor in context.adapter.values():
+        count(TORCH_NAMES[tensor.dtype], 1, tensor.nbytes)
+    context.found = ", ".join(f"{row['tensors']:,} {dtype}" for dtype, row in sorted(counted.items()))
+    reported = context.report["parameters"]["by_dtype"]
+    for dtype in sorted({*counted, *reported}):
+        found, expected = counted.get(dtype, {}), reported.get(dtype, {})
+        for what in ("tensors", "bytes"):
+            if found.get(what, 0) != expected.get(what, 0):
+                yield f"{found.get(what, 0):,} {what} of {dtype}, the report says {expected.get(what, 0):,}"
+    if context.base_source.kind != "hub":  # there, each would have to be asked for
+        for weight in packed.values():
+            yield from check_statistics(context.base, weight)
+
+
+def _stored_tensors(context: Context) -> Iterable[TensorMeta]:
+    """The base's tensors: all that were written, or of another's checkpoint those that the model takes."""
+    if context.report["base"] == "copy":
+        return context.base.tensors.values()
+    # rotary frequencies and the head of a tied model may lie there too, and are not the model's
+    return (meta for tensor in context.skeleton.tensors if tensor.conversion is None for meta in tensor.sources)
+
+
+_QUANTIZATION_KEYS = {
+    "quant_type": "bnb_4bit_quant_type",
+    "double_quant": "bnb_4bit_use_double_quant",
+    "compute_dtype": "bnb_4bit_compute_dtype",
+    "storage_dtype": "bnb_4bit_quant_storage",
+}
+
+
+def check_config(context: Context) -> Iterator[str]:
+    """Whether config.json describes what the report does, and the weights that are there."""
+    source, expected = context.report["source"], context.report["quantization"]
+    rows = context.report["embeddings"]["rows_after"]
+    context.found = f"{source['architecture']}, {rows:,} rows"
+    text: Any = context.config.get_text_config()
+    # where nothing was added it is as it came: Mllama's embeddings have 8 rows more
+    if context.report["embeddings"]["resized"] and text.vocab_size != rows:
+        yield f"`vocab_size` is {text.vocab_size}, the embeddings have {rows} rows"
+    if context.config.model_type != source["model_type"]:
+        yield f"the model is a `{context.config.model_type}`, the report says `{source['model_type']}`"
+    load_generation_config(context.base_source.root)
+    for name, digest in context.report.get("configuration", {}).items():  # a report of 0.1 has none
+        if settings_hash(context.base_source.root / name) != digest:
+            yield f"`{name}` has other settings than when this was prepared"
+    stored: Any = getattr(context.config, "quantization_config", None)
+    if (stored is None) != (expected is None):
+        yield "`quantization_config` is " + ("missing" if stored is None else "there, the report knows of none")
+        return
+    if stored is not None and expected is not None:
+        settings = stored if isinstance(stored, dict) else stored.to_dict()
+        differing = [
+            f"`{name}` is {settings[name]}, the report says {expected[key]}"
+            for key, name in _QUANTIZATION_KEYS.items()
+            if name in settings and settings[name] != expected[key]
+        ]
+        yield from differing
+        if differing:
+            return
+    skeleton = context.skeleton
+    if context.report["base"] == "copy" and expected is None and context.config.dtype != skeleton.model.dtype:
+        yield f"`dtype` is {context.config.dtype}, what was written is {skeleton.model.dtype}"
+    if skeleton.rows_before != rows:
+        yield f"the embeddings have {skeleton.rows_before} rows, the report says {rows}"
+    if skeleton.tied != context.report["embeddings"]["tied"]:
+        yield "embeddings and head are " + ("" if skeleton.tied else "not ") + "tied, the report says otherwise"
+    if type(skeleton.model).__name__ != source["architecture"]:
+        yield f"the model is a `{type(skeleton.model).__name__}`, the report says `{source['architecture']}`"
+    yield from _check_parameters(context)
+
+
+def _check_parameters(context: Context) -> Iterator[str]:
+    """Logical parameters by stored dtype: the model tells them from its buffers. And how many are never trained."""
+    if context.report["adapter"] is None:
+        model = context.skeleton.model
+        frozen = sum(model.get_parameter(name).numel() for name in context.skeleton.never_trained)
+        if frozen != context.report["parameters"]["frozen"]:
+            yield f"{frozen:,} parameters are frozen, the report says {context.report['parameters']['frozen']:,}"
+    packed = find_packed(context.base)
+    parts = {part.name for tensor in packed.values() for part in tensor.parts}
+    buffers = {meta.name for tensor in context.skeleton.tensors if tensor.buffer for meta in tensor.sources}
+    counted = Counter(nf4=sum(math.prod(tensor.shape) for tensor in packed.values()))
+    for tensor in (*_stored_tensors(context), *context.adapter.values()):
+        if tensor.name not in parts and tensor.name not in buffers:
+            counted[TORCH_NAMES[tensor.dtype]] += tensor.parameters
+    reported = context.report["parameters"]["by_dtype"]
+    for dtype in sorted({*counted, *reported}):
+        expected = reported.get(dtype, {}).get("parameters", 0)
+        if counted[dtype] != expected:
+            yield f"{counted[dtype]:,} parameters of {dtype}, the report says {expected:,}"

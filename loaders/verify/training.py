@@ -1,0 +1,175 @@
+"""Loading a prepared directory as a training script would, and one real training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FtloadError, said_by
+from ..load import load_prepared
+from ..model.towers import tower_modules
+from ..system.quiet import quiet_transformers
+from ..tokenizer.rendering import ANSWER, QUESTION
+from .files import Context
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_training(context: Context) -> Iterator[str]:
+    """Load it and take one step: finite logits, a gradient where one belongs, and lora B moves."""
+    import torch
+
+    try:
+        with quiet_transformers():
+            model, tokenizer = load_prepared(context.root, trust_remote_code=context.trust_remote_code)
+    except FtloadError:
+        raise
+    except Exception as error:  # four libraries read the files here, and raise whatever they like
+        context.hint = _HINT
+        yield f"it does not load: {said_by(error)}"
+        return
+    yield from _check_counts(context, model)
+    yield from _check_adapter(context, model)
+    context.hint = _HINT
+    yield from _check_values(context, model)
+    torch.manual_seed(0)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # SGD keeps no states: the step must fit where the model and its gradients do
+    optimizer = torch.optim.SGD(trainable.values(), lr=1e-2)
+    device = next(iter(trainable.values())).device
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False  # nothing is generated; some caches are written in place, and spoil the gradients
+    with quiet_transformers():
+        output = model(**_batch(tokenizer, device))
+        output.loss.backward()
+    if not math.isfinite(output.loss.item()):
+        yield f"the loss is {output.loss.item()}"
+    if output.logits is not None and not torch.isfinite(output.logits).all():
+        yield "the logits are not finite"
+    base: Any = model.get_submodule("base_model.model") if context.report["adapter"] is not None else model
+    towers = tower_modules(base)
+    idle = beside = 0
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if not parameter.requires_grad:
+            if gradient is not None:
+                yield f"`{name}` is frozen and has a gradient"
+        elif gradient is None:
+            if _is_in(towers, name):
+                beside += 1
+            elif _may_be_idle(name):
+                idle += 1
+            else:
+                yield f"`{name}` is trainable and has no gradient"
+        elif not torch.isfinite(gradient).all():
+            yield f"the gradient of `{name}` is not finite"
+    optimizer.step()
+    for name, parameter in trainable.items():
+        if ".lora_B." in name and not parameter.count_nonzero() and not _may_be_idle(name) and not _is_in(towers, name):
+            yield f"`{name}` did not move in one optimizer step"
+    context.found = (
+        f"loss {output.loss.item():.3f}, {len(trainable) - idle - beside:,} tensors with gradients, "
+        + (f"{idle:,} of experts that no token reached, " if idle else "")
+        + (f"{beside:,} of towers that take no text, " if beside else "")
+        + f"on {device}"
+    )
+
+
+_HINT = "look at the original model, and ask `ftload doctor` whether the libraries work here"
+
+
+def _is_in(modules: tuple[str, ...], name: str) -> bool:
+    """Whether a parameter is in one of `modules`; PEFT puts a prefix before its name."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def _may_be_idle(name: str) -> bool:
+    """Whether a parameter is one expert's: a router sends these few tokens past most of them.
+
+    Experts that are fused into one parameter get their gradient as one.
+    """
+    return ".experts." in name and any(part.isdecimal() for part in name.partition(".experts.")[2].split("."))
+
+
+def _check_counts(context: Context, model: Any) -> Iterator[str]:
+    """Counts and dtypes of the model in memory."""
+    reported = context.report["parameters"]
+    counted: dict[str, int] = {}
+    trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        dtype = "nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")
+        number = state.shape.numel() if state is not None else parameter.numel()
+        counted[dtype] = counted.get(dtype, 0) + number
+        trainable += number if parameter.requires_grad else 0
+    if trainable != reported["trainable"]:
+        yield f"{trainable:,} parameters are trainable, the report says {reported['trainable']:,}"
+    if sum(counted.values()) != reported["total"]:
+        yield f"the model has {sum(counted.values()):,} parameters, the report says {reported['total']:,}"
+    for dtype in sorted({*counted, *reported["in_training"]}):
+        found = counted.get(dtype, 0)
+        expected = reported["in_training"].get(dtype, {}).get("parameters", 0)
+        if found != expected:
+            yield f"{found:,} parameters are {dtype}, the report says {expected:,}"
+
+
+def _check_values(context: Context, model: Any) -> Iterator[str]:
+    """NaN and infinity, also where the step's few tokens don't get to, and rows that were to be filled and are not."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        # a sum needs no copy of the size of the parameter, and keeps what is not finite
+        if parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            yield f"`{name}` is not finite"
+    embeddings = context.report["embeddings"]
+    matrices = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    for what, module in matrices.items():
+        if module is None:
+            continue
+        # a head may have other rows from the start: Mllama's has 8 less
+        if (what == "embeddings" or embeddings["resized"]) and module.weight.shape[0] != embeddings["rows_after"]:
+            yield f"the {what} have {module.weight.shape[0]} rows, the report says {embeddings['rows_after']}"
+        # rows of the original may be zero, as padding is; those that ftload added are not, but where loading zeroes the
+        # padding (Youtu)
+        added = module.weight.detach()[embeddings["rows_before"] :]
+        empty = (added.count_nonzero(dim=1) == 0).nonzero().flatten() + embeddings["rows_before"]
+        empty = [row for row in empty.tolist() if row != embeddings.get("pad_token_id")]
+        if empty:
+            yield f"row {empty[0]} of the {what}, which was added, is zero"
+
+
+def _check_adapter(context: Context, model: Any) -> Iterator[str]:
+    """Whether the adapter in memory is the one in the file: PEFT goes on with random values where one is missing."""
+    import torch
+    from safetensors import safe_open
+
+    if context.report["adapter"] is None:
+        return
+    loaded = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ".lora_" in name}
+    with safe_open(context.adapter_file, framework="pt") as file:
+        stored = set(file.keys())
+        for name in sorted(stored | loaded.keys()):
+            if name not in loaded or name not in stored:
+                yield f"`{name}` is " + ("not loaded" if name in stored else "random: the adapter does not have it")
+            elif not torch.equal(loaded[name].detach().cpu(), file.get_tensor(name)):
+                yield f"`{name}` is not loaded as it is stored"
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name and parameter.count_nonzero():
+            yield f"`{name}` is not zero before the first step"
+
+
+_TOKENS = 32
+
+
+def _batch(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, torch.Tensor]:
+    """One sequence of ids (int64, 1 × at most 32): a text, then ids from all over the vocabulary."""
+    import torch
+
+    text = tokenizer(f"{QUESTION} {ANSWER}", add_special_tokens=False)["input_ids"][: _TOKENS // 2]
+    known = sorted(set(tokenizer.get_vocab().values()))
+    step = max(1, len(known) // (_TOKENS // 2))
+    ids = torch.tensor([text + known[::step][: _TOKENS // 2]], device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -1,0 +1,255 @@
+"""Executing a plan: every output tensor is made once and put in its place, several at a time, in bounded memory.
+
+A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps, as
+`in_order` lists them; reading, encoding and writing all release the interpreter's lock, so that one worker's reading
+overlaps another's encoding. A step begins when what it allocates at most fits into the budget beside those that are
+running. A file whose last step is done is made durable, hashed and told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..plan.output_files import OutputFile
+from ..plan.plan import Plan
+from ..progress import Progress
+from ..steps.plain import Cast, Grow
+from ..steps.quantisation import Encoder
+from ..steps.step import Inputs, Step
+from ..system.durable import disk_errors, hash_file
+from ..system.limits import PeakMemory
+from ..system.quiet import quiet_transformers
+from .file_copy import FileCopy
+from .file_writer import FileWriter, check_written
+from .written import Written
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ..model.skeleton import Skeleton
+
+
+def write_tensors(
+    plan: Plan,
+    files: tuple[OutputFile, ...],
+    encode: Encoder,
+    directory: Path,
+    progress: Progress,
+    on_finished: Callable[[OutputFile, str], None],
+) -> Written:
+    """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
+
+    Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` hears of every
+    file that is durable, with its sha256, from the thread that finished it.
+    """
+    import torch
+
+    progress.expect(
+        bytes=sum(file.size for file in files),
+        tensors=sum(len(step.outputs) for file in files for step in file.steps),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the threads; and sums come out alike on every machine
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.request.seed)
+            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode)
+            if plan.grown and plan.request.embedding_init == "reference":
+                inputs = replace(inputs, new_rows=_draw_new_rows(plan.skeleton, inputs, plan.grown))
+            with PeakMemory() as peak:
+                execution = _Execution(plan, files, directory, inputs, progress, on_finished)
+                execution.run()
+            return Written(
+                hashes=execution.hashes, seconds=execution.seconds, peak_anonymous_bytes=peak.anonymous_bytes
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_order(
+    files: tuple[OutputFile, ...], adapter: OutputFile | None, workers: int
+) -> list[tuple[OutputFile, tuple[Step, ...]]]:
+    """What a worker takes at a time: file after file, the largest step of each first; an adapter as a whole.
+
+    One worker draws the adapter, layer after layer, while the others go on, and one hashes the model's last file: the
+    adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the model, and
+    hashing one a quarter of that.
+    """
+    order: list[tuple[OutputFile, tuple[Step, ...]]] = [
+        (file, (step,))
+        for file in files
+        if file is not adapter
+        for step in sorted(file.steps, key=lambda step: -step.nbytes)
+    ]
+    if adapter is not None and adapter in files:
+        hashed = order[-1][0].size // 4 if order else 0
+        left, place = (adapter.size - hashed) * (workers - 1), len(order)
+        while left > 0 and place > 0:
+            place -= 1
+            left -= sum(step.nbytes for step in order[place][1])
+        order.insert(place, (adapter, adapter.steps))
+    return order
+
+
+class _Execution:
+    """One run over all steps of a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: tuple[OutputFile, ...],
+        directory: Path,
+        inputs: Inputs,
+        progress: Progress,
+        on_finished: Callable[[OutputFile, str], None],
+    ) -> None:
+        self._plan = plan
+        self._on_finished = on_finished
+        self._files = files
+        self._directory = directory
+        self._inputs = inputs
+        self._progress = progress
+        self._free = threading.Condition()
+        self._free_bytes = plan.request.max_memory_bytes
+        self._stopped = threading.Event()
+        self.hashes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {"read": 0.0, "convert": 0.0, "write": 0.0, "hash": 0.0}
+
+    def run(self) -> None:
+        """Take the steps to workers; the first error stops all of them."""
+        writers = {
+            file: FileWriter(file, file.layout, self._directory, self._advance)
+            for file in self._files
+            if file.layout is not None
+        }
+        work = in_order(tuple(writers), self._plan.adapter_file, self._plan.workers)
+        tasks = [*self._copies(), *((self._run, writers[file], steps) for file, steps in work)]
+        with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
+            try:
+                done, _ = wait([pool.submit(run, *arguments) for run, *arguments in tasks], None, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            finally:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+                for writer in writers.values():
+                    writer.abandon()
+
+    def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
+        """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
+        for file in self._files:
+            if file.layout is None:
+                source = self._plan.checkpoint.source.root / file.path
+                tensors = [step.operation.source for step in file.steps if isinstance(step.operation, Cast)]
+                copy = FileCopy(source, self._directory / file.path, file.size, tensors, self._advance)
+                yield self._copy, file, copy
+                yield self._hash, file, copy
+
+    def _copy(self, file: OutputFile, copy: FileCopy) -> None:
+        begin = time.perf_counter()
+        with disk_errors(copy.target):
+            if self._plan.request.base == "link":
+                copy.link()
+            else:
+                copy.copy()
+        self._spent(write=time.perf_counter() - begin)
+        self._advance(0, tensors=len(file.steps))
+
+    def _hash(self, file: OutputFile, copy: FileCopy) -> None:
+        begin = time.perf_counter()
+        with disk_errors(copy.target):
+            digest = copy.hash()
+            self._spent(hash=time.perf_counter() - begin)
+            if digest:
+                check_written(file, copy.target)
+                self._finish(file, digest)
+
+    def _run(self, writer: FileWriter, steps: tuple[Step, ...]) -> None:
+        with disk_errors(writer.path):
+            for step in steps:
+                with self._reserved(step.operation.memory(self._inputs.chunk_bytes)):
+                    begin = time.perf_counter()
+                    step.operation.run(self._inputs, writer)
+                    whole = time.perf_counter() - begin
+                read, write = self._inputs.take_seconds(), writer.take_seconds()
+                self._spent(read=read, write=write, convert=whole - read - write)
+                self._advance(0, tensors=len(step.outputs))
+            if writer.finished(len(steps)):
+                begin = time.perf_counter()
+                writer.write_head()
+                with ThreadPoolExecutor(1) as aside:  # one waits for the disk, the other for the processor
+                    digest = aside.submit(hash_file, writer.path)
+                    writer.close()
+                    self._spent(write=time.perf_counter() - begin)
+                    begin = time.perf_counter()
+                    check_written(writer.file, writer.path)
+                    self._finish(writer.file, digest.result())
+                self._spent(hash=time.perf_counter() - begin)
+
+    def _finish(self, file: OutputFile, digest: str) -> None:
+        self.hashes[file.path] = digest
+        self._on_finished(file, digest)
+
+    def _spent(self, **seconds: float) -> None:
+        with self._free:
+            for kind, value in seconds.items():
+                self.seconds[kind] += value
+
+    @contextlib.contextmanager
+    def _reserved(self, need: int) -> Iterator[None]:
+        """Wait until so many bytes of the budget are free, and hold them."""
+        with self._free:
+            self._free.wait_for(lambda: self._free_bytes >= need)
+            self._free_bytes -= need
+        try:
+            yield
+        finally:
+            with self._free:
+                self._free_bytes += need
+                self._free.notify_all()
+
+    def _advance(self, count: int, tensors: int = 0) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+        with self._free:
+            self._progress.advance(bytes=count, tensors=tensors)
+
+
+class _Stopped(Exception):
+    """Another worker failed; its error is the one that counts."""
+
+
+def _draw_new_rows(skeleton: Skeleton, inputs: Inputs, grown: tuple[Grow, ...]) -> dict[str, Tensor]:
+    """transformers' own mean-resizing, on a model that holds nothing but its embeddings.
+
+    It needs the old matrix in float32 and its covariance: this, unlike all else, is not bounded by the budget.
+    """
+    from copy import deepcopy
+
+    import torch
+
+    model = deepcopy(skeleton.model)
+    for grow in grown:
+        value = inputs.read(grow.source, grow.dtype)
+        _replace_parameter(model, grow.parameter, torch.nn.Parameter(value))
+    with quiet_transformers():
+        model.resize_token_embeddings(skeleton.rows_after)
+    return {grow.name: model.get_parameter(grow.parameter).detach()[-grow.new_rows :] for grow in grown}
+
+
+def _replace_parameter(model: PreTrainedModel, name: str, value: torch.nn.Parameter) -> None:
+    """Put `value` in the place of a parameter under all its names: embeddings and biases are tied to one another."""
+    old = model.get_parameter(name)
+    for place, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter is old:
+            module, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(module), leaf, value)
