@@ -25,7 +25,7 @@ import time
 from ftload.cli.app import main
 from ftload.loaders.write.file_writer import FileWriter
 
-write = _FileWriter.write
+write = FileWriter.write
 
 def writing(self, name, values):
     write(self, name, values)
@@ -33,7 +33,7 @@ def writing(self, name, values):
         self._advance(0)
         time.sleep(0.01)
 
-_FileWriter.write = writing
+FileWriter.write = writing
 main()
 """
 """A program that is the command line, but never comes to the end of the first tensor that it writes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
-import ftload.loaders
+import ftload.loaders.nf4
 import pytest
 import torch
 from ftload.cli.errors import Interrupted
@@ -338,8 +338,8 @@ def test_threads_that_quantise_maxima_first_at_once() -> None:
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "ftload.loaders.nf4_kernel", raising=False)
-    monkeypatch.delattr(ftload.loaders, "nf4_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "ftload.loaders.nf4.kernel", raising=False)
+    monkeypatch.delattr(ftload.loaders.nf4, "kernel", raising=False)
 
 
 def test_numba_works_here() -> None:
