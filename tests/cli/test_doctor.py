@@ -232,8 +232,9 @@ def test_an_endpoint_that_is_none() -> None:
     assert done.returncode == 0
     assert "secret" not in done.stdout + done.stderr
     env["HF_HUB_OFFLINE"] = "0"
+    program = "from ftload.loaders.doctor.diagnosis import run_probe; print(run_probe('hub', 60, []))"
     answer = subprocess.run(
-        [sys.executable, "-c", "from ftload.loaders.doctor.diagnosis import run_probe; print(run_probe('hub', 60, []))"],
+        [sys.executable, "-c", program],
         env=env, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "is not an http(s) URL" in answer.stdout
