@@ -1,4 +1,4 @@
-"""The README's smoke check runs as it stands, as a shell script and as a workflow."""
+"""The README's smoke check runs as it stands; pages lead where they say, and name every package and file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import yaml
 from .parity.models import write_model
 from .tokenizers import write_llama
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 SECTION = README.partition("## In CI\n")[2].partition("\n## ")[0]
 
 
@@ -79,17 +82,57 @@ def test_a_model_that_can_not_be_had_has_its_own_code(tmp_path: Path, text: str,
 
 def test_every_file_has_its_line() -> None:
     """A file of the code that docs/architecture.md does not name, or one that it names and that is gone."""
-    root = Path(__file__).parent.parent
-    rooms = (root / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## `")[1:]
+    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## `")[1:]
     named = {
         room.partition("`")[0] + path
         for room in rooms
         for path in re.findall(r"^\| `([^`]+\.py)` \|", room, re.MULTILINE)
     }
     files = {
-        path.relative_to(root).as_posix()
+        path.relative_to(ROOT).as_posix()
         for folder in ("cli", "loaders")
-        for path in (root / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if not path.name.startswith("__")
     }
     assert named == files
+
+
+def test_the_readme_is_short_and_names_every_package() -> None:
+    assert len(README.splitlines()) < 250
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rows = re.findall(r"^\| `([^`]+/)` \| (.*) \|$", README.partition("\n## The code\n")[2], re.MULTILINE)
+    # a package within another than loaders is named in the outer one's row
+    named = {folder for folder, _ in rows}
+    named |= {folder + inner for folder, what in rows for inner in re.findall(r"`([^`]+/)`", what)}
+    assert named == {package.removeprefix("ftload.").replace(".", "/") + "/" for package in packages}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = ROOT / Path(page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {anchor_of(heading) for heading in headings}, link
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_workflow_runs_the_tests() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {"pull_request", "push"} <= workflow[True].keys()  # YAML takes `on` for a boolean
+    (job,) = workflow["jobs"].values()
+    assert job["runs-on"] == "ubuntu-latest"
+    assert job["timeout-minutes"] <= 120
+    (python,) = [step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/setup-python@")]
+    assert (python["python-version"], python["cache"]) == ("3.11", "pip")
+    assert job["steps"][-1]["run"] == "scripts/test"
+    assert not job["steps"][-1].keys() & {"if", "continue-on-error"}
+    assert os.access(ROOT / "scripts" / "test", os.X_OK)
