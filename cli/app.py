@@ -13,13 +13,14 @@ from typing import NoReturn
 
 import typer
 
+from ..loaders.flags.command_line import read_command_line
 from .doctor import doctor
-from .errors import Interrupted, explain
+from .errors import Interrupted
 from .inspect import InspectCommand, inspect
 from .options import FlagsCommand, PlanCommand
 from .plan import plan
 from .prepare import prepare
-from .show.output import OUTPUT, is_first_process
+from .show.output import Output
 from .verify import verify
 
 app = typer.Typer(
@@ -91,25 +92,13 @@ def run(words: list[str]) -> int:
     """Run a command line; returns the exit code."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
-    if "--version" in words:  # each command is of the same one
+    if "--version" in words:  # every command has the same
         words = ["--version"]
-    flags = {word.replace("_", "-").removesuffix("=true") for word in words}
-    # for errors in the flags themselves: a command configures the output again once it has read them
-    as_json = "--json" in flags and is_first_process()
-    OUTPUT.configure(as_json=as_json, quiet="--quiet" in flags, debug="--debug" in flags)
     try:
-        code = app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
-        sys.stdout.flush()
+        return app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
     except (Exception, SystemExit, Interrupted) as error:
-        # click and rich make an exit of it when whoever reads our output has gone
-        if BrokenPipeError in (type(error), type(error.__context__)):
-            # python would complain again when it closes stdout
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        failure = explain(error, *words[:1])
-        OUTPUT.failure(failure)
-        return failure.code
-    return code
+        # no command got as far as its own `Output`: what can be understood of its flags says how to report it
+        return Output.from_flags(read_command_line(words).values).end(error, *words[:1])
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

@@ -8,7 +8,7 @@ for a hundred options, cuts long names off at 80 columns, and can't order its pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
@@ -17,6 +17,10 @@ from ..loaders.flags.declared import PANELS, PLAN, Flag, all_flags, plan_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
+"""What commands have in common whose options are typer's."""
 
 USAGE = "[RUN.yaml] [--FLAG [VALUE ...]] ..."
 NOTES = (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from .show.output import OUTPUT
+from ..loaders.flags.command_line import read_command_line
+from ..loaders.flags.declared import plan_flags
+from .show.output import Output
 
 
 def plan(ctx: typer.Context) -> None:
@@ -12,19 +14,19 @@ def plan(ctx: typer.Context) -> None:
 
     Reads headers, no weights (but all of a .gguf file), and writes nothing but the page of --html.
     """
-    from ..loaders.flags.command_line import parse_plan_arguments
-    from ..loaders.prepare import plan_only
+    given = read_command_line(ctx.obj, plan_flags())
+    with Output.from_flags(given.values) as output:
+        arguments, options = given.arguments(), given.plan_options()
+        from ..loaders.prepare import plan_only
 
-    arguments, options = parse_plan_arguments(ctx.obj)
-    OUTPUT.configure(as_json=arguments.own.json, quiet=arguments.own.quiet, debug=arguments.own.debug)
-    if options.html is not None:
-        from .show.page import check_place
+        if options.html is not None:
+            from .show.page import check_place
 
-        check_place(options.html)
-    with OUTPUT.progress() as progress:
-        found = plan_only(arguments, options, progress)
-    if options.html is not None:
-        from .show.page import plan_page, write_page
+            check_place(options.html)
+        with output.progress() as progress:
+            found = plan_only(arguments, options, progress)
+        if options.html is not None:
+            from .show.page import plan_page, write_page
 
-        write_page(options.html, plan_page(found))
-    OUTPUT.plan(found, arguments.flat.output_dir)
+            write_page(options.html, plan_page(found))
+        output.plan(found, arguments.flat.output_dir)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from .show.output import OUTPUT, is_first_process
+from ..loaders.flags.command_line import read_command_line
+from .show.output import Output
 
 
 def prepare(ctx: typer.Context) -> None:
     """Turn a pretrained causal language model into a directory that training can start from."""
-    from ..loaders.flags.command_line import parse_arguments
-    from ..loaders.prepare import prepare as run
+    given = read_command_line(ctx.obj)
+    with Output.from_flags(given.values) as output:
+        arguments = given.arguments()
+        from ..loaders.prepare import prepare as run
 
-    arguments = parse_arguments(ctx.obj)
-    first = is_first_process()
-    OUTPUT.configure(
-        as_json=arguments.own.json and first, quiet=arguments.own.quiet or not first, debug=arguments.own.debug
-    )
-    with OUTPUT.progress() as progress:
-        outcome = run(arguments, progress)
-    if outcome is not None:
-        OUTPUT.outcome(outcome, arguments.flat.output_dir)
+        with output.progress() as progress:
+            outcome = run(arguments, progress)
+        if outcome is not None:
+            output.outcome(outcome, arguments.flat.output_dir)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from .show.output import OUTPUT
+from .options import AsJson, Debug
+from .show.output import Output
 
 
 def verify(
-    directory: Path = typer.Argument(help="What `ftload prepare` wrote."),  # noqa: B008
-    quick: bool = typer.Option(False, "--quick", help="Leave out loading the model and the training step."),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust_remote_code", "--trust-remote-code", help="Run code that came with the model."
-    ),
-    json: bool = typer.Option(False, "--json", help="Print exactly one JSON document on stdout."),
-    quiet: bool = typer.Option(False, "--quiet", help="Show nothing but errors."),
-    debug: bool = typer.Option(False, "--debug", help="Show a traceback with errors."),
-) -> None:
+    directory: Annotated[Path, typer.Argument(help="What `ftload prepare` wrote.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out loading the model and the training step.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that came with the model.")
+    ] = False,
+    json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    debug: Debug = False,
+) -> int:
     """Prove that a prepared directory is what its report says, and that it trains.
 
     Hashes, headers, configuration, tokenizer, template and adapter are checked against the report; then the model is
     loaded and takes one training step. Exit code 7 if anything failed.
     """
-    from ..loaders.verify.verify import verify as run
+    with Output.from_flags({"json": json, "quiet": quiet, "debug": debug}) as output:
+        from ..loaders.verify.verify import verify as run
 
-    OUTPUT.configure(as_json=json, quiet=quiet, debug=debug)
-    with OUTPUT.progress() as progress:
-        verification = run(directory, quick=quick, trust_remote_code=trust_remote_code, progress=progress)
-    raise typer.Exit(OUTPUT.verification(verification))
+        with output.progress() as progress:
+            verification = run(directory, quick=quick, trust_remote_code=trust_remote_code, progress=progress)
+        return output.verification(verification)

@@ -1,4 +1,4 @@
-"""The one place that prints: results to stdout, talk to stderr; for people or, with `--json`, for programs."""
+"""The one place that prints: results to stdout, all else to stderr; for people or, with `--json`, for programs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Failure, explain
+import typer
+
+from ..errors import Failure, Interrupted, explain
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
     from ...loaders.doctor.diagnosis import Diagnosis
     from ...loaders.errors import FtloadError
     from ...loaders.inspect.comparison import Comparison
@@ -26,32 +26,54 @@ if TYPE_CHECKING:
     from ...loaders.verify.verify import Verification
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """Prints results, progress and errors in the way that was asked for."""
+    """How a command prints, as its flags ask. In `with`, it reports the error that ends the command."""
 
-    def __init__(self) -> None:
-        self.configure(as_json=False, quiet=False, debug=False)
+    as_json: bool = False
+    quiet: bool = False
+    """No results as tables, and no progress."""
+    debug: bool = False
 
-    def configure(self, *, as_json: bool, quiet: bool, debug: bool) -> None:
-        """Decide, once the flags are known, how everything is printed."""
-        self._as_json = as_json
-        self._quiet = quiet
-        self._debug = debug
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> Output:
+        """Make it from the values of `json`, `quiet` and `debug`.
+
+        A value of None is one that could not be read: it counts as the wish for what the flag does. Of the processes
+        that `torchrun` starts, only the first prints results.
+        """
+        first = _is_first_process()
+        json, quiet, debug = (flags.get(name, False) is not False for name in ("json", "quiet", "debug"))
+        return cls(as_json=json and first, quiet=quiet or not first, debug=debug)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                sys.stdout.flush()
+            except OSError as failed:
+                error = failed
+        if isinstance(error, (Exception, SystemExit, Interrupted)):
+            raise typer.Exit(self.end(error)) from error
 
     def outcome(self, outcome: Outcome, directory: str) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
-        if self._as_json:
+        if self.as_json:
             print(json.dumps(outcome.report, indent=2))
-        elif not self._quiet:
+        elif not self.quiet:
             from .summary import print_summary
 
             print_summary(outcome, directory)
 
     def plan(self, plan: Mapping[str, Any], directory: str) -> None:
         """The result of `plan`: with `--json` the plan itself, else tables."""
-        if self._as_json:
+        if self.as_json:
             print(json.dumps(plan, indent=2))
-        elif not self._quiet:
+        elif not self.quiet:
             from .summary import print_plan
 
             print_plan(plan, directory)
@@ -59,33 +81,33 @@ class Output:
     def verification(self, verification: Verification) -> int:
         """The result of `verify`; returns the exit code."""
         error = verification.error
-        if self._as_json:
+        if self.as_json:
             checks = [{**asdict(check), "ok": check.ok} for check in verification.checks]
             print(
                 json.dumps(
-                    {"directory": verification.directory, "ok": verification.ok, "checks": checks, **_verdict(error)}
+                    {"directory": verification.directory, "ok": verification.ok, "checks": checks, **_error_key(error)}
                 )
             )
-        elif not self._quiet:
+        elif not self.quiet:
             from .summary import print_checks
 
             print_checks(verification)
-        return self._end(error)
+        return _verdict(error)
 
     def inspection(self, inspection: Inspection, tensors: tuple[StoredTensor, ...] | None) -> None:
         """The result of `inspect`, with a list of some tensors or without."""
-        if self._as_json:
+        if self.as_json:
             print(json.dumps(inspection.to_json(tensors)))
-        else:
+        elif not self.quiet:
             from .inspection_tables import print_inspection
 
             print_inspection(inspection, tensors)
 
     def comparison(self, comparison: Comparison) -> None:
         """The result of `inspect` with two checkpoints."""
-        if self._as_json:
+        if self.as_json:
             print(json.dumps(comparison.to_json()))
-        else:
+        elif not self.quiet:
             from .inspection_tables import print_comparison
 
             print_comparison(comparison)
@@ -93,61 +115,54 @@ class Output:
     def diagnosis(self, diagnosis: Diagnosis) -> int:
         """The result of `doctor`; returns the exit code."""
         error = diagnosis.error
-        if self._as_json:
-            print(json.dumps({**diagnosis.to_json(), **_verdict(error)}))
-        else:
+        if self.as_json:
+            print(json.dumps({**diagnosis.to_json(), **_error_key(error)}))
+        elif not self.quiet:
             from .diagnosis_tables import print_diagnosis
 
             print_diagnosis(diagnosis)
-        return self._end(error)
+        return _verdict(error)
 
-    def _end(self, error: FtloadError | None) -> int:
-        """Tell what was found wrong, if anything was; returns the exit code."""
-        if error is None:
+    def end(self, error: BaseException, command: str = "") -> int:
+        """Report the error that ended `command`; returns the exit code.
+
+        One line and a hint go to stderr, a traceback before them with `--debug`; with `--json` a document to stdout.
+        """
+        # click and rich turn it into an exit when whoever reads stdout has gone
+        if BrokenPipeError in (type(error), type(error.__context__)):
+            # Python would complain again when it closes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        self._tell(explain(error))
-        return error.code
-
-    def failure(self, failure: Failure) -> None:
-        """One line and a hint on stderr (with `--debug` a traceback first); with `--json` a document on stdout too."""
-        if self._debug:
+        failure = explain(error, command)
+        if self.debug:
             import traceback
 
-            traceback.print_exc()
-        if self._as_json:
-            print(json.dumps({"error": _json_error(failure)}))
-        self._tell(failure)
-
-    def _tell(self, failure: Failure) -> None:
-        try:
-            from rich.console import Console
-            from rich.markup import escape
-        except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
-            hint = f"hint: {failure.hint}\n" if failure.hint else ""
-            sys.stderr.write(f"error: {failure.message}\n{hint}")
-            return
-        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-        console.print(f"[bold red]error:[/] {escape(failure.message)}")
-        if failure.hint:
-            console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
+            traceback.print_exception(error)
+        if self.as_json:
+            print(json.dumps({"error": asdict(failure)}))
+        with suppress(OSError, SystemExit):  # whoever reads stderr may have gone too
+            _tell(failure)
+        return failure.code
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Progress on stderr while the work goes on: nothing unless stderr is a terminal."""
-        if self._quiet or not sys.stderr.isatty():
+        """Show progress on stderr while the work goes on: nothing unless stderr is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
             from ...loaders.progress import Silent
 
             yield Silent()
             return
         from rich.console import Console
 
-        with _bar(Console(stderr=True)) as bar:
-            yield _Shown(bar)
+        from .progress import ProgressBar, make_bar
+
+        with make_bar(Console(stderr=True)) as bar:
+            yield ProgressBar(bar)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """A word on stderr while something without a measure goes on: nothing unless stderr is a terminal."""
-        if self._quiet or not sys.stderr.isatty():
+        """Show a word on stderr while something without a measure goes on: nothing unless stderr is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
             yield
             return
         from rich.console import Console
@@ -156,61 +171,33 @@ class Output:
             yield
 
 
-def _verdict(error: FtloadError | None) -> dict[str, Any]:
-    return {} if error is None else {"error": _json_error(explain(error))}
+def _verdict(error: FtloadError | None) -> int:
+    """Report what was found wrong, if anything was; returns the exit code."""
+    if error is None:
+        return 0
+    _tell(explain(error))
+    return error.code
 
 
-def _json_error(failure: Failure) -> dict[str, Any]:
-    return {"code": failure.code, "kind": failure.kind, "message": failure.message, "hint": failure.hint}
+def _tell(failure: Failure) -> None:
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+    except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
+        hint = f"hint: {failure.hint}\n" if failure.hint else ""
+        sys.stderr.write(f"error: {failure.message}\n{hint}")
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    console.print(f"[bold red]error:[/] {escape(failure.message)}")
+    if failure.hint:
+        console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
 
 
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that speaks (torchrun's `RANK`)."""
+def _error_key(error: FtloadError | None) -> dict[str, Any]:
+    """The key `error` of a document, if there is one."""
+    return {} if error is None else {"error": asdict(explain(error))}
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first of several processes, or the only one (`RANK`, which `torchrun` sets)."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-OUTPUT = Output()
-"""What every command prints through."""
-
-
-class _Shown:
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._task = bar.add_task("starting", total=None, tensors="")
-        self._tensors = self._all_tensors = 0
-
-    def stage(self, name: str) -> None:
-        self._bar.update(self._task, description=name)
-
-    def expect(self, *, bytes: int, tensors: int) -> None:
-        self._tensors, self._all_tensors = 0, tensors
-        self._bar.reset(self._task, total=bytes, tensors="")
-
-    def advance(self, *, bytes: int, tensors: int) -> None:
-        self._tensors += tensors
-        count = f"{self._tensors}/{self._all_tensors} tensors" if self._all_tensors else ""
-        self._bar.update(self._task, advance=bytes, tensors=count)
-
-
-def _bar(console: Console) -> Bar:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=False),
-        TextColumn("{task.fields[tensors]}"),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,6 @@ from .declared import (
     TokenizerConfig,
     all_flags,
     parse_size,
-    plan_flags,
 )
 from .values import ALIASES, EXPECTED, Problems, from_text, is_boolean, is_null, printable
 from .yaml_file import read_yaml
@@ -35,72 +35,88 @@ MOST_GPUS = 100_000
 """More than any that train one model; a larger number is a slip."""
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read `[run.yaml] [--flag [value ...]]...`; a flag overrides the file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandLine:
+    """What a command line and its YAML file say: every value that could be read, and everything that is wrong."""
 
-    Raises:
-        UsageError: names every unknown flag and key, every bad value and every misplaced word.
+    from_yaml: Mapping[str, Any]
+    from_cli: Mapping[str, Any]
+    """Values by the flags' names; None as well where there is one that the flag can't take."""
+    problems: Problems
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The value of every flag that was given, by its name: a flag overrides the file."""
+        return {**self.from_yaml, **self.from_cli}
+
+    def arguments(self) -> Arguments:
+        """Return the value of every flag.
+
+        Raises:
+            UsageError: names every unknown flag and key, every bad value and every misplaced word.
+        """
+        self.problems.raise_if_any()
+        origins: dict[str, Origin] = {}
+        for name in all_flags():
+            origins[name] = "cli" if name in self.from_cli else "yaml" if name in self.from_yaml else "default"
+        return Arguments(
+            flat=self._group(FlatArguments),
+            tokenizer=self._group(TokenizerConfig),
+            own=self._group(OwnOptions),
+            origins=origins,
+        )
+
+    def plan_options(self) -> PlanOptions:
+        """Return the value of every flag that only `ftload plan` takes. Raises `UsageError` as `arguments` does."""
+        self.problems.raise_if_any()
+        return self._group(PlanOptions)
+
+    def _group(self, kind: type) -> Any:
+        flags = self.problems.flags
+        return kind(**{name: value for name, value in self.values.items() if flags[name].group == kind.__name__})
+
+
+def read_command_line(argv: Sequence[str], more_flags: Mapping[str, Flag] | None = None) -> CommandLine:
+    """Read `[run.yaml] [--flag [value ...]]...` as far as it can be understood.
+
+    `more_flags` can be given beside `all_flags`, though not in the file.
     """
-    problems = Problems(all_flags())
-    return _arguments(*_read(argv, problems), problems)
-
-
-def parse_plan_arguments(argv: Sequence[str]) -> tuple[Arguments, PlanOptions]:
-    """Read what `ftload plan` takes: the words of `parse_arguments`, and among the flags its own.
-
-    Raises:
-        UsageError: as `parse_arguments`.
-    """
-    problems = Problems({**all_flags(), **plan_flags()})
-    from_yaml, from_cli = _read(argv, problems)
-    own = {name: from_cli.pop(name) for name in plan_flags() if name in from_cli}
-    fsdp, zero, gpus = (own.get(name) for name in ("fsdp", "zero", "gpus"))
-    if fsdp is not None and zero is not None:
-        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
-    if zero is not None and zero not in (1, 2, 3):
-        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
-    if gpus is not None and "zero" not in own:
-        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
-    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
-        if count is not None and not 2 <= count <= MOST_GPUS:
-            problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
-    return _arguments(from_yaml, from_cli, problems), PlanOptions(**own)
-
-
-def _read(argv: Sequence[str], problems: Problems) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values of the YAML file, if there is one, and those of the flags."""
+    problems = Problems({**all_flags(), **(more_flags or {})})
     words = list(argv)
-    from_yaml: dict[str, Any] = {}
-    if words and not _is_flag(words[0]):
-        name = words.pop(0)
-        if name.endswith(YAML_SUFFIXES):
-            try:
-                from_yaml = read_yaml(name, problems)
-            except UsageError as error:
-                problems.add(error.message, error.hint)
-        else:
-            looks_like_model = Path(name).exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?|.*[/\\].*", name)
-            problems.add(
-                f"`{printable(name)}` is not a YAML file (.yaml or .yml); nothing else can come before the flags",
-                f"name the model with `--model {printable(name)}`" if looks_like_model else None,
-            )
-    return from_yaml, _read_flags(words, problems)
+    has_file = bool(words) and not _is_flag(words[0])
+    from_yaml = _read_file(words.pop(0), problems) if has_file else {}
+    from_cli = _read_flags(words, problems)
+    _check_plan_options(from_cli, problems)
+    _check_ranges({**from_yaml, **from_cli}, problems)
+    return CommandLine(from_yaml=from_yaml, from_cli=from_cli, problems=problems)
 
 
-def _arguments(from_yaml: dict[str, Any], from_cli: dict[str, Any], problems: Problems) -> Arguments:
-    values = from_yaml | from_cli
-    origins: dict[str, Origin] = {}
-    for name in all_flags():
-        origins[name] = "cli" if name in from_cli else "yaml" if name in from_yaml else "default"
-    _check_ranges(values, problems)
-    problems.raise_if_any()
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Return the arguments that a command line means. Raises `UsageError` as `CommandLine.arguments` does."""
+    return read_command_line(argv).arguments()
 
-    def group(kind: type) -> Any:
-        return kind(**{name: value for name, value in values.items() if all_flags()[name].group == kind.__name__})
 
-    return Arguments(
-        flat=group(FlatArguments), tokenizer=group(TokenizerConfig), own=group(OwnOptions), origins=origins
+def _read_file(name: str, problems: Problems) -> dict[str, Any]:
+    """Return the values in a YAML file, which is what the first word must name unless it is a flag."""
+    if name.endswith(YAML_SUFFIXES):
+        try:
+            return read_yaml(name, problems)
+        except UsageError as error:
+            problems.add(error.message, error.hint)
+            return {}
+    looks_like_model = re.fullmatch(r"[\w.-]+(/[\w.-]+)?|.*[/\\].*", name) or _exists(name)
+    problems.add(
+        f"`{printable(name)}` is not a YAML file (.yaml or .yml); nothing else can come before the flags",
+        f"name the model with `--model {printable(name)}`" if looks_like_model else None,
     )
+    return {}
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # it is longer than names of files can be
+        return False
 
 
 def _is_flag(word: str) -> bool:
@@ -225,7 +241,21 @@ def _add_stray(word: str, problems: Problems, after: str = "", hint: str | None 
         problems.add(f"`{printable(word)}`{place} belongs to no flag", hint)
 
 
-def _check_ranges(values: dict[str, Any], problems: Problems) -> None:
+def _check_plan_options(values: Mapping[str, Any], problems: Problems) -> None:
+    """Refuse what `ftload plan` can't divide the memory by."""
+    fsdp, zero, gpus = (values.get(name) for name in ("fsdp", "zero", "gpus"))
+    if fsdp is not None and zero is not None:
+        problems.add("`--fsdp` and `--zero` are two ways to divide the same: give one")
+    if zero is not None and zero not in (1, 2, 3):
+        problems.add(f"`--zero` has the stages 1, 2 and 3, not {zero}")
+    if gpus is not None and "zero" not in values:
+        problems.add("`--gpus` goes with `--zero`", "`--fsdp` takes the number itself: `--fsdp 8`")
+    for name, count in (("fsdp", fsdp), ("gpus", gpus)):
+        if count is not None and not 2 <= count <= MOST_GPUS:
+            problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
+
+
+def _check_ranges(values: Mapping[str, Any], problems: Problems) -> None:
     """Refuse values of the right type that nothing can be prepared with; here a bad value is None."""
     rank, alpha, dropout, seed = (values.get(f) for f in ("lora_rank", "lora_alpha", "lora_dropout", "seed"))
     if rank is not None and rank < 1:

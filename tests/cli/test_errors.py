@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ftload.cli.errors import explain
-from ftload.cli.show.output import OUTPUT
+from ftload.cli.show.output import Output
 from ftload.loaders.errors import CheckpointError, FtloadError, MissingRequirementError, ResourceError
 from ftload.loaders.system.durable import disk_errors
 
@@ -83,6 +83,5 @@ def test_an_error_is_told_where_there_is_no_memory_to_lay_it_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    OUTPUT.configure(as_json=False, quiet=False, debug=False)
-    OUTPUT.failure(explain(MemoryError()))
+    assert Output().end(MemoryError()) == 6
     assert capsys.readouterr().err == f"error: out of memory\nhint: {HINT}\n"

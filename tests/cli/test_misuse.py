@@ -67,6 +67,44 @@ def test_each_command_points_to_its_own_help(ftload: Ftload, words: str, hint: s
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "--json verify x",
+        "--json",
+        "load x --json",
+        "verify --slow x --json",
+        "verify --json --slow x",
+        "verify x --json=true",
+        "inspect a b c --json",
+        "doctor --json --for",
+        "prepare --json --nonsense",
+        "prepare --nonsense x --json=true",
+        "prepare --json maybe",
+        "prepare run.yaml --nonsense",
+        "prepare run.yaml --model x --base reference",
+        "plan --js --zero 4",
+    ],
+)
+def test_a_bad_command_line_is_reported_as_far_as_it_is_understood(
+    ftload: Ftload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """One document on stdout, wherever and however it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("json: true\n")
+    result = ftload(*words.split())
+    assert result.code == 2
+    assert list(json.loads(result.out)) == ["error"]
+    for but in ("--json=false", "--no_json"):
+        assert ftload("prepare", "run.yaml", "--nonsense", but).out == ""
+
+
+def test_debug_shows_where_an_error_in_the_flags_was_raised(ftload: Ftload) -> None:
+    for words in (["verify", "--slow"], ["prepare", "--nonsense"]):
+        assert "Traceback" not in ftload(*words).err
+        assert ftload(*words, "--debug").err.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
     ("what", "requested", "effective", "way"),
     [
         ("attention", "flash_attention_2", "sdpa", "pass `--use_flash_attn false`"),

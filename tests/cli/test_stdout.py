@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ..conftest import Result
 from .spoilt import edit_json
 
 FTLOAD = [sys.executable, "-m", "ftload.cli"]
@@ -40,6 +42,30 @@ def test_a_full_disk_behind_it(llama: Path, words: list[str]) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 6
     assert done.stderr == "error: can't write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_of_several_processes_the_first_alone_shows_results(
+    ftload: Callable[..., Result], llama: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for command in (
+            ["inspect", llama],
+            ["inspect", llama, llama],
+            ["doctor", "--quick"],
+            ["plan", "--model", llama],
+        ):
+            result = ftload(*command, *words)
+            assert (result.code, result.err) == (0, "")
+            assert bool(result.out) == (rank == "0")
+
+
+def test_an_error_that_nobody_reads_is_one(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m ftload.cli inspect {tmp_path} 2>&1 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 4
 
 
 def test_nobody_reads_it(llama: Path) -> None:
