@@ -7,11 +7,12 @@ the same architecture in the process may come to use them too.
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .decision import Decision
 from .errors import said_by
 from .standard import Standard
 
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 
 
 _KERNELS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "fused_linear_cross_entropy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Whether Liger has kernels for an architecture, and which ones are applied on loading."""
+
+    supported: bool
+    applied: tuple[str, ...]
+    reason: str | None
+    """Why there are none; None where there are some."""
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """That there are none, where that is so."""
+        if self.reason is None:
+            return ()
+        return (Decision(what="use_liger_kernel", requested="true", effective="false", reason=self.reason),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +60,17 @@ def liger_kernels(model_type: str) -> tuple[str, ...]:
         return ()
     parameters = inspect.signature(apply).parameters
     return tuple(kernel for kernel in _KERNELS if kernel in parameters)
+
+
+def resolve_kernels(model_type: str) -> Kernels:
+    """The kernels for an architecture, whatever the state of the packages here."""
+    applied: tuple[str, ...] = ()
+    try:
+        applied = liger_kernels(model_type)
+        reason = None if applied else f"Liger has no kernels for `{model_type}`"
+    except Exception as error:  # a missing or broken Triton raises whatever it likes
+        reason = f"liger-kernel does not import: {said_by(error)}"
+    return Kernels(supported=bool(applied), applied=applied, reason=reason)
 
 
 def apply_liger(model: PreTrainedModel) -> tuple[str, ...]:

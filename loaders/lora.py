@@ -1,12 +1,12 @@
-"""The LoRA strategy: the standard base, frozen, and a fresh low-rank adapter (arXiv:2106.09685) in float32.
-
-Tensor names and adapter_config.json are PEFT's.
-"""
+"""The LoRA strategy: the standard base, frozen, and a fresh low-rank adapter (arXiv:2106.09685) in float32."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .adapter.interface import Adapter
+from .adapter.peft_lora import PeftLora
+from .flags.request import Request
 from .standard import Standard
 
 
@@ -15,5 +15,8 @@ class Lora(Standard):
     """Training of an adapter on a bfloat16 base."""
 
     name: str = "lora"
-    has_adapter: bool = True
     packages: tuple[str, ...] = ("peft",)
+
+    def adapter(self, request: Request) -> Adapter:
+        """LoRA as PEFT makes it."""
+        return PeftLora.of(request)

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Protocol
-
-
-class Timings:
-    """Seconds spent in each stage, and word of it to whoever watches."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that comes again adds up."""
-        self.progress.stage(name)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 class Progress(Protocol):
@@ -53,3 +36,39 @@ class Silent:
 
     def advance(self, *, bytes: int, tensors: int) -> None:
         """Say nothing."""
+
+
+class Stopwatch:
+    """Seconds of each stage, which follow one another, and of each kind of work, which threads do side by side."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.stages: dict[str, float] = {}
+        self.work: dict[str, float] = {}
+        """Added up over all threads."""
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and announce it; one that comes again adds up."""
+        self.progress.stage(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def working(self, kind: str) -> Iterator[None]:
+        """Time what this thread does; work of another kind within it counts there alone."""
+        outer: float = getattr(self._local, "inner", 0.0)
+        self._local.inner = 0.0
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            with self._lock:
+                self.work[kind] = self.work.get(kind, 0.0) + seconds - self._local.inner
+            self._local.inner = outer + seconds

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from .adapter.interface import Adapter
 from .errors import CheckpointError
+from .flags.request import Request
 from .model.tensor_map import ModelTensor
 from .steps.plain import plain_step
+from .steps.quantisation import Quantisation
 from .steps.step import Step
 
 
@@ -16,8 +18,12 @@ class Standard:
     """Full fine-tuning of a bfloat16 model."""
 
     name: str = "standard"
-    has_adapter: bool = False
     packages: tuple[str, ...] = ()
+    quantisation: Quantisation | None = None
+
+    def adapter(self, request: Request) -> Adapter | None:
+        """None: all weights are trained."""
+        return None
 
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
         """Copy, cast, grow or convert.
@@ -31,10 +37,6 @@ class Standard:
                     hint="prepare it with --use_qlora, or start from the 16-bit model",
                 )
         return plain_step(tensors)
-
-    def quantization_config(self) -> dict[str, Any] | None:
-        """What config.json says of quantisation: nothing."""
-        return None
 
     def training_dtype(self, counted_as: str) -> str:
         """The dtype in training of base weights that are stored as `counted_as`: the same."""

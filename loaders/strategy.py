@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
+from .adapter.interface import Adapter
+from .flags.request import Request
 from .liger import Liger
 from .lora import Lora
 from .model.tensor_map import ModelTensor
 from .qlora import Qlora
 from .standard import Standard
+from .steps.quantisation import Quantisation
 from .steps.step import Step
 
 
@@ -21,24 +24,24 @@ class Strategy(Protocol):
         ...
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is trained on a frozen base; else all weights are trained."""
-        ...
-
-    @property
     def packages(self) -> tuple[str, ...]:
         """The distributions that training with it needs, beyond torch and transformers."""
         ...
 
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How weights of the base are quantised; None for 16-bit weights."""
+        ...
+
+    def adapter(self, request: Request) -> Adapter | None:
+        """The adapter that is trained on a frozen base; None where all weights are trained."""
+        ...
+
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
-        """How one tensor of the model is written, or all that come out of one conversion.
+        """How a group is written: one tensor of the model, or all that come out of one conversion.
 
         Raises `CheckpointError` or `MissingRequirementError` where they can't be.
         """
-        ...
-
-    def quantization_config(self) -> dict[str, Any] | None:
-        """config.json's `quantization_config`, None for 16-bit weights."""
         ...
 
     def training_dtype(self, counted_as: str) -> str:

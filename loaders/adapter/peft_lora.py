@@ -1,22 +1,25 @@
-"""LoRA (arXiv:2106.09685) as PEFT stores it: tensors, initial values and configuration."""
+"""LoRA (arXiv:2106.09685) as PEFT makes and stores it: tensors, initial values and configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
+from ..flags.request import Request
 from ..model.components import LinearLayer
 from ..steps.step import Inputs, OutputTensor, Sink, Step, torch_dtype
+from .interface import AdaptedLayer
 from .targets import Targets
 
 if TYPE_CHECKING:
-    pass
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitLora:
-    """The fresh adapter of one linear layer: A drawn, B zero, both float32.
+    """The fresh adapter of one linear layer: A random, B zero, both float32.
 
     Draws from torch's global generator exactly as PEFT does when it wraps the layer: two `torch.nn.Linear` are made and
     then A is drawn again (peft/tuners/lora/layer.py, `update_layer`).
@@ -45,52 +48,78 @@ class InitLora:
         sink.write(self.names[1], torch.zeros_like(b.weight))
 
 
-def adapter_steps(targets: Targets, *, rank: int, dtypes: dict[str, str]) -> tuple[Step, ...]:
-    """One step a layer, in the order in which PEFT draws them.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftLora:
+    """A fresh LoRA adapter: A (rank × in_features) is initialised at random, B (out_features × rank) is zero."""
 
-    `dtypes` maps a layer's name to the safetensors code of the dtype that PEFT finds it to have.
-    """
-    return tuple(_adapter_step(layer, rank, dtypes[layer.name]) for layer in targets.layers)
+    rank: int
+    alpha: float
+    dropout: float
 
+    @classmethod
+    def of(cls, request: Request) -> PeftLora:
+        """The adapter that is asked for."""
+        return cls(rank=request.lora_rank, alpha=request.lora_alpha, dropout=request.lora_dropout)
 
-def _adapter_step(layer: LinearLayer, rank: int, dtype: str) -> Step:
-    prefix = f"base_model.model.{layer.name}"
-    shapes = {
-        f"{prefix}.lora_A.weight": (rank, layer.in_features),
-        f"{prefix}.lora_B.weight": (layer.out_features, rank),
-    }
-    a, b = shapes
-    return Step(
-        operation=InitLora(layer=layer, rank=rank, names=(a, b), rounded_to=dtype),
-        outputs=tuple(
-            OutputTensor(
-                name=name, shape=shape, dtype="F32", component="adapter", counted_as="float32",
-                parameters=shape[0] * shape[1],
-            )
-            for name, shape in shapes.items()
-        ),
-    )  # fmt: skip
+    def tensors(self, layer: LinearLayer) -> Mapping[str, tuple[int, ...]]:
+        """A and B, in this order."""
+        prefix = f"base_model.model.{layer.name}"
+        return {
+            f"{prefix}.lora_A.weight": (self.rank, layer.in_features),
+            f"{prefix}.lora_B.weight": (layer.out_features, self.rank),
+        }
 
+    def steps(self, layers: Iterable[AdaptedLayer]) -> tuple[Step, ...]:
+        """One step a layer; nothing of the base is read."""
+        return tuple(self._step(adapted) for adapted in layers)
 
-def adapter_config(
-    targets: Targets, *, rank: int, alpha: float, dropout: float, base: str, revision: str | None
-) -> dict[str, Any]:
-    """The contents of adapter_config.json: PEFT's `LoraConfig` for a causal language model, without its defaults."""
-    return {
-        "base_model_name_or_path": base,
-        "bias": "none",
-        # GPT-2's Conv1D stores (in, out)
-        "fan_in_fan_out": any(layer.transposed for layer in targets.layers),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": revision,
-        "target_modules": sorted(targets.patterns),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    def _step(self, adapted: AdaptedLayer) -> Step:
+        shapes = self.tensors(adapted.layer)
+        a, b = shapes
+        return Step(
+            operation=InitLora(layer=adapted.layer, rank=self.rank, names=(a, b), rounded_to=adapted.dtype),
+            outputs=tuple(
+                OutputTensor(
+                    name=name, shape=shape, dtype="F32", component="adapter", counted_as="float32",
+                    parameters=prod(shape),
+                )
+                for name, shape in shapes.items()
+            ),
+        )  # fmt: skip
+
+    def peft_config(self, patterns: Iterable[str]) -> LoraConfig:
+        """PEFT's `LoraConfig` for a causal language model."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] - any number works
+            lora_dropout=self.dropout,
+            target_modules=list(patterns),
+        )
+
+    def config(self, targets: Targets, *, base: str, revision: str | None) -> dict[str, Any]:
+        """The same as adapter_config.json holds it, without PEFT's defaults."""
+        return {
+            "base_model_name_or_path": base,
+            "bias": "none",
+            # GPT-2's Conv1D stores (in, out)
+            "fan_in_fan_out": any(layer.transposed for layer in targets.layers),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "revision": revision,
+            "target_modules": sorted(targets.patterns),
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": False,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Rank, alpha and dropout, as the report names them."""
+        return {"r": self.rank, "alpha": self.alpha, "dropout": self.dropout}

@@ -15,6 +15,7 @@ from ..decision import Decision
 from ..errors import MissingRequirementError, UsageError, said_by
 from ..model.components import LinearLayer
 from ..system.quiet import quiet_transformers
+from .interface import Adapter
 from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_hits, matches, name_targets
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ class Peft:
     """PEFT, asked about a model on `meta`, which stays as it is."""
 
     model: PreTrainedModel
-    rank: int
-    alpha: float
-    dropout: float
+    adapter: Adapter
 
     def confirm(self, targets: Targets, *, asked: bool, layers: tuple[LinearLayer, ...]) -> Targets:
         """`targets` if PEFT adapts just these layers, under the names that it keeps; else those that it takes, and why.
@@ -69,19 +68,13 @@ class Peft:
         if self._is_certain(targets):
             return _Answer(patterns=targets.patterns)
         try:
-            from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+            from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
             from peft.tuners.tuners_utils import BaseTunerLayer
         except Exception as error:  # a broken build raises whatever it likes
             raise MissingRequirementError(
                 f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
             ) from error
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] - any number works
-            lora_dropout=self.dropout,
-            target_modules=list(targets.patterns),
-        )
+        config: Any = self.adapter.peft_config(targets.patterns)
         with quiet_transformers():
             try:
                 adapted: Any = get_peft_model(deepcopy(self.model), config, low_cpu_mem_usage=True)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import FtloadError, SourceError, said_by
+from ..steps.quantisation import Quantisation
+from ..strategy import STRATEGIES
 
 
 def main() -> None:
@@ -72,19 +74,13 @@ def _gpu(number: int) -> dict[str, Any]:
 
 
 def _bitsandbytes() -> dict[str, Any]:
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    return {"detail": _quantisation().try_library()}
 
-    from ..checkpoint.formats.nf4 import BLOCK
-    from ..nf4.encode import CODE_BOOK
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        values = torch.tensor(CODE_BOOK * 4, device=device)
-        codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
-        if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
-            raise RuntimeError(f"a block in NF4 does not come back as it was on {device}")
-    return {"detail": f"a block quantised to NF4 and back on {' and '.join(devices)}"}
+def _quantisation() -> Quantisation:
+    quantisation = STRATEGIES["qlora"].quantisation
+    assert quantisation is not None
+    return quantisation
 
 
 def _flash_attention() -> dict[str, Any]:
@@ -119,10 +115,7 @@ def _liger() -> dict[str, Any]:
 
 
 def _numba() -> dict[str, Any]:
-    from ..nf4.encode import numba_problem
-
-    problem = numba_problem()
-    return {"detail": "compiles the NF4 encoder"} if problem is None else {"problem": problem.partition(": ")[2]}
+    return {"detail": _quantisation().try_encoder()}
 
 
 def _transformers() -> dict[str, Any]:

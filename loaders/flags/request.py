@@ -11,13 +11,16 @@ from ..decision import Decision
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from .declared import Arguments
+    from .declared import Arguments, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Everything of the flags that changes what is written, apart from the tokenizer's own."""
+    """Everything of the flags that changes what is written."""
 
+    arguments: Arguments
+    """All flags as they were given: for the report."""
+    tokenizer: TokenizerConfig
     model: str
     revision: str | None
     config_name: str | None
@@ -45,6 +48,8 @@ class Request:
     seed: int
     output: Path
     overwrite: bool
+    strict: bool
+    """Whether anything that is done otherwise than asked is an error."""
     max_shard_bytes: int
     max_memory_bytes: int
     """For the tensors that are being worked on; the interpreter and its libraries come on top."""
@@ -107,6 +112,8 @@ def resolve_request(arguments: Arguments) -> Request:
     if output.name == "..":
         output = output.resolve()
     return Request(
+        arguments=arguments,
+        tokenizer=arguments.tokenizer,
         model=model,
         revision=revision,
         config_name=flat.config_name,
@@ -128,6 +135,7 @@ def resolve_request(arguments: Arguments) -> Request:
         seed=flat.seed,
         output=output,
         overwrite=own.overwrite,
+        strict=own.strict,
         max_shard_bytes=parse_size(own.max_shard_size),
         max_memory_bytes=parse_size(own.max_memory),
         decisions=tuple(decisions),

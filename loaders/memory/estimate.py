@@ -14,9 +14,9 @@ from math import floor, inf, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import FtloadError, said_by
-from ..plan.plan import Plan, make_plan
+from ..plan.plan import Plan
+from ..plan.planning import make_plan
 from ..report.report import count_parameters
-from ..strategy import STRATEGIES
 from ..system.cuda import cuda_problem
 from .activations import Batch, Footprint, LoraSetting, Moment, Setting, Simulation, layer_bytes
 
@@ -124,7 +124,7 @@ def estimate_training_memory(
     plan: Plan, flags: FlatArguments, *, sharding: Sharding | None = None
 ) -> TrainingMemory | NoEstimate:
     """The memory of training what the plan prepares, with these flags."""
-    method = plan.strategy.name if plan.strategy.has_adapter else "full"
+    method = plan.strategy.name if plan.adapter is not None else "full"
     length, length_origin = _length(plan, flags)
     size = flags.per_device_train_batch_size
     setting = training_setting(plan, flags)
@@ -205,7 +205,7 @@ def _other_plan(plan: Plan, method: str) -> Plan:
     if name == plan.strategy.name:
         return plan
     request = replace(plan.request, strategy=name, base="copy")
-    return make_plan(request, STRATEGIES[name], plan.checkpoint, plan.skeleton)
+    return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.checkpoint, plan.skeleton)
 
 
 def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
@@ -217,7 +217,6 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
     attention = plan.attention.effective
     if cuda_problem() is not None and getattr(plan.skeleton.model, "_supports_flash_attn", False):
         attention = plan.attention.requested
-    four_bit = {output.name for step in plan.steps for output in step.outputs if output.counted_as == "nf4"}
     lora = None
     if plan.targets is not None:
         lora = LoraSetting(
@@ -230,11 +229,7 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
         attention=attention,
         checkpointing=flags.gradient_checkpointing,
         lora=lora,
-        four_bit=frozenset(
-            tensor.linear.name
-            for tensor in plan.skeleton.tensors
-            if tensor.linear is not None and tensor.name in four_bit
-        ),
+        four_bit=plan.quantised_layers,
         liger=plan.kernels is not None and plan.kernels.supported,
         router_loss=flags.load_balancing_loss,
     )
@@ -251,7 +246,7 @@ def _length(plan: Plan, flags: FlatArguments) -> tuple[int, str]:
 
 def _trainable(plan: Plan) -> list[tuple[int, int]]:
     """Elements and bytes of an element of each tensor that is trained."""
-    if plan.strategy.has_adapter:
+    if plan.adapter is not None:
         return [(tensor.parameters, 4) for tensor in plan.adapter_tensors()]
     return [
         (value.numel(), value.element_size())

@@ -27,7 +27,7 @@ class Quantize:
     """safetensors code of what it is cast to before: BF16, or F32 where the architecture keeps the layer so."""
 
     def memory(self, chunk_bytes: int) -> int:
-        """A chunk, its cast, its codes, and the blocks' maxima four times; the whole tensor if it is transposed."""
+        """A chunk, its cast, its codes, and absmax four times; the whole tensor if it is transposed."""
         if self.transposed:
             chunk_bytes = max(chunk_bytes, self.source.nbytes)
         elements = min(chunk_bytes // ITEM_BYTES[self.source.dtype], self.source.parameters)
@@ -40,7 +40,7 @@ class Quantize:
         )
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
-        """Encode chunk by chunk; the blocks' maxima (n/64 float32) are held until the end.
+        """Encode chunk by chunk; absmax (n/64 float32) is held until the end.
 
         Raises `CheckpointError` naming the tensor when it holds NaN or infinity.
         """
@@ -53,7 +53,7 @@ class Quantize:
             chunks: Iterable[Tensor] = [inputs.read(self.source, self.dtype, checked=False).T]
         else:
             chunks = inputs.chunks(self.source, self.dtype, multiple=BLOCK, checked=False)
-        maxima = []
+        absmaxes = []
         for values in chunks:
             try:
                 codes, absmax = inputs.encode(values)
@@ -61,6 +61,6 @@ class Quantize:
                 inputs.read(self.source, self.dtype)  # says more of it
                 raise
             sink.write(self.name, codes)
-            maxima.append(absmax)
-        for suffix, value in compress_statistics(torch.cat(maxima), shape, TORCH_NAMES[self.dtype]).items():
+            absmaxes.append(absmax)
+        for suffix, value in compress_statistics(torch.cat(absmaxes), shape, TORCH_NAMES[self.dtype]).items():
             sink.write(self.name + suffix, value)

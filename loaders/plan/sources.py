@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from ..flags.request import Request
 from ..source.source import Source, resolve_source
 from ..tokenizer.tokenizer import resolve_tokenizer_source
-
-if TYPE_CHECKING:
-    from ..flags.declared import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +28,9 @@ class Sources:
         return self.model, self.tokenizer, self.config
 
 
-def resolve_sources(request: Request, options: TokenizerConfig) -> Sources:
+def resolve_sources(request: Request) -> Sources:
     """Find the model, the tokenizer and the configuration. Raises `SourceError` for what is not there."""
+    options = request.tokenizer
     name, revision, warnings = resolve_tokenizer_source(
         tokenizer_name_or_path=options.tokenizer_name_or_path,
         tokenizer_revision=options.tokenizer_revision,

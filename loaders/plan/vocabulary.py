@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from ..errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from ..flags.request import Request
     from ..model.skeleton import Skeleton
     from ..tokenizer.tokenizer import PreparedTokenizer
+    from .configuration import Configuration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,28 +105,27 @@ def stored_padding(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "pad_token_id", getattr(config, "pad_token_id", None))
 
 
-def drop_impossible_padding(config: PretrainedConfig) -> None:
-    """Take out a padding id that no embedding row has: the model can't be built with it."""
+def without_impossible_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The configuration without a padding id that no embedding row has: the model can't be built with it.
+
+    It stays where the tokenizer has no id that takes its place: then it is an error.
+    """
     pad, rows = stored_padding(config), getattr(config.get_text_config(), "vocab_size", None)
-    if pad is not None and isinstance(rows, int) and not -rows <= pad < rows:
-        set_padding(config, None)
+    if padding_id(tokenizer) is None or pad is None or not isinstance(rows, int) or -rows <= pad < rows:
+        return config
+    config = deepcopy(config)
+    set_padding(config, None)
+    return config
 
 
 def follow_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
-    skeleton: Skeleton,
-    *,
-    stored: int | None,
-    generation: int | None,
-    asked: int | None,
-    base: str,
+    tokenizer: PreTrainedTokenizerBase, skeleton: Skeleton, configuration: Configuration, request: Request, base: str
 ) -> Padding:
-    """Make the tokenizer's padding id that of the skeleton's configuration, where the model allows it.
+    """The tokenizer's padding id for the model, where the model allows it; `base` is the plan's.
 
-    `stored` and `generation` are what config.json and generation_config.json said, `asked` what the user's
-    `additional_model_arguments` say; `base` is the plan's. Raises `CheckpointError` for an id without a row.
+    Raises `CheckpointError` for an id without a row.
     """
-    pad = padding_id(tokenizer)
+    pad, stored = padding_id(tokenizer), stored_padding(configuration.config)
     if pad is None:
         return Padding(id=None)
     if pad >= skeleton.rows_after:
@@ -136,18 +138,24 @@ def follow_tokenizer(
     if other is not None:
         kept = f"the tokenizer pads with {pad}, the model's `pad_token_id` stays {stored}: `{other}` depends on it too"
         return Padding(id=None, warnings=(kept,))
-    set_padding(skeleton.config, pad)
-    said = {"config.json": stored, "generation_config.json": generation}
-    others = [f"{file} with {_in_words(tokenizer, number)}" for file, number in said.items() if number != pad]
+    found = {"config.json": stored, "generation_config.json": configuration.generation.pad_token_id}
+    others = [f"{file} with {_in_words(tokenizer, number)}" for file, number in found.items() if number != pad]
     if not others:
         return Padding(id=pad)
     reason = f"the tokenizer pads with `{tokenizer.pad_token}`, {' and '.join(others)}"
     if base == "reference":
         reason += "; the base keeps its files, `load_prepared` sets it"
-    requested = pad if asked is None else asked
+    asked = request.config_overrides.get("pad_token_id")
     return Padding(
         id=pad,
-        decisions=(Decision(what="pad_token_id", requested=str(requested), effective=str(pad), reason=reason),),
+        decisions=(
+            Decision(
+                what="pad_token_id",
+                requested=str(pad if asked is None else asked),
+                effective=str(pad),
+                reason=reason,
+            ),
+        ),
     )
 
 

@@ -8,52 +8,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapter.peft_lora import adapter_config
-from ..model.config import load_generation_config
 from ..plan.output_files import REPORT_FILE
 from ..plan.plan import Plan
-from ..plan.ready import Prepared
-from ..progress import Timings
 from ..system.durable import disk_errors, hash_file, sync_file
 from ..system.quiet import quiet_transformers
 from ..tokenizer.tokenizer import save_tokenizer
+from ..write.run import Run
 from ..write.written import Written
 from .model_card import model_card
-from .report import adapter_base, build_report, data_bytes
+from .report import adapter_base, adapter_revision, build_report, data_bytes
 
 CARD_FILE = "README.md"
 
 
-def write_side_files(
-    prepared: Prepared, written: Written, hashes: Mapping[str, str], making: str, stage: Path, timings: Timings
-) -> dict[str, Any]:
-    """Write everything beside the weights, the report last; returns it. `hashes` are those of the weight files."""
-    plan, source = prepared.plan, prepared.sources.model
-    with timings.stage("save"), disk_errors(stage):
+def write_report(run: Run, plan: Plan, written: Written) -> dict[str, Any]:
+    """Write everything beside the weights, the report last; returns it."""
+    stage, watch = run.staging.stage, run.watch
+    with watch.stage("save"), disk_errors(stage):
         with quiet_transformers():
-            save_tokenizer(prepared.tokenizer, stage)
+            save_tokenizer(plan.tokenizer, stage)
             if plan.base == "copy":
-                _save_config(prepared, stage)
-        if plan.adapter_file is not None and plan.targets is not None:
-            config = adapter_config(
-                plan.targets,
-                rank=plan.request.lora_rank,
-                alpha=plan.request.lora_alpha,
-                dropout=plan.request.lora_dropout,
-                base=adapter_base(plan, source),
-                revision=source.commit if plan.base == "reference" else None,
-            )
+                _save_config(plan, stage)
+        if plan.adapter is not None and plan.targets is not None:
+            config = plan.adapter.config(plan.targets, base=adapter_base(plan), revision=adapter_revision(plan))
             _write_json(stage / "adapter" / "adapter_config.json", config)
         if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
             _write_json(stage / "model.safetensors.index.json", _index(plan))
-    with timings.stage("hash"), disk_errors(stage):
-        files = [_file_entry(path, stage, hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
+    with watch.stage("hash"), disk_errors(stage):
+        files = [_file_entry(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
     base = stage if plan.base == "copy" else plan.checkpoint.source.root
-    report = build_report(prepared, making=making, base=base, files=files, timings=timings.seconds, written=written)
+    report = build_report(
+        plan, fingerprint=run.fingerprint, base=base, files=files, timings=watch.stages, written=written
+    )
     with disk_errors(stage):
         (stage / CARD_FILE).write_text(model_card(report), encoding="utf-8")
         report["files"] = sorted(
-            [*files, _file_entry(stage / CARD_FILE, stage, hashes)], key=lambda entry: entry["path"]
+            [*files, _file_entry(stage / CARD_FILE, stage, written.hashes)], key=lambda entry: entry["path"]
         )
         for path in stage.rglob("*"):
             sync_file(path)
@@ -63,25 +53,17 @@ def write_side_files(
     return report
 
 
-def _save_config(prepared: Prepared, stage: Path) -> None:
-    plan = prepared.plan
-    model, root = plan.skeleton.model, plan.checkpoint.source.root
-    config = plan.skeleton.config
-    config.dtype = model.dtype  # its first parameter's, as `save_pretrained` writes it: not always bfloat16
-    config.architectures = [type(model).__name__]
-    if plan.quantization_config is not None:
-        config.quantization_config = plan.quantization_config
-    config.save_pretrained(stage)
-    if model.can_generate():
-        settings, changes = load_generation_config(root), {}
-        if prepared.padding.id is not None:
-            settings.pad_token_id = changes["pad_token_id"] = prepared.padding.id
+def _save_config(plan: Plan, stage: Path) -> None:
+    root = plan.checkpoint.source.root
+    plan.config.save_pretrained(stage)
+    if plan.skeleton.model.can_generate():
         try:
-            settings.save_pretrained(stage)
+            plan.generation_config.save_pretrained(stage)
         except ValueError:
             # transformers refuses to write settings that contradict each other, which it was ready to read
             path = root / "generation_config.json"
             if path.exists():
+                changes = {} if plan.padding.id is None else {"pad_token_id": plan.padding.id}
                 _write_json(stage / path.name, {**json.loads(path.read_text(encoding="utf-8")), **changes})
     if plan.request.trust_remote_code:
         for code in root.glob("*.py"):

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..flags.declared import Arguments, FlatArguments, all_flags
+from ..flags.declared import FlatArguments, all_flags
 from ..flags.request import Request, resolve_request
 from ..plan.output_files import REPORT_FILE
 from ..write.staging import Staging
@@ -15,14 +15,13 @@ from .metadata_files import CARD_FILE, json_text
 from .model_card import model_card
 
 
-def record(
-    report: Mapping[str, Any], arguments: Arguments, request: Request
-) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+def record(report: Mapping[str, Any], request: Request) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
     """The report of an output that is up to date as the flags are now, and the flags whose values it did not tell.
 
     The latter by name, with the old value and the new one. What the flags alone decide and warn of changes with them;
     all that was found while the output was made stays. ftload's own flags do too: they say how it was made.
     """
+    arguments = request.arguments
     then, now = report["arguments"], arguments.report()
     names = [field.name for field in dataclasses.fields(FlatArguments)]
     changed = {

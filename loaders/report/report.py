@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.formats.nf4 import BLOCK, STATE_SUFFIX
 from ..checkpoint.tensors import DTYPE_CODES
 from ..model.config import settings_hash
 from ..plan.plan import Plan
-from ..source.source import Source, config_file_names, tokenizer_file_names
+from ..source.source import config_file_names, tokenizer_file_names
 from ..steps.step import OutputTensor
 from ..system.limits import peak_memory_bytes
 from ..system.versions import ftload_version, versions
@@ -25,7 +24,6 @@ from .outputs import SCHEMA_VERSION
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..plan.ready import Prepared
     from ..write.written import Written
 
 
@@ -33,10 +31,10 @@ CONFIGURATIONS = ("config.json", "generation_config.json")
 """The files whose settings the report holds a hash of."""
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """What is known of an output before anything is written, as JSON values: the larger part of its report."""
-    plan, source, tokenizer = prepared.plan, prepared.sources.model, prepared.tokenizer.facts()
-    used = _used_files(prepared)
+    source, tokenizer = plan.source, plan.tokenizer.facts()
+    used = _used_files(plan)
     return {
         "schema_version": SCHEMA_VERSION,
         "ftload_version": ftload_version(),
@@ -55,7 +53,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
                 if file.path in used
             ],
         },
-        "arguments": prepared.arguments.report(),
+        "arguments": plan.request.arguments.report(),
         "base": plan.base,
         "base_scanned": bool(plan.model_files),
         "parameters": count_parameters(plan),
@@ -66,25 +64,25 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "resized": plan.skeleton.rows_after != plan.skeleton.rows_before,
             "tied": plan.skeleton.tied,
             "init": plan.request.embedding_init if plan.grown else None,
-            "pad_token_id": prepared.padding.id,
+            "pad_token_id": plan.padding.id,
         },
         "quantization": _quantization(plan),
-        "adapter": _adapter(plan, source),
+        "adapter": _adapter(plan),
         "gradient_checkpointing": plan.request.gradient_checkpointing,
         "attention": dataclasses.asdict(plan.attention),
         "kernels": None if plan.kernels is None else {"liger": dataclasses.asdict(plan.kernels)},
         "tokenizer": tokenizer,
-        "decisions": [dataclasses.asdict(decision) for decision in prepared.decisions],
-        "warnings": list(prepared.warnings),
+        "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
+        "warnings": list(plan.warnings),
         "versions": versions(),
         "memory_budget_bytes": plan.request.max_memory_bytes,
     }
 
 
 def build_report(
-    prepared: Prepared,
+    plan: Plan,
     *,
-    making: str,
+    fingerprint: str,
     base: Path,
     files: list[dict[str, Any]],
     timings: Mapping[str, float],
@@ -92,13 +90,12 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as JSON values.
 
-    `making` is the output's fingerprint, `base` the directory that holds the base's configuration, `files` what was
-    written.
+    `base` is the directory that holds the base's configuration, `files` what was written.
     """
     return {
-        **describe(prepared),
+        **describe(plan),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": making,
+        "fingerprint": fingerprint,
         "configuration": {name: settings_hash(base / name) for name in CONFIGURATIONS},
         "files": files,
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
@@ -108,12 +105,10 @@ def build_report(
     }
 
 
-def describe_plan(prepared: Prepared) -> dict[str, Any]:
+def describe_plan(plan: Plan) -> dict[str, Any]:
     """The document of `ftload plan`: what `describe` gives, the files to be written, and what writing them takes."""
-    plan = prepared.plan
-    linked = plan.request.base == "link"
     return {
-        **describe(prepared),
+        **describe(plan),
         "stored": [
             {"component": component, "dtype": dtype, **row}
             for component, tensors in _by([*plan.stored_tensors(), *plan.adapter_tensors()], "component").items()
@@ -121,20 +116,20 @@ def describe_plan(prepared: Prepared) -> dict[str, Any]:
         ],
         "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
         "needs": {
-            "disk_bytes": sum(file.size for file in plan.files if not (linked and file.layout is None)),
+            "disk_bytes": plan.disk_bytes(plan.files),
             "memory_bytes": plan.memory_bytes,
             "read_bytes": sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
         },
     }
 
 
-def _used_files(prepared: Prepared) -> set[str]:
-    source = prepared.sources.model
+def _used_files(plan: Plan) -> set[str]:
+    source = plan.source
     if source.gguf_file is not None:
         return {source.gguf_file}
     return {
         *config_file_names(source.files),
-        *prepared.plan.checkpoint.weight_files,
+        *plan.checkpoint.weight_files,
         *tokenizer_file_names(source.files),
     }
 
@@ -154,8 +149,8 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
         *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in merged.values()),
         *adapter,
     ]
-    never_trained = frozenset(() if plan.strategy.has_adapter else plan.skeleton.never_trained)
-    trained = adapter if plan.strategy.has_adapter else [merged[name] for name in merged.keys() - never_trained]
+    never_trained = frozenset(() if (plan.adapter is not None) else plan.skeleton.never_trained)
+    trained = adapter if (plan.adapter is not None) else [merged[name] for name in merged.keys() - never_trained]
     trainable = sum(tensor.parameters for tensor in trained)
     return {
         "total": total,
@@ -184,8 +179,8 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
 
 
 def data_bytes(tensors: Iterable[OutputTensor]) -> int:
-    """The bytes of tensors' data, the JSON states of 4-bit weights aside."""
-    return sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(STATE_SUFFIX))
+    """The bytes of tensors' data; what counts as the file's overhead is left out."""
+    return sum(tensor.nbytes for tensor in tensors if not tensor.overhead)
 
 
 def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> dict[str, OutputTensor]:
@@ -211,8 +206,7 @@ def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
 def _group(tensors: list[OutputTensor]) -> dict[str, dict[str, int]]:
     return {
         dtype: {
-            # a 4-bit weight is one tensor, whatever it is stored in
-            "tensors": sum(1 for tensor in group if dtype != "nf4" or tensor.parameters),
+            "tensors": sum(tensor.part_of is None for tensor in group),
             "parameters": sum(tensor.parameters for tensor in group),
             "bytes": data_bytes(group),
         }
@@ -228,18 +222,15 @@ def _by(tensors: list[OutputTensor], attribute: str) -> dict[str, list[OutputTen
 
 
 def _quantization(plan: Plan) -> dict[str, Any] | None:
-    config, coverage = plan.quantization_config, plan.coverage
-    if config is None or coverage is None:
+    quantisation, config, coverage = plan.strategy.quantisation, plan.quantization_config, plan.coverage
+    if quantisation is None or config is None or coverage is None:
         return None
+    block_size = next(
+        (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None),
+        quantisation.block_size,
+    )
     return {
-        "method": "bitsandbytes",
-        "quant_type": config["bnb_4bit_quant_type"],
-        "double_quant": config["bnb_4bit_use_double_quant"],
-        "block_size": next(
-            (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None), BLOCK
-        ),
-        "compute_dtype": config["bnb_4bit_compute_dtype"],
-        "storage_dtype": config["bnb_4bit_quant_storage"],
+        **quantisation.facts(config, block_size),
         "coverage_percent": round(coverage.percent, 4),
         "not_quantized": [
             {
@@ -253,23 +244,26 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def _adapter(plan: Plan, source: Source) -> dict[str, Any] | None:
-    if plan.targets is None:
+def _adapter(plan: Plan) -> dict[str, Any] | None:
+    if plan.adapter is None or plan.targets is None:
         return None
     return {
-        "r": plan.request.lora_rank,
-        "alpha": plan.request.lora_alpha,
-        "dropout": plan.request.lora_dropout,
+        **plan.adapter.facts(),
         "targets": dict(plan.targets.hits),
         "parameters": sum(tensor.parameters for tensor in plan.adapter_tensors()),
         "dtype": "float32",
-        "base": adapter_base(plan, source),
-        "revision": source.commit if plan.base == "reference" else None,
+        "base": adapter_base(plan),
+        "revision": adapter_revision(plan),
     }
 
 
-def adapter_base(plan: Plan, source: Source) -> str:
+def adapter_base(plan: Plan) -> str:
     """What the adapter was made for: a hub id, the absolute path of a local model, or the output itself."""
     if plan.base == "copy":
         return str(plan.request.output)
-    return source.model if source.kind == "hub" else str(source.root)
+    return plan.source.model if plan.source.kind == "hub" else str(plan.source.root)
+
+
+def adapter_revision(plan: Plan) -> str | None:
+    """The commit of that base, where it is on a hub."""
+    return plan.source.commit if plan.base == "reference" else None

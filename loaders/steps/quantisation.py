@@ -1,20 +1,74 @@
-"""What a quantisation answers: how base weights are stored in fewer bits."""
+"""The seam for quantisations: how weights of the base are stored in fewer bits.
+
+A strategy has one or none. An implementation lies in a package of its own, such as `nf4/`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..decision import Decision
+from ..model.tensor_map import ModelTensor
+from .step import Encoder, Step
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
-class Encoder(Protocol):
-    """Quantises pieces of a weight that begin at a block."""
+class Quantisation(Protocol):
+    """What is quantised, into which tensors, and what config.json says of it."""
 
-    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """bfloat16, float16 or float32 of any shape → codes (uint8, (n+1)//2), absmax (float32, one a block).
+    @property
+    def tag(self) -> str:
+        """The word under which reports count what it stores."""
+        ...
 
-        The codes may lie in memory that the next call from the same thread uses again. Raises `ValueError` for NaN and
-        infinity, which would spoil the whole weight without a word.
+    @property
+    def bits(self) -> int:
+        """Of a weight, statistics aside."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share an absmax."""
+        ...
+
+    def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
+        """Whether it is this that stores a group of tensors; all others are stored as without quantisation."""
+        ...
+
+    def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
+        """How a group that it covers is written: encoded, or taken over where the checkpoint holds it so already."""
+        ...
+
+    def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
+        """Why a model with these tensors could not be loaded once it is quantised; None where it could."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """config.json's `quantization_config`."""
+        ...
+
+    def compute_dtype(self, config: Mapping[str, Any]) -> str:
+        """torch's name of the dtype that a `quantization_config` lets layers compute in."""
+        ...
+
+    def facts(self, config: Mapping[str, Any], block_size: int) -> dict[str, Any]:
+        """What the report says of a `quantization_config`."""
+        ...
+
+    def choose_encoder(self, device: str) -> tuple[Encoder, tuple[Decision, ...]]:
+        """The encoder for `cpu` or `cuda`, and what is done otherwise than expected.
+
+        Raises `MissingRequirementError` where there is none for the device.
         """
+        ...
+
+    def try_library(self) -> str:
+        """Use the library that loads what is written; returns what was done. Raises whatever the library raises."""
+        ...
+
+    def try_encoder(self) -> str:
+        """Use the encoder; returns what was done. Raises `MissingRequirementError` where it can't be used."""
         ...

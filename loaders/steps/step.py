@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -13,11 +12,23 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.finite import check_finite
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from ..model.components import Component
-from .quantisation import Encoder
+from ..progress import Silent, Stopwatch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+class Encoder(Protocol):
+    """Quantises pieces of a weight that begin at a block."""
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """bfloat16, float16 or float32 of any shape → codes (uint8), absmax (float32, one a block).
+
+        The codes may lie in memory that the next call from the same thread uses again. Raises `ValueError` for NaN and
+        infinity, which would spoil the whole weight without a word.
+        """
+        ...
 
 
 class Sink(Protocol):
@@ -38,6 +49,7 @@ class Inputs:
     """Of the quantisation, where there is one."""
     new_rows: Mapping[str, Tensor] = field(default_factory=dict)
     """Rows for grown embeddings, by output name, where they were drawn beforehand."""
+    watch: Stopwatch = field(default_factory=lambda: Stopwatch(Silent()))
     _local: threading.local = field(default_factory=threading.local)
 
     def chunks(self, tensor: TensorMeta, dtype: str, *, multiple: int = 1, checked: bool = True) -> Iterator[Tensor]:
@@ -67,17 +79,11 @@ class Inputs:
             self._local.buffer = bytearray(self.chunk_bytes)
         chunks = self.checkpoint.chunks(tensor, elements, self._local.buffer)
         while True:
-            begin = time.perf_counter()
-            chunk = next(chunks, None)
-            self._local.seconds = getattr(self._local, "seconds", 0.0) + time.perf_counter() - begin
+            with self.watch.working("read"):
+                chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
-
-    def take_seconds(self) -> float:
-        """The time that this thread has spent on reading chunks since it last asked."""
-        seconds, self._local.seconds = getattr(self._local, "seconds", 0.0), 0.0
-        return seconds
 
 
 class Operation(Protocol):
@@ -102,11 +108,16 @@ class OutputTensor:
     """safetensors code."""
     component: Component
     counted_as: str
-    """The dtype that reports count it under: `nf4` for all that a 4-bit weight is stored in, else torch's name."""
+    """What reports count it as: the quantisation's tag for all that a quantised weight is stored in, else torch's name
+    of the dtype."""
     parameters: int
-    """Logical parameters: of a 4-bit weight's tensors only the codes count any."""
+    """Logical parameters: of a quantised weight's tensors only the codes count any."""
+    part_of: str | None = None
+    """The quantised weight that it belongs to; reports count both as one tensor."""
+    overhead: bool = False
+    """Whether its bytes count as the file's, like a header: a JSON state."""
     variable: bool = False
-    """A JSON state, whose length is known only once the data are: `shape` is the longest it can be."""
+    """Whether its length is known only once the data are: `shape` is the longest that it can be."""
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +131,8 @@ class Step:
 
     operation: Operation
     outputs: tuple[OutputTensor, ...]
+    encodes: bool = False
+    """Whether the operation uses the quantisation's encoder."""
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..decision import Decision
 from ..errors import said_by
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ class Attention:
     effective: str
     reason: str | None
     """Why they differ; None when they don't."""
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The difference, if there is one."""
+        if self.reason is None:
+            return ()
+        return (Decision(what="attention", requested=self.requested, effective=self.effective, reason=self.reason),)
 
 
 def resolve_attention(model_class: type[PreTrainedModel], *, use_flash_attn: bool) -> Attention:

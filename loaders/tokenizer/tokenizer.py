@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..decision import Decision
 from ..errors import CheckpointError, UsageError, said_by
+from ..source.source import Source, tokenizer_file_names
 from ..system.quiet import quiet_transformers
 from .chat_templates import TEMPLATES
 from .loading import TokenizerKind, kind_of, load_tokenizer
@@ -105,6 +106,19 @@ def resolve_tokenizer_source(
             f"`{model_revision or 'its default revision'}`, in name and revision"
         )
     return name, revision, tuple(warnings)
+
+
+_MAX_FILE_BYTES = 100_000_000
+"""Of one file of a tokenizer; the largest that are known have 35 MB, and reading takes several times as much memory."""
+
+
+def fetch_tokenizer(source: Source, *, trust_remote_code: bool) -> None:
+    """Have the files that a tokenizer may need. Raises `CheckpointError` for one that is too large."""
+    names = tokenizer_file_names(source.files, trust_remote_code=trust_remote_code)
+    for file in source.files:
+        if file.path in names and file.bytes > _MAX_FILE_BYTES:
+            raise CheckpointError(f"`{file.path}` of the tokenizer is {file.bytes} bytes long")
+    source.fetch(names)
 
 
 def prepare_tokenizer(

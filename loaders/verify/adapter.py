@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..adapter.peft_lora import adapter_config
+from ..adapter.peft_lora import PeftLora
 from ..adapter.targets import Targets, resolve_targets
 from ..source.source import resolve_source
 from .files import Context
@@ -41,14 +41,17 @@ def check_adapter(context: Context) -> Iterator[str]:
     yield from _check_draws(context)
 
 
+def _adapter(context: Context) -> PeftLora:
+    """The adapter that the report describes."""
+    expected = context.report["adapter"]
+    return PeftLora(rank=expected["r"], alpha=expected["alpha"], dropout=expected["dropout"])
+
+
 def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
     expected = context.report["adapter"]
     path = context.root / "adapter" / "adapter_config.json"
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    written = adapter_config(
-        targets, rank=expected["r"], alpha=expected["alpha"], dropout=expected["dropout"], base=expected["base"],
-        revision=expected["revision"],
-    )  # fmt: skip
+    written = _adapter(context).config(targets, base=expected["base"], revision=expected["revision"])
     for name in sorted({*stored, *written}):
         if name not in written or name not in stored:
             yield f"`{name}` is " + ("missing" if name in written else "there, and was not written")
@@ -57,12 +60,9 @@ def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
 
 
 def _check_tensors(context: Context, targets: Targets) -> Iterator[str]:
-    """Lora A is rank × in, lora B is out × rank, for every layer that is a target and no other."""
-    rank = context.report["adapter"]["r"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in targets.layers:
-        shapes[f"base_model.model.{layer.name}.lora_A.weight"] = (rank, layer.in_features)
-        shapes[f"base_model.model.{layer.name}.lora_B.weight"] = (layer.out_features, rank)
+    """Whether there are the adapter's tensors for every layer that is a target, and no others."""
+    adapter = _adapter(context)
+    shapes = {name: shape for layer in targets.layers for name, shape in adapter.tensors(layer).items()}
     for name in sorted(shapes.keys() - context.adapter.keys()):
         yield f"`{name}` is missing"
     for name in sorted(context.adapter.keys() - shapes.keys()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from ..checkpoint.safetensors_header import read_header
 from ..errors import VerificationError
 from ..plan.layout import Layout
 from ..plan.output_files import OutputFile
+from ..progress import Stopwatch
 from ..system.durable import start_writing_back
 
 if TYPE_CHECKING:
@@ -22,17 +22,19 @@ if TYPE_CHECKING:
 class FileWriter:
     """A sink that puts each tensor's bytes where the layout wants them."""
 
-    def __init__(self, file: OutputFile, layout: Layout, directory: Path, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, file: OutputFile, layout: Layout, directory: Path, watch: Stopwatch, advance: Callable[[int], None]
+    ) -> None:
         self.file = file
         self._layout = layout
         self.path = directory / file.path
+        self._watch = watch
         self._advance = advance
         self._positions = layout.offsets()
         self._ends = {tensor.name: self._positions[tensor.name] + tensor.nbytes for tensor in layout.fixed}
         self._states: dict[str, bytes] = {tensor.name: b"" for tensor in layout.variable}
         self._missing = len(file.steps)
         self._lock = threading.Lock()
-        self._local = threading.local()
         self._descriptor: int | None = None
 
     def write(self, name: str, values: Tensor) -> None:
@@ -46,16 +48,10 @@ class FileWriter:
             position = self._positions[name]
             if position + len(data) > self._ends[name]:
                 raise VerificationError(f"tensor `{name}` came out larger than planned")
-            begin = time.perf_counter()
-            self._write_at(data, position)
-            self._local.seconds = getattr(self._local, "seconds", 0.0) + time.perf_counter() - begin
+            with self._watch.working("write"):
+                self._write_at(data, position)
             self._positions[name] = position + len(data)
         self._advance(len(data))
-
-    def take_seconds(self) -> float:
-        """The time that this thread has spent on writing since it last asked."""
-        seconds, self._local.seconds = getattr(self._local, "seconds", 0.0), 0.0
-        return seconds
 
     def finished(self, steps: int) -> bool:
         """Count steps as done; whether they were the last ones."""

@@ -7,27 +7,25 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..flags.request import Request
 from ..source.source import ADAPTER_FILE, Source
 from ..system.versions import ftload_version, versions
 
-if TYPE_CHECKING:
-    from ..flags.declared import TokenizerConfig
-
-
-_NO_PART_IN_THE_RESULT = frozenset({"overwrite", "max_memory_bytes", "decisions", "warnings"})
+_NO_PART_IN_THE_RESULT = frozenset(
+    {"arguments", "decisions", "max_memory_bytes", "overwrite", "strict", "tokenizer", "warnings"}
+)
 
 
 _SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 """Files of a model that can have a part in what is written."""
 
 
-def fingerprint(request: Request, tokenizer: TokenizerConfig, sources: tuple[Source, ...]) -> str:
+def fingerprint(request: Request, sources: tuple[Source, ...]) -> str:
     """A sha256 that changes with whatever has a part in the result.
 
-    Local files are told by path, size and time of modification (ns), a repository's by their commit.
+    Local files are known by path, size and time of modification (ns), a repository's by their commit.
     """
     values: dict[str, Any] = {
         "ftload": ftload_version(),
@@ -37,9 +35,9 @@ def fingerprint(request: Request, tokenizer: TokenizerConfig, sources: tuple[Sou
             for field in dataclasses.fields(request)
             if field.name not in _NO_PART_IN_THE_RESULT
         },
-        "tokenizer": dataclasses.asdict(tokenizer),
+        "tokenizer": dataclasses.asdict(request.tokenizer),
         "sources": [[source.model, source.commit] if source.commit else list(_files(source)) for source in sources],
-        "chat_template": _contents(tokenizer.chat_template_name),
+        "chat_template": _contents(request.tokenizer.chat_template_name),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

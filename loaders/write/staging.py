@@ -49,15 +49,15 @@ class Staging:
         """A place for what a process needs on the way; it does not outlive the run."""
         return self.directory / f"scratch-{rank}"
 
-    def resume(self, making: str) -> dict[str, str]:
+    def resume(self, fingerprint: str) -> dict[str, str]:
         """Go on where an earlier run stopped: the sha256 of each weight file that it finished, by path.
 
-        `making` identifies the output, byte for byte. A file counts only if its contents still have the hash that the
+        `fingerprint` identifies the output, byte for byte. A file counts only if its contents still have the hash that
         journal gives; all else is deleted, and all of it if something else was being made.
         """
         finished: dict[str, str] = {}
         for journal in self.directory.glob("journal-*"):
-            found = _read_journal(journal, making)
+            found = _read_journal(journal, fingerprint)
             if found is None:
                 journal.unlink()
             finished |= found or {}
@@ -103,15 +103,15 @@ class Staging:
 class Journal:
     """A process's list of the files that it has finished; every line is durable when `add` returns."""
 
-    def __init__(self, staging: Staging, making: str, *, rank: int) -> None:
+    def __init__(self, staging: Staging, fingerprint: str, *, rank: int) -> None:
         self._path = staging.directory / f"journal-{rank}"
-        self._making = making
+        self._fingerprint = fingerprint
         self._lock = threading.Lock()
 
     def __enter__(self) -> Journal:
         self._file = self._path.open("ab")
         if not self._file.tell():
-            self._write({"making": self._making})
+            self._write({"fingerprint": self._fingerprint})
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,12 +237,12 @@ def _delete_all_but(finished: Mapping[str, str], stage: Path) -> None:
             path.unlink()
 
 
-def _read_journal(path: Path, making: str | None = None) -> dict[str, str] | None:
-    """The files that a journal lists, up to a torn line; None if it is about something else than `making`."""
+def _read_journal(path: Path, fingerprint: str | None = None) -> dict[str, str] | None:
+    """The files that a journal lists, up to a torn line; None if it is about something else than `fingerprint`."""
     finished = {}
     try:
         first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if making not in (None, json.loads(first)["making"]):
+        if fingerprint not in (None, json.loads(first)["fingerprint"]):
             return None
         for line in lines:
             entry = json.loads(line)

@@ -3,14 +3,13 @@
 A step (one tensor, or a few that belong together) reads, converts and writes on its own. Worker threads take steps, as
 `in_order` lists them; reading, encoding and writing all release the interpreter's lock, so that one worker's reading
 overlaps another's encoding. A step begins when what it allocates at most fits into the budget beside those that are
-running. A file whose last step is done is made durable, hashed and told of.
+running. A file whose last step is done is made durable, hashed and reported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -19,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..plan.output_files import OutputFile
 from ..plan.plan import Plan
-from ..progress import Progress
+from ..progress import Stopwatch
 from ..steps.plain import Cast, Grow
-from ..steps.quantisation import Encoder
-from ..steps.step import Inputs, Step
+from ..steps.step import Encoder, Inputs, Step
 from ..system.durable import disk_errors, hash_file
 from ..system.limits import PeakMemory
 from ..system.quiet import quiet_transformers
 from .file_copy import FileCopy
 from .file_writer import FileWriter, check_written
-from .written import Written
+from .written import WORK, Written
 
 if TYPE_CHECKING:
     import torch
@@ -41,19 +39,19 @@ if TYPE_CHECKING:
 def write_tensors(
     plan: Plan,
     files: tuple[OutputFile, ...],
-    encode: Encoder,
+    encode: Encoder | None,
     directory: Path,
-    progress: Progress,
+    watch: Stopwatch,
     on_finished: Callable[[OutputFile, str], None],
 ) -> Written:
     """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
-    Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` hears of every
+    Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` gets every
     file that is durable, with its sha256, from the thread that finished it.
     """
     import torch
 
-    progress.expect(
+    watch.progress.expect(
         bytes=sum(file.size for file in files),
         tensors=sum(len(step.outputs) for file in files for step in file.steps),
     )
@@ -62,15 +60,14 @@ def write_tensors(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.request.seed)
-            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode)
+            inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode, watch=watch)
             if plan.grown and plan.request.embedding_init == "reference":
                 inputs = replace(inputs, new_rows=_draw_new_rows(plan.skeleton, inputs, plan.grown))
             with PeakMemory() as peak:
-                execution = _Execution(plan, files, directory, inputs, progress, on_finished)
+                execution = _Execution(plan, files, directory, inputs, on_finished)
                 execution.run()
-            return Written(
-                hashes=execution.hashes, seconds=execution.seconds, peak_anonymous_bytes=peak.anonymous_bytes
-            )
+            seconds = {kind: watch.work.get(kind, 0.0) for kind in WORK}
+            return Written(hashes=execution.hashes, seconds=seconds, peak_anonymous_bytes=peak.anonymous_bytes)
     finally:
         torch.set_num_threads(threads)
 
@@ -109,7 +106,6 @@ class _Execution:
         files: tuple[OutputFile, ...],
         directory: Path,
         inputs: Inputs,
-        progress: Progress,
         on_finished: Callable[[OutputFile, str], None],
     ) -> None:
         self._plan = plan
@@ -117,17 +113,16 @@ class _Execution:
         self._files = files
         self._directory = directory
         self._inputs = inputs
-        self._progress = progress
+        self._watch = inputs.watch
         self._free = threading.Condition()
         self._free_bytes = plan.request.max_memory_bytes
         self._stopped = threading.Event()
         self.hashes: dict[str, str] = {}
-        self.seconds: dict[str, float] = {"read": 0.0, "convert": 0.0, "write": 0.0, "hash": 0.0}
 
     def run(self) -> None:
         """Take the steps to workers; the first error stops all of them."""
         writers = {
-            file: FileWriter(file, file.layout, self._directory, self._advance)
+            file: FileWriter(file, file.layout, self._directory, self._watch, self._advance)
             for file in self._files
             if file.layout is not None
         }
@@ -155,20 +150,17 @@ class _Execution:
                 yield self._hash, file, copy
 
     def _copy(self, file: OutputFile, copy: FileCopy) -> None:
-        begin = time.perf_counter()
-        with disk_errors(copy.target):
-            if self._plan.request.base == "link":
+        with disk_errors(copy.target), self._watch.working("write"):
+            if self._plan.link:
                 copy.link()
             else:
                 copy.copy()
-        self._spent(write=time.perf_counter() - begin)
         self._advance(0, tensors=len(file.steps))
 
     def _hash(self, file: OutputFile, copy: FileCopy) -> None:
-        begin = time.perf_counter()
         with disk_errors(copy.target):
-            digest = copy.hash()
-            self._spent(hash=time.perf_counter() - begin)
+            with self._watch.working("hash"):
+                digest = copy.hash()
             if digest:
                 check_written(file, copy.target)
                 self._finish(file, digest)
@@ -176,33 +168,23 @@ class _Execution:
     def _run(self, writer: FileWriter, steps: tuple[Step, ...]) -> None:
         with disk_errors(writer.path):
             for step in steps:
-                with self._reserved(step.operation.memory(self._inputs.chunk_bytes)):
-                    begin = time.perf_counter()
+                need = step.operation.memory(self._inputs.chunk_bytes)
+                with self._reserved(need), self._watch.working("convert"):
                     step.operation.run(self._inputs, writer)
-                    whole = time.perf_counter() - begin
-                read, write = self._inputs.take_seconds(), writer.take_seconds()
-                self._spent(read=read, write=write, convert=whole - read - write)
                 self._advance(0, tensors=len(step.outputs))
             if writer.finished(len(steps)):
-                begin = time.perf_counter()
-                writer.write_head()
                 with ThreadPoolExecutor(1) as aside:  # one waits for the disk, the other for the processor
-                    digest = aside.submit(hash_file, writer.path)
-                    writer.close()
-                    self._spent(write=time.perf_counter() - begin)
-                    begin = time.perf_counter()
-                    check_written(writer.file, writer.path)
-                    self._finish(writer.file, digest.result())
-                self._spent(hash=time.perf_counter() - begin)
+                    with self._watch.working("write"):
+                        writer.write_head()
+                        digest = aside.submit(hash_file, writer.path)
+                        writer.close()
+                    with self._watch.working("hash"):
+                        check_written(writer.file, writer.path)
+                        self._finish(writer.file, digest.result())
 
     def _finish(self, file: OutputFile, digest: str) -> None:
         self.hashes[file.path] = digest
         self._on_finished(file, digest)
-
-    def _spent(self, **seconds: float) -> None:
-        with self._free:
-            for kind, value in seconds.items():
-                self.seconds[kind] += value
 
     @contextlib.contextmanager
     def _reserved(self, need: int) -> Iterator[None]:
@@ -221,7 +203,7 @@ class _Execution:
         if self._stopped.is_set():
             raise _Stopped
         with self._free:
-            self._progress.advance(bytes=count, tensors=tensors)
+            self._watch.progress.advance(bytes=count, tensors=tensors)
 
 
 class _Stopped(Exception):

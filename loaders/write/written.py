@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+WORK = ("read", "convert", "write", "hash")
+"""The kinds of work, in the order of the report."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:

@@ -281,7 +281,7 @@ def fill(disk: Path, free: int) -> None:
 @pytest.fixture
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one worker, files are written in the plan's order."""
-    monkeypatch.setattr("ftload.loaders.plan.plan.count_workers", lambda: 1)
+    monkeypatch.setattr("ftload.loaders.plan.planning.count_workers", lambda: 1)
 
 
 @pytest.mark.usefixtures("one_worker")

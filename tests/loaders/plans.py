@@ -8,14 +8,13 @@ from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.flags.declared import FlatArguments
 from ftload.loaders.flags.request import resolve_request
 from ftload.loaders.plan.plan import Plan
-from ftload.loaders.plan.ready import make_ready
 from ftload.loaders.plan.sources import resolve_sources
-from ftload.loaders.progress import Silent, Timings
+from ftload.loaders.prepare import read_and_plan
+from ftload.loaders.progress import Silent, Stopwatch
 
 
 def make_plan(model: Path, work: Path, *flags: str) -> tuple[Plan, FlatArguments]:
     """The plan for a model, and the training script's arguments that it was asked with."""
     arguments = parse_arguments(["--model", str(model), "--output_dir", str(work / "out"), *flags])
     request = resolve_request(arguments)
-    sources = resolve_sources(request, arguments.tokenizer)
-    return make_ready(arguments, request, sources, work, Timings(Silent())).plan, arguments.flat
+    return read_and_plan(request, resolve_sources(request), work, Stopwatch(Silent())), arguments.flat

@@ -14,7 +14,7 @@ from ftload.loaders.errors import VerificationError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.nf4 import encode as nf4
 from ftload.loaders.prepare import prepare
-from ftload.loaders.progress import Silent
+from ftload.loaders.progress import Silent, Stopwatch
 from ftload.loaders.steps.step import Inputs, Operation, Sink
 from ftload.loaders.write.stream import write_tensors
 
@@ -85,7 +85,7 @@ def write_watched(model: Path, work: Path, *, within: bool) -> tuple[Watch, int]
     )
     stage = work / "stage"
     (stage / "adapter").mkdir(parents=True)
-    write_tensors(plan, files, nf4.encode, stage, Silent(), lambda file, digest: None)
+    write_tensors(plan, files, nf4.encode, stage, Stopwatch(Silent()), lambda file, digest: None)
     assert watch.running == []
     assert sorted(path.stat().st_size for path in stage.rglob("*.safetensors")) == sorted(f.size for f in files)
     return watch, largest

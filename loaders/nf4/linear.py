@@ -1,0 +1,168 @@
+"""NF4 for the weights of linear layers: the quantisation of QLoRA (arXiv:2305.14314), loaded by bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+from ..checkpoint.formats.nf4 import BLOCK, STATE_SUFFIX
+from ..checkpoint.tensors import TORCH_NAMES
+from ..decision import Decision
+from ..errors import MissingRequirementError
+from ..model.tensor_map import ModelTensor
+from ..steps.plain import All, Cast
+from ..steps.step import Encoder, OutputTensor, Step
+from ..system.cuda import cuda_problem
+from .encode import CODE_BOOK, encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
+from .quantise import Quantize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nf4Linear:
+    """The linear layers that bitsandbytes replaces, in NF4 with double quantisation."""
+
+    tag: str = "nf4"
+    bits: int = 4
+    block_size: int = BLOCK
+
+    def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
+        """The weights of linear layers, and what the checkpoint holds in NF4 already."""
+        return tensors[0].packed is not None or tensors[0].linear is not None
+
+    def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
+        """Encode a weight, or take over the parts that it is stored in."""
+        (tensor,) = tensors
+        if tensor.packed is not None:
+            return _take_over(tensor)
+        assert tensor.linear is not None
+        transposed = tensor.linear.transposed
+        shape = tensor.shape[::-1] if transposed else tensor.shape
+        return Step(
+            operation=Quantize(
+                source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.quantised_from
+            ),
+            outputs=tuple(
+                _part(tensor, tensor.name + suffix, stored, dtype)
+                for suffix, (stored, dtype) in stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
+            ),
+            encodes=True,
+        )
+
+    def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
+        """What keeps transformers from loading a group in 4 bits: the same for all of its tensors."""
+        return tensors[0].four_bit_problem
+
+    def config(self) -> dict[str, Any]:
+        """transformers' `BitsAndBytesConfig` as the reference builds it."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ).to_dict()
+
+    def compute_dtype(self, config: Mapping[str, Any]) -> str:
+        """torch's name of the dtype that layers compute in."""
+        return config["bnb_4bit_compute_dtype"]
+
+    def facts(self, config: Mapping[str, Any], block_size: int) -> dict[str, Any]:
+        """What the report says of a `quantization_config`."""
+        return {
+            "method": "bitsandbytes",
+            "quant_type": config["bnb_4bit_quant_type"],
+            "double_quant": config["bnb_4bit_use_double_quant"],
+            "block_size": block_size,
+            "compute_dtype": config["bnb_4bit_compute_dtype"],
+            "storage_dtype": config["bnb_4bit_quant_storage"],
+        }
+
+    def choose_encoder(self, device: str) -> tuple[Encoder, tuple[Decision, ...]]:
+        """numba's encoder on a CPU, bitsandbytes on a GPU and where numba can't be used.
+
+        Raises `MissingRequirementError` where there is no GPU for `cuda`.
+        """
+        decisions = []
+        encoder: Encoder = encode
+        if device == "cuda":
+            problem = cuda_problem()
+            if problem is not None:
+                raise MissingRequirementError(
+                    f"`--device cuda`: {problem}", hint="leave it out: the CPU encodes as well"
+                )
+            encoder = partial(encode_with_bitsandbytes, device="cuda")
+        else:
+            problem = numba_problem()
+            if problem is not None:
+                encoder = encode_with_bitsandbytes
+                decisions.append(
+                    Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem)
+                )
+        problem = library_problem()
+        if problem is not None:
+            decisions.append(
+                Decision(
+                    what="nf4_statistics", requested="bitsandbytes' library", effective="bitsandbytes", reason=problem
+                )
+            )
+        return encoder, tuple(decisions)
+
+    def try_library(self) -> str:
+        """Quantise a block by bitsandbytes, and back."""
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        for device in devices:
+            values = torch.tensor(CODE_BOOK * 4, device=device)
+            codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
+                raise RuntimeError(f"a block in NF4 does not come back as it was on {device}")
+        return f"a block quantised to NF4 and back on {' and '.join(devices)}"
+
+    def try_encoder(self) -> str:
+        """Let numba compile the encoder."""
+        problem = numba_problem()
+        if problem is not None:
+            raise MissingRequirementError(problem.partition(": ")[2])
+        return "compiles the NF4 encoder"
+
+
+def _part(tensor: ModelTensor, name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
+    is_codes, is_state = name == tensor.name, name.endswith(STATE_SUFFIX)
+    return OutputTensor(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        component=tensor.component,
+        counted_as=NF4_LINEAR.tag,
+        parameters=prod(tensor.shape) if is_codes else 0,
+        part_of=None if is_codes else tensor.name,
+        overhead=is_state,
+        variable=is_state,
+    )
+
+
+def _take_over(tensor: ModelTensor) -> Step:
+    assert tensor.packed is not None
+    weight = tensor.packed.name
+    names = [tensor.name + part.name.removeprefix(weight) for part in tensor.packed.parts]
+    copies = tuple(
+        Cast(source=part, name=name, dtype=part.dtype, codes=part.name == weight)
+        for part, name in zip(tensor.packed.parts, names, strict=True)
+    )
+    return Step(
+        operation=All(operations=copies),
+        outputs=tuple(
+            replace(_part(tensor, name, part.shape, part.dtype), variable=False)
+            for part, name in zip(tensor.packed.parts, names, strict=True)
+        ),
+    )
+
+
+NF4_LINEAR = Nf4Linear()

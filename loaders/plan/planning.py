@@ -1,0 +1,181 @@
+"""Making a plan: everything is decided here, from headers, and whatever would fail later fails here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from ..adapter.interface import Adapter
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.trained_adapter import leave_adapter
+from ..decision import Decision
+from ..errors import ResourceError
+from ..flags.request import Request
+from ..liger import resolve_kernels
+from ..model.skeleton import Skeleton
+from ..model.tensor_map import ModelTensor
+from ..steps.step import Step
+from ..strategy import STRATEGIES, Strategy
+from ..system.attention import resolve_attention
+from ..system.limits import usable_processors
+from ..tokenizer.tokenizer import PreparedTokenizer
+from .adapted import adapter_file, choose_targets
+from .base import Base, choose_base
+from .configuration import Configuration, final_config, final_generation_config
+from .coverage import check_coverage, measure_coverage
+from .output_files import OutputFile, divide, unchanged_files
+from .plan import Plan, quantised_layers
+from .sources import Sources
+from .vocabulary import check_rows, check_turns, follow_tokenizer
+
+
+def make_plan(
+    request: Request,
+    sources: Sources,
+    configuration: Configuration,
+    tokenizer: PreparedTokenizer,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+) -> Plan:
+    """Decide everything. Raises the error that carrying out the plan would run into, before anything is written."""
+    strategy = STRATEGIES[request.strategy]
+    row_warnings = check_rows(
+        tokenizer_size=tokenizer.facts()["size"],
+        before=skeleton.rows_before,
+        after=skeleton.rows_after,
+        tokenizer_is_named=sources.tokenizer is not sources.model,
+    )
+    decisions = list(request.decisions)
+    warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
+    if skeleton.left_out is not None:
+        decisions.append(skeleton.left_out.decision(type(skeleton.model).__name__))
+
+    steps = tuple(_steps(strategy, skeleton.tensors))
+    quantisation = strategy.quantisation
+    quantization_config = skeleton.stored_quantization
+    if quantization_config is None and quantisation is not None:
+        quantization_config = quantisation.config()
+    coverage = None
+    if quantisation is not None:
+        outputs = (output for step in steps for output in step.outputs)
+        coverage = measure_coverage(skeleton, outputs, quantisation.tag)
+        check_coverage(request, coverage)
+
+    adapter, targets, adapter_weights = strategy.adapter(request), None, None
+    base: Base = "copy"
+    if adapter is not None:
+        base, base_decisions = choose_base(request, checkpoint, skeleton, quantised=quantisation is not None)
+        decisions += base_decisions
+        quantised = quantised_layers(strategy, skeleton, steps)
+        targets = choose_targets(request, skeleton, adapter, quantised)
+        decisions += targets.decisions
+        computed_in = {}
+        if quantisation is not None and quantization_config is not None:
+            computed_in = dict.fromkeys(quantised, quantisation.compute_dtype(quantization_config))
+        adapter_weights = adapter_file(strategy, skeleton, adapter, targets, computed_in=computed_in)
+
+    attention = resolve_attention(type(skeleton.model), use_flash_attn=request.use_flash_attn)
+    decisions += attention.decisions
+    if skeleton.towers and adapter is None:
+        warnings.append(
+            f"text gives no gradient to {', '.join(f'`{module}`' for module in skeleton.towers)}: training on text "
+            "leaves them as they are"
+        )
+    kernels = resolve_kernels(skeleton.config.model_type) if request.use_liger_kernel else None
+    if kernels is not None:
+        decisions += kernels.decisions
+    if coverage is not None and skeleton.fused_experts:
+        warnings.append(
+            f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
+            "only, and k-bit preparation makes them float32 in training"
+        )
+
+    model_files: tuple[OutputFile, ...] = ()
+    if base == "copy":
+        model_files = unchanged_files(checkpoint, steps, request.max_shard_bytes)
+        if not model_files:
+            model_files = divide(steps, request.max_shard_bytes)
+            if request.base == "link":
+                reason = "its tensors or their division into files change"
+                decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
+    workers = count_workers()
+    chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
+    _check_memory(request, (*model_files, *((adapter_weights,) if adapter_weights else ())), chunk_bytes)
+
+    turn_warnings = check_turns(tokenizer, configuration.generation.eos_token_id)
+    padding = follow_tokenizer(tokenizer.tokenizer, skeleton, configuration, request, base)
+    return Plan(
+        request=request,
+        strategy=strategy,
+        sources=sources,
+        configuration=configuration,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        skeleton=skeleton,
+        steps=steps,
+        base=base,
+        link=request.base == "link",
+        model_files=model_files,
+        adapter=adapter,
+        targets=targets,
+        adapter_file=adapter_weights,
+        config=final_config(skeleton, padding, quantization_config),
+        generation_config=final_generation_config(configuration, padding),
+        padding=padding,
+        quantization_config=quantization_config,
+        coverage=coverage,
+        attention=attention,
+        kernels=kernels,
+        workers=workers,
+        chunk_bytes=chunk_bytes,
+        decisions=(*_source_decisions(request, sources, adapter), *tokenizer.decisions, *padding.decisions, *decisions),
+        warnings=(
+            *checkpoint.source.notes,
+            *sources.warnings,
+            *configuration.warnings,
+            *tokenizer.warnings,
+            *row_warnings,
+            *turn_warnings,
+            *padding.warnings,
+            *warnings,
+        ),
+    )
+
+
+def count_workers() -> int:
+    """One more than processors: there is work for all of these while a worker waits for the disk."""
+    return usable_processors() + 1
+
+
+_CHUNK_BYTES = 2 * 1024 * 1024
+"""Small enough to stay in a processor's cache between reading, encoding and writing."""
+_LEAST_CHUNK_BYTES = 64 * 1024
+
+
+def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:
+    # what comes out of one conversion is written together
+    for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
+        yield strategy.step(tuple(group))
+
+
+def _source_decisions(request: Request, sources: Sources, adapter: Adapter | None) -> Iterator[Decision]:
+    """What is left aside of the model's source."""
+    if sources.model.kind != "hub" and request.revision is not None:
+        yield Decision(
+            what="model_revision", requested=request.revision, effective="none",
+            reason="the model is local: it has no revisions",
+        )  # fmt: skip
+    left = leave_adapter(sources.model, fresh=adapter is not None)
+    if left is not None:
+        yield left
+
+
+def _check_memory(request: Request, files: Iterable[OutputFile], chunk_bytes: int) -> None:
+    """Raise `ResourceError` where one step takes more than `--max_memory` allows."""
+    needs = [(step.operation.memory(chunk_bytes), step.outputs[0].name) for file in files for step in file.steps]
+    need, name = max(needs, default=(0, ""))
+    if need > request.max_memory_bytes:
+        raise ResourceError(
+            f"tensor `{name}` needs {need:,} bytes at once, `--max_memory` allows {request.max_memory_bytes:,}",
+            hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
+        )

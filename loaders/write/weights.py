@@ -1,0 +1,71 @@
+"""All weight files of a plan: what an earlier run finished is kept, the rest is shared by the processes and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError, ResourceError
+from ..plan.output_files import OutputFile
+from ..plan.plan import Plan
+from ..steps.step import Encoder
+from ..system.limits import available_memory_bytes
+from .run import Run
+from .staging import Journal
+from .stream import write_tensors
+from .written import Written
+
+
+def write_weights(run: Run, plan: Plan, encode: Encoder | None) -> Written:
+    """Write the weight files that are not finished yet, each process its share; returns what all of them did.
+
+    Raises `ResourceError` where disk or memory won't do, before anything is written.
+    """
+    processes, staging = run.processes, run.staging
+    finished = processes.agree_on("finished", staging.resume(run.fingerprint) if run.is_first else None)
+    remaining = tuple(file for file in plan.files if file.path not in finished)
+    _check_room(plan, remaining, staging.stage)
+    with Journal(staging, run.fingerprint, rank=processes.rank) as journal:
+        share = _write_share(run, plan, processes.share(remaining), encode, journal)
+    written = Written.all_of(processes.gather("written", dataclasses.asdict(share)))
+    return dataclasses.replace(written, hashes={**finished, **written.hashes})
+
+
+def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> None:
+    """Raise `ResourceError` unless the disk has room for `files` and the memory for making them."""
+    needed = plan.disk_bytes(files)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ResourceError(
+            f"`{plan.request.output.parent}` has {free / 1e9:.1f} GB free, the output takes {needed / 1e9:.1f} GB",
+            hint="free some disk space, or choose another --output_dir",
+        )
+    available = available_memory_bytes()
+    if plan.memory_bytes > available:
+        raise ResourceError(
+            f"{available / 1e9:.1f} GB of memory are free, the plan takes {plan.memory_bytes / 1e9:.1f} GB",
+            hint="pass a smaller --max_memory",
+        )
+
+
+def _write_share(
+    run: Run, plan: Plan, files: tuple[OutputFile, ...], encode: Encoder | None, journal: Journal
+) -> Written:
+    source, progress = plan.checkpoint.source, run.watch.progress
+    if any(file is not plan.adapter_file for file in files):
+        with run.watch.stage("fetch"):
+            sizes = {file.path: file.bytes for file in source.files}
+            progress.expect(bytes=sum(sizes[name] for name in plan.checkpoint.weight_files), tensors=0)
+            source.fetch(plan.checkpoint.weight_files, lambda count: progress.advance(bytes=count, tensors=0))
+    with run.watch.stage("write"):
+        try:
+            written = write_tensors(
+                plan, files, encode, run.staging.stage, run.watch, lambda file, digest: journal.add(file.path, digest)
+            )
+        except CheckpointError:
+            source.check_unchanged(plan.files_read)  # what was read may be of no state that it ever had
+            raise
+    source.check_unchanged(plan.files_read)
+    return written
