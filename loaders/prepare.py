@@ -2,7 +2,7 @@
 
     arguments ─► request ─► sources ─► configuration, tokenizer, checkpoint ─► skeleton ─► plan ─► written ─► report
 
-`plan` stops at the plan. docs/architecture.md tells the same in more words.
+`plan` stops at the plan. docs/architecture.md says the same in more words.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _certain_weights(run: Run, request: Request, source: Source) -> tuple[Path, 
 
 
 def _fit_to_machine(run: Run, plan: Plan) -> tuple[Plan, Encoder | None]:
-    """The plan with what only the machine that carries it out can tell, and the encoder where something is quantised.
+    """The plan with what only the machine that carries it out knows, and the encoder where something is quantised.
 
     No part of planning: importing the encoder takes a while, and nothing that is planned depends on it.
     """

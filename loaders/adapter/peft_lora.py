@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class InitLora:
     """The fresh adapter of one linear layer: A random, B zero, both float32.
 
-    Draws from torch's global generator exactly as PEFT does when it wraps the layer: two `torch.nn.Linear` are made and
-    then A is drawn again (peft/tuners/lora/layer.py, `update_layer`).
+    Takes from torch's global generator what PEFT takes when it wraps the layer: two `torch.nn.Linear` are initialised,
+    then A once more (peft/tuners/lora/layer.py, `update_layer`).
     """
 
     layer: LinearLayer
@@ -37,7 +37,7 @@ class InitLora:
         return self.rank * (self.layer.in_features * 12 + self.layer.out_features * 8)
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
-        """Draw A and write both."""
+        """Initialise A and write both."""
         import torch
 
         a = torch.nn.Linear(self.layer.in_features, self.rank, bias=False)

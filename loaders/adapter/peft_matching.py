@@ -72,7 +72,7 @@ class Peft:
             from peft.tuners.tuners_utils import BaseTunerLayer
         except Exception as error:  # a broken build raises whatever it likes
             raise MissingRequirementError(
-                f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+                f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"
             ) from error
         config: Any = self.adapter.peft_config(targets.patterns)
         with quiet_transformers():

@@ -129,7 +129,7 @@ CODE_BOOK = (
 
 @cache
 def dynamic_map() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which the blocks' maxima are stored.
+    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which absmax is stored.
 
     Seven decades, each twice as finely divided as the one below, mirrored, and 0 and 1 (arXiv:1511.04561, as
     bitsandbytes' `create_dynamic_map` computes it).
@@ -155,7 +155,7 @@ def _bounds() -> Any:
 
 @cache
 def _thresholds() -> Any:
-    """What bfloat16 weights are compared with, by their block's maximum (int16, 32768 × 16)."""
+    """What bfloat16 weights are compared with, by the absmax of their block (int16, 32768 × 16)."""
     import numpy as np
 
     from .kernel import find_thresholds
@@ -178,7 +178,7 @@ def _scratch(size: int) -> Any:
 
 
 def _quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight-bit codes (uint8, n) and the blocks' maxima (float32) of float32 values, by bitsandbytes' own C function.
+    """8-bit codes (uint8, n) and nested absmax (float32) of n float32 values, by bitsandbytes' own C function.
 
     It is called without importing the package, which takes seconds; where its library can't be found, through it.
     """
@@ -193,15 +193,15 @@ def _call(function: Any, values: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     codes = torch.empty(values.shape, dtype=torch.uint8)
-    maxima = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
+    absmax = torch.empty(-(-values.numel() // NESTED_BLOCK), dtype=torch.float32)
     # held until the function returns: two threads that come first at once each make a map, and one of them is not kept
-    tensors = (dynamic_map(), values, maxima, codes)
+    tensors = (dynamic_map(), values, absmax, codes)
     function(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
         ctypes.c_longlong(NESTED_BLOCK),
         ctypes.c_longlong(values.numel()),
     )
-    return codes, maxima
+    return codes, absmax
 
 
 def _bitsandbytes() -> Any:
@@ -210,7 +210,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional
     except Exception as error:  # a build for another machine raises whatever it likes
         raise MissingRequirementError(
-            f"bitsandbytes does not import: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+            f"bitsandbytes does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"
         ) from error
     return bitsandbytes.functional
 
@@ -241,16 +241,16 @@ def _library_function() -> Any | None:
 
 
 def _gives_every_code(function: Any) -> bool:
-    """Whether the 256 values of the map, doubled and from the last to the first, get their own codes and maximum.
+    """Whether the 256 values of the map, doubled and from the last to the first, get their own codes and absmax.
 
     For the few nearest to zero it takes any neighbour, in all releases so far.
     """
     import torch
 
     values = dynamic_map().flip(0)
-    codes, maxima = _call(function, values * 2)
+    codes, absmax = _call(function, values * 2)
     near = torch.allclose(dynamic_map()[codes.long()], values, rtol=0, atol=1e-4)
-    return near and torch.equal(maxima, torch.tensor([2.0]))
+    return near and torch.equal(absmax, torch.tensor([2.0]))
 
 
 def _state(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:

@@ -2,8 +2,8 @@
 
 bitsandbytes' CPU path scales a block of 64 weights by `s = 1 / max(absmax, 1e-38)` in float32 and counts the 15
 midpoints of the code book that lie below the rounded product. A product grows with its weight, so for bfloat16 each
-midpoint has one largest bfloat16 that does not exceed it; and it depends on nothing but the block's maximum, of which
-there are only 32,768. Those thresholds are found once for all maxima, exactly, by trying the candidates; weights are
+midpoint has one largest bfloat16 that does not exceed it; and it depends on nothing but the block's absmax, of which
+there are only 32,768. Those thresholds are found once for each of them, exactly, by trying the candidates; weights are
 then compared with them as 16-bit integers, 16 or 32 at a time.
 """
 
@@ -40,7 +40,7 @@ def _above(key, scale, bound):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def find_thresholds(bounds, thresholds):
-    """Fill `thresholds` (int16, 32768 × 16): for each maximum, as bfloat16 bits, the largest key below each midpoint.
+    """Fill `thresholds` (int16, 32768 × 16): for each absmax, as bfloat16 bits, the largest key below each midpoint.
 
     `bounds` (float32, 16) are the midpoints and one number above 1, whose thresholds are not used.
     """
@@ -48,7 +48,7 @@ def find_thresholds(bounds, thresholds):
         largest = np.int32(np.int32(top) << 16).view(np.float32)
         scale = np.float32(1.0) / max(largest, np.float32(1e-38))
         for k in range(16):
-            # dividing and cutting off come within a step of the threshold, either side: the tests try every maximum
+            # dividing and cutting off come within a step of the threshold, either side: the tests try every absmax
             key = _key(np.float32(bounds[k] / scale).view(np.int32) >> np.int32(16)) + np.int32(1)
             key -= _above(key, scale, bounds[k])
             key -= _above(key, scale, bounds[k])

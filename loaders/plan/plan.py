@@ -74,7 +74,7 @@ class Plan:
     warnings: tuple[str, ...]
 
     def decide(self, *decisions: Decision) -> Plan:
-        """The same plan with more decisions: on what only the machine that carries it out can tell."""
+        """The same plan with more decisions: on what only the machine that carries it out knows."""
         return replace(self, decisions=(*self.decisions, *decisions))
 
     @property

@@ -83,7 +83,7 @@ _ROWS_SUMMED = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grow:
-    """Copy an embedding or head (rows × …) and append rows: those drawn beforehand, else the mean of the old ones."""
+    """Copy an embedding or head (rows × …) and append rows: those sampled beforehand, else the mean of the old ones."""
 
     source: TensorMeta
     name: str

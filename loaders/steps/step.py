@@ -48,7 +48,7 @@ class Inputs:
     encode: Encoder | None = None
     """Of the quantisation, where there is one."""
     new_rows: Mapping[str, Tensor] = field(default_factory=dict)
-    """Rows for grown embeddings, by output name, where they were drawn beforehand."""
+    """Rows for grown embeddings, by output name, where they were sampled beforehand."""
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(Silent()))
     _local: threading.local = field(default_factory=threading.local)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 def read_ahead(paths: Iterable[Path], most: int) -> Iterator[None]:
     """Have the page cache take these files in, one after another and at most so many bytes, while a block runs.
 
-    A hint: a file that can't be read is told of when it is needed, and nobody waits for a piece that is still on its
+    A hint: a file that can't be read is reported when it is needed, and nobody waits for a piece that is still on its
     way when the block ends: a share on the network may take its time.
     """
     stopped = threading.Event()

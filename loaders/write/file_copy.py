@@ -173,6 +173,6 @@ def _clone(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
-        # every file system that can't has another way to say so; copying will tell of what is really wrong
+        # file systems that can't clone fail in many ways; what is really wrong, copying reports
         return False
     return True

@@ -49,7 +49,7 @@ def can_have_a_part(path: str) -> bool:
 
 def _files(source: Source) -> Iterator[tuple[str, int, int]]:
     names = [file.path for file in source.files if can_have_a_part(file.path)]
-    # whether an adapter was trained is told (`trained_adapter.py`)
+    # whether an adapter was trained is a decision (`trained_adapter.py`)
     names += [Path(config).with_name(ADAPTER_FILE).as_posix() for config in source.adapters]
     for path in (source.root / name for name in dict.fromkeys(names)):
         if path.exists():

@@ -75,7 +75,7 @@ class Processes:
         return self._hear(what, 0)
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Every process's value (of JSON), in order of rank, for all; nobody goes on before everybody has told his."""
+        """Every process's value (of JSON), in order of rank, for all; none goes on before all have given theirs."""
         if self.count == 1:
             return [value]
         self._tell(f"{what} {self.rank}", value)
@@ -99,7 +99,7 @@ class Processes:
                 "message": error.message if known else f"{type(error).__name__}: {error}",
                 "hint": error.hint if known else None,
             }
-            # with the store gone there is nobody to tell, and the error that counts is this one
+            # with the store gone no process can be reached, and the error that counts is this one
             with contextlib.suppress(RuntimeError):
                 self._tell("failure", {"rank": self.rank, **failure})
             raise
@@ -130,7 +130,7 @@ class Processes:
             self.store.set(key, json.dumps(value))
 
     def _hear(self, key: str, rank: int) -> Any:
-        """Wait for what a process tells. Raises `ResourceError` when it has died without a word."""
+        """Wait for a process's value. Raises `ResourceError` when the process has died."""
         beats, since = -1, time.monotonic()
         try:
             while not self.store.check([key]):
@@ -164,7 +164,7 @@ def join_processes() -> Processes:
             f"`WORLD_SIZE` is `{count}`, but {', '.join(f'`{name}`' for name in wrong) or 'it'} can't be used",
             hint="start several processes with torchrun, or unset WORLD_SIZE",
         )
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in words of our own
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is reported in our own words
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

@@ -34,7 +34,7 @@ def write_weights(run: Run, plan: Plan, encode: Encoder | None) -> Written:
 
 
 def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> None:
-    """Raise `ResourceError` unless the disk has room for `files` and the memory for making them."""
+    """Raise `ResourceError` unless the disk has room for `files` and the memory for the steps."""
     needed = plan.disk_bytes(files)
     free = shutil.disk_usage(directory).free
     if needed > free:

@@ -1,4 +1,4 @@
-"""What execution has to tell."""
+"""What only execution knows: hashes, seconds, peak memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORK = ("read", "convert", "write", "hash")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What execution has to tell."""
+    """What only execution knows."""
 
     hashes: Mapping[str, str]
     """sha256 of each file, by its path."""
