@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Hears how far the work has come."""
+    """Receives how far the work has come."""
 
     def stage(self, name: str) -> None:
         """A new stage begins."""

@@ -77,9 +77,9 @@ def in_order(
 ) -> list[tuple[OutputFile, tuple[Step, ...]]]:
     """What a worker takes at a time: file after file, the largest step of each first; an adapter as a whole.
 
-    One worker initialises the adapter, layer after layer, while the others go on, and one hashes the model's last file: the
-    adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the model, and
-    hashing one a quarter of that.
+    One worker initialises the adapter, layer after layer, while the others go on, and one hashes the model's last file:
+    the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the model,
+    and hashing one a quarter of that.
     """
     order: list[tuple[OutputFile, tuple[Step, ...]]] = [
         (file, (step,))
