@@ -1,4 +1,4 @@
-"""The `ftload` command: registers the commands and holds the one place where errors end."""
+"""The `ftload` command: its commands, the process that runs them, and errors in the command line itself."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line of this process and end it with a code of the contract (see the README)."""
-    # torch and transformers make a million objects that stay: searching them for garbage is a sixth of their import
+    """Run the command line of this process and exit with its code (the README lists them)."""
+    # torch and transformers create a million objects that stay: collecting garbage takes a sixth of their import
     gc.set_threshold(1_000_000)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, _interrupt)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when ftload was started
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -71,15 +71,15 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # all files are closed; python would spend half a second on taking apart every module of torch
+    # all files are closed; Python would take half a second to tear down torch's modules
     os._exit(code)
 
 
 def _keep_stdout() -> None:
     """Let only Python write to stdout.
 
-    tokenizers (Rust) prints by itself what it does not know in a tokenizer's files: it would get into a JSON document,
-    and a checkpoint's escape sequences into a terminal.
+    tokenizers (Rust) prints the keys of a tokenizer's files that it does not know: they would spoil a JSON document,
+    and bring a checkpoint's escape sequences to a terminal.
     """
     descriptor, encoding, buffering = sys.stdout.fileno(), sys.stdout.encoding, 1 if sys.stdout.isatty() else -1
     sys.stdout = os.fdopen(os.dup(descriptor), "w", buffering, encoding)
@@ -101,5 +101,5 @@ def run(words: list[str]) -> int:
         return Output.from_flags(read_command_line(words).values).end(error, *words[:1])
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(128 + signum)

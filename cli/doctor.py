@@ -25,9 +25,9 @@ def doctor(
     json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Show what this machine can do, why it can't do the rest, and the command that mends it.
+    """Show what this machine can do, why it can't do the rest, and the command that fixes it.
 
-    Every library is really used, in a process of its own: that takes as long as importing them.
+    Every library is really used, in a process of its own, which takes as long as importing them all.
     """
     with Output.from_flags({"json": json, "debug": debug}) as output:
         from ..loaders.doctor.diagnosis import examine

@@ -1,4 +1,4 @@
-"""Exceptions become an exit code and words; the first entry that fits counts."""
+"""What an exception is to the user: an exit code, a message and a hint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..loaders.errors import FtloadError, ResourceError, UsageError
 
 
 class Interrupted(BaseException):
-    """The process was asked to stop; `code` is 128 and the signal's number.
+    """The process was asked to stop; `code` is 128 plus the signal's number.
 
-    No `Exception`, like Python's own `KeyboardInterrupt`: wherever a library is tried, any of those is an answer.
+    Not an `Exception`, like Python's `KeyboardInterrupt`: where a library is tried, any `Exception` is its answer.
     """
 
     def __init__(self, code: int) -> None:
@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What to tell about an exception, and the exit code."""
+    """What to report of an exception, and the exit code."""
 
     code: int
     kind: str
@@ -31,7 +31,7 @@ class Failure:
 
 
 def explain(error: BaseException, command: str = "") -> Failure:
-    """Turn any exception, in which `command` ended, into a `Failure`. What is not expected is a bug, exit code 1."""
+    """Turn the exception that ended `command` into a `Failure`. One that nobody foresaw is a bug: exit code 1."""
     if isinstance(error, Interrupted):
         return Failure(code=error.code, kind="interrupted", message="interrupted", hint=None)
     if not isinstance(error, ResourceError) and _is_out_of_memory(error):
@@ -50,17 +50,17 @@ def explain(error: BaseException, command: str = "") -> Failure:
             hint=one_line(error.hint) or None,
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        # files are named where they are written: what is left is stdout
+        # a file that can't be written is an `FtloadError`, which names it: only stdout is left
         message = f"can't write to stdout: {error.strerror}"
         return Failure(code=ResourceError.code, kind=ResourceError.kind, message=message, hint=None)
-    # typer brings its own copy of click, in some versions under a private name: its errors are known by their shape
+    # typer has its own copy of click, under a private name in some versions: its errors are recognised by their shape
     describe = getattr(error, "format_message", None)
     if callable(describe):
         return Failure(
             code=UsageError.code,
             kind=UsageError.kind,
             message=one_line(str(describe()).rstrip(".")),
-            hint=_where_it_is_told(error, command),
+            hint=_hint_for(error, command),
         )
     return Failure(
         code=FtloadError.code,
@@ -75,11 +75,11 @@ _NO_MEMORY = re.compile(
     r"|failed to map segment from shared object(?!: Operation not permitted)",
     re.IGNORECASE,
 )
-"""What the system, C++, Rust, the linker and Python's threads say; libraries hand it on as whatever they like."""
+"""Messages of the system, C++, Rust, the linker and Python's threads; libraries raise them as errors of any type."""
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that led to it, is for want of memory."""
+    """Whether this error, or one that led to it, says that memory ran out."""
     while error is not None:
         text = "" if isinstance(error, FtloadError) else str(error)
         if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
@@ -88,8 +88,8 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _where_it_is_told(error: BaseException, command: str) -> str:
-    """The help that answers a usage error of click's, raised by a command or before there is one."""
+def _hint_for(error: BaseException, command: str) -> str:
+    """Where to look after a usage error of click's, raised by a command or before one is found."""
     commands = getattr(getattr(getattr(error, "ctx", None), "command", None), "commands", None)
     if commands:
         return f"a command comes first: {', '.join(commands)}; see `ftload --help`"

@@ -1,8 +1,8 @@
-"""The help of the commands that take a training command line, drawn from the dataclasses that declare it.
+"""The commands that take a training command line, and the options that the others have in common.
 
-Neither reading nor drawing can be typer's. Its parser knows no lists up to the next flag, no booleans with
-and without a value, no YAML file first: that is `parse_arguments`. And typer's own help takes half a second
-for a hundred options, cuts long names off at 80 columns, and can't order its panels.
+typer can't parse these flags or print their help. Its parser has no lists that end at the next flag, no booleans
+with or without a value, and no YAML file before the flags: `read_command_line` has. Its help takes half a second
+for a hundred options, cuts off long names at 80 columns, and can't order its panels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
-"""What commands have in common whose options are typer's."""
 
 USAGE = "[RUN.yaml] [--FLAG [VALUE ...]] ..."
 NOTES = (
@@ -38,13 +37,13 @@ _TYPES = {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT", "list": "LI
 
 
 class FlagsCommand(TyperCommand):
-    """A command that takes every flag: it finds its words, unparsed, in `ctx.obj` as a tuple."""
+    """A command that takes every flag. Its function finds the words, not yet parsed, in `ctx.obj`: a tuple."""
 
     flags: ClassVar[Mapping[str, Flag]] = all_flags()
     panels: ClassVar[tuple[str, ...]] = PANELS
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep `args` for the command function; asking for help anywhere among them shows it."""
+        """Keep `args` for the command's function, or show the help if it is asked for anywhere among them."""
         if not set(args).isdisjoint(self.get_help_option_names(ctx)):
             self.format_help(ctx, ctx.make_formatter())
             raise typer.Exit
@@ -83,7 +82,7 @@ class PlanCommand(FlagsCommand):
 
 
 def _table(flags: list[Flag]) -> Table:
-    """Return name, type and help of each flag in three columns, the first never cut."""
+    """Return a table of three columns: name (never cut off), type and help of each flag."""
     from rich.table import Table
     from rich.text import Text
 
@@ -94,14 +93,14 @@ def _table(flags: list[Flag]) -> Table:
     table.add_column(ratio=1)
     for flag in flags:
         choices = f": {', '.join(flag.choices)}" if flag.choices else ""
-        default = "" if flag.default in (None, {}) or flag.default is False else _shown(flag.default)
+        default = "" if flag.default in (None, {}) or flag.default is False else _as_typed(flag.default)
         help = Text.assemble(flag.help, choices, (default and f" [default: {default}]", "dim"))
         table.add_row(Text(f"--{flag.name}"), Text(_TYPES.get(flag.kind, "JSON")), help)
     return table
 
 
-def _shown(default: Any) -> str:
-    """Return a default as it would be typed."""
+def _as_typed(default: Any) -> str:
+    """Return a default value as one would type it."""
     if isinstance(default, list):
         return " ".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -15,7 +15,7 @@ _STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red", "untried": "
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """A line for each thing, below it the command that mends it, and what follows for each strategy."""
+    """A line for each finding, below it the command that fixes it, and what that means for each strategy."""
     console = make_console()
     state_width = max(len(state) for state in _STYLES)
     name_width = max(len(finding.name) for finding in diagnosis.findings)

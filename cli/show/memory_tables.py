@@ -58,8 +58,9 @@ def part_bytes(method: Mapping[str, Any], name: str) -> int:
 
 
 def what_fits(fit: Mapping[str, Any]) -> str:
-    """The largest batch and the longest sequences on one GPU, in words; `only …` where what was asked for does not fit,
-    and empty if nothing does.
+    """The largest batch and the longest sequence that fit on one GPU, in words.
+
+    They begin with `only` where what was asked for does not fit, and are empty where nothing does.
     """
     batch = f"batch {fit['largest_batch']:,}" if fit["largest_batch"] else ""
     length = f"{fit['largest_length']:,} tokens" if fit["largest_length"] else ""

@@ -36,7 +36,7 @@ _COLOURS = 8
 class _Table:
     title: str
     columns: tuple[str, ...]
-    """A name that begins with `#` is of a column of numbers."""
+    """A name that begins with `#` heads a column of numbers."""
     rows: list[tuple[str, ...]]
 
 
@@ -54,7 +54,7 @@ class _Cell:
 
 
 def check_place(name: str) -> None:
-    """Raise unless a page can be written to this file: a new one, an empty one, or a page of before."""
+    """Raise unless a page can be written to this file, which may be new, empty, or an earlier page."""
     if name in ("", "-"):
         raise UsageError("`--html` needs the name of a file")
     path = Path(name)
@@ -65,7 +65,7 @@ def check_place(name: str) -> None:
             if not path.parent.is_dir():
                 raise OutputError(f"can't write `{path}`: its directory does not exist") from None
             return
-        # a pipe would be waited for, and a device or a link would be replaced by a file
+        # opening a pipe would block; a device or a link would be replaced by a file
         if not is_file or _first_bytes(path) not in (_BEGINNING, b""):
             raise OutputError(f"`{path}` exists and is not a page of ftload's")
 
@@ -135,7 +135,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
 
 
 def inspection_page(inspection: Inspection, tensors: Iterable[StoredTensor] | None) -> str:
-    """The page of `ftload inspect`, with a list of some tensors or without."""
+    """The page of `ftload inspect`, with a table of `tensors` unless that is None."""
     from ...loaders.system.versions import ftload_version
 
     stored = inspection.stored()

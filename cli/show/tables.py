@@ -14,11 +14,11 @@ from rich.table import Table
 from ..errors import one_line
 
 UNBOUNDED = 10_000
-"""Columns."""
+"""Columns: more than any line has."""
 
 
 def make_console() -> Console:
-    """A console on stdout: as wide as the terminal; in a pipe, where lines are for `grep`, nothing is folded."""
+    """A console on stdout, as wide as the terminal. In a pipe no line is folded, so that `grep` finds whole ones."""
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         return Console(highlight=False, emoji=False, width=UNBOUNDED)
@@ -30,7 +30,7 @@ def make_console() -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table; in a pipe without the blanks that fill its lines."""
+    """Print a table; in a pipe without trailing blanks."""
     if console.is_terminal:
         console.print(table)
         return
@@ -51,7 +51,7 @@ def print_details(console: Console, details: Iterable[tuple[str, str]]) -> None:
 
 
 def harmless(text: str) -> str:
-    """Text of a file or a library that neither a terminal nor rich takes for an instruction."""
+    """Text from a file or a library, made safe for a terminal and for rich's markup."""
     return escape(one_line(text))
 
 

@@ -1,1 +1,1 @@
-"""From words and YAML to what is wanted."""
+"""From a command line and its YAML file to a request."""

@@ -1,7 +1,8 @@
-"""From the words of a command line, and a YAML file if the first of them is one, to `Arguments`.
+"""From the words of a command line, and the YAML file that may be the first of them, to `Arguments`.
 
-What HfArgumentParser accepts is accepted and means the same; tests compare the two.
-Every problem found is reported in one error, so that a run is corrected in one go.
+What HfArgumentParser accepts is accepted and means the same: tests compare the two. All problems are reported in one
+error, to be corrected in one go. That is why this is not argparse, which stops at the first error, does not say which
+words came after an unknown flag, and can't prefer the training script's flags where the beginning of a name is given.
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from .values import ALIASES, EXPECTED, Problems, from_text, is_boolean, is_null,
 from .yaml_file import read_yaml
 
 YAML_SUFFIXES = (".yaml", ".yml")
-
-
 MOST_GPUS = 100_000
-"""More than any that train one model; a larger number is a slip."""
+"""More than train any model: a larger number is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +40,7 @@ class CommandLine:
 
     from_yaml: Mapping[str, Any]
     from_cli: Mapping[str, Any]
-    """Values by the flags' names; None as well where there is one that the flag can't take."""
+    """Values by the flags' names; None also stands for a value that the flag can't take."""
     problems: Problems
 
     @property
@@ -97,7 +96,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _read_file(name: str, problems: Problems) -> dict[str, Any]:
-    """Return the values in a YAML file, which is what the first word must name unless it is a flag."""
+    """Return the values in the YAML file, which the first word must name unless it is a flag."""
     if name.endswith(YAML_SUFFIXES):
         try:
             return read_yaml(name, problems)
@@ -115,7 +114,7 @@ def _read_file(name: str, problems: Problems) -> dict[str, Any]:
 def _exists(name: str) -> bool:
     try:
         return Path(name).exists()
-    except OSError:  # it is longer than names of files can be
+    except OSError:  # the name is too long
         return False
 
 
@@ -146,7 +145,7 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
 
         names = _names_meant(typed, problems.flags)
         if len(names) != 1:
-            _add_unclear(typed, names, problems)
+            _add_unknown_or_ambiguous(typed, names, problems)
             continue
         (name,) = names
         flag, negated = names[name]
@@ -166,37 +165,37 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
 
 
 _Names: TypeAlias = dict[str, tuple[Flag, bool]]
-"""What can be typed, without dashes: the flag that it means, and whether it turns it off."""
+"""By name without dashes: the flag that the name means, and whether it turns that off."""
 
 
 def _names_meant(typed: str, flags: Mapping[str, Flag]) -> _Names:
-    """Return the name that `typed` is, or all those that it may be short for: none, one or several.
+    """Return the name that `typed` is, or those that it is the beginning of: none, one or several.
 
-    argparse takes beginnings of names. Those of the training script are looked at first, so that what is short for one
-    of them there is short for the same one here, whatever flags ftload has beside.
+    Names of the training script come first, so that what is short for one of them there is short for it here too,
+    whatever flags ftload adds.
     """
     name = typed.removeprefix("--").replace("-", "_")
     if not typed.startswith("--") or not name:
         return {}
-    theirs: _Names = {}
-    ours: _Names = {alias: (flags[meant], False) for alias, meant in ALIASES.items()}
+    training: _Names = {}
+    own: _Names = {alias: (flags[meant], False) for alias, meant in ALIASES.items()}
     for flag in flags.values():
-        trains = flag.group in (FlatArguments.__name__, TokenizerConfig.__name__)
-        (theirs if trains else ours)[flag.name] = flag, False
+        is_training = flag.group in (FlatArguments.__name__, TokenizerConfig.__name__)
+        (training if is_training else own)[flag.name] = flag, False
         if flag.kind == "bool":
             # HfArgumentParser has `no_` before the booleans that are true by default
-            (theirs if trains and flag.default else ours)[f"no_{flag.name}"] = flag, True
-    for names in (theirs, ours):
+            (training if is_training and flag.default else own)[f"no_{flag.name}"] = flag, True
+    for names in (training, own):
         if name in names:
             return {name: names[name]}
-    for names in (theirs, ours):
+    for names in (training, own):
         if begun := {full: meant for full, meant in names.items() if full.startswith(name)}:
             return begun
     return {}
 
 
-def _add_unclear(typed: str, names: Iterable[str], problems: Problems) -> None:
-    """Record a flag that there is not, or that could be any of `names`."""
+def _add_unknown_or_ambiguous(typed: str, names: Iterable[str], problems: Problems) -> None:
+    """Add a flag that does not exist, or that could be any of `names`."""
     could_be = ", ".join(f"`--{name}`" for name in names)
     if could_be:
         problems.add(f"ambiguous flag `{printable(typed)}`: it could be {could_be}", "write more of its name")
@@ -205,7 +204,7 @@ def _add_unclear(typed: str, names: Iterable[str], problems: Problems) -> None:
 
 
 def _from_words(flag: Flag, label: str, given: list[str], attached: bool, ahead: list[str], problems: Problems) -> Any:
-    """Return the value of `flag` from the words up to the next flag, which is the first of those `ahead`."""
+    """Return the value of `flag`, typed as `label`, from the words up to the next flag, the first of `ahead`."""
     spelled = label.removeprefix("--").replace("-", "_")
     shown = f"`{label}`" if ALIASES.get(spelled, spelled) == flag.name else f"`{label}` (`--{flag.name}`)"
     takes_list = flag.kind in ("list", "str or list")
@@ -233,7 +232,7 @@ def _from_words(flag: Flag, label: str, given: list[str], attached: bool, ahead:
 
 
 def _add_stray(word: str, problems: Problems, after: str = "", hint: str | None = None) -> None:
-    """Record a word that no flag takes."""
+    """Add a word that no flag takes."""
     place = f" after `{after}`" if after else ""
     if word.endswith(YAML_SUFFIXES):
         problems.add(f"`{printable(word)}`{place} is out of place: one YAML file can be given, before the flags")
@@ -256,7 +255,7 @@ def _check_plan_options(values: Mapping[str, Any], problems: Problems) -> None:
 
 
 def _check_ranges(values: Mapping[str, Any], problems: Problems) -> None:
-    """Refuse values of the right type that nothing can be prepared with; here a bad value is None."""
+    """Refuse values that have the right type but that nothing can be prepared with; a bad value is None here."""
     rank, alpha, dropout, seed = (values.get(f) for f in ("lora_rank", "lora_alpha", "lora_dropout", "seed"))
     if rank is not None and rank < 1:
         problems.add(f"`lora_rank` must be at least 1, not {rank}")

@@ -2,7 +2,7 @@
 
 `FlatArguments` and `TokenizerConfig` carry the names, types and defaults of the two dataclasses that Open
 Instruct's SFT script parses its command line into, so that a training command line or YAML file can be handed
-to ftload unchanged; `OwnOptions` is what ftload adds. `command_line.py` parses into them and `cli/options.py`
+to ftload unchanged; `OwnOptions` is what ftload adds. `command_line.py` parses into them, and `cli/options.py`
 makes `--help` from them. The file is long because the contract has 100 flags.
 """
 
@@ -24,37 +24,20 @@ from ..errors import UsageError
 from ..system.masking import masked
 
 MODEL = "Model"
-
-
 ADAPTER = "Adapter"
-
-
 QUANTISATION = "Quantisation"
-
-
 TOKENIZER = "Tokenizer"
-
-
 OUTPUT = "Output"
-
-
 TRAINING = "Training: recorded only"
-
-
 PANELS = (MODEL, ADAPTER, QUANTISATION, TOKENIZER, OUTPUT, TRAINING)
 """The panels of `--help`, in the order in which they are shown."""
-
-
 PLAN = "Plan"
 """The panel that `ftload plan` shows before them."""
 
-
 Origin: TypeAlias = Literal["default", "yaml", "cli"]
 """Where a flag's value came from."""
-
-
 Kind: TypeAlias = Literal["bool", "int", "float", "str", "list", "str or list", "json"]
-"""How a flag's text is read."""
+"""How the text of a flag's value is read."""
 
 
 def field(default: Any, panel: str, help: str, *, choices: tuple[str, ...] = ()) -> Any:
@@ -212,7 +195,7 @@ class OwnOptions:
     embedding_init: str = field(
         "mean",
         TOKENIZER,
-        "New embedding rows: the mean of the old ones, or drawn as transformers does",
+        "New embedding rows: the mean of the old ones, or initialised as transformers does",
         choices=("mean", "reference"),
     )
     lora_target_modules: list[str] | None = field(

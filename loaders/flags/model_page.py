@@ -1,4 +1,4 @@
-"""The address of a model's page, as a browser shows it, taken for the repository that it shows."""
+"""The address of a model's page on the hub, read as the repository that the page shows."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from .declared import Arguments, TokenizerConfig
 
+_PUBLISHING = ("push_to_hub", "save_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision")
+"""Flags that ask for an upload."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -141,9 +144,6 @@ def resolve_request(arguments: Arguments) -> Request:
         decisions=tuple(decisions),
         warnings=training_warnings(flat),
     )
-
-
-_PUBLISHING = ("push_to_hub", "save_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision")
 
 
 def _overrides(value: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""`--strict`: what is done otherwise than asked is an error, which says what to ask for."""
+"""`--strict`: anything that is not done as asked is an error, which names the flags to pass instead."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _PASS = {
     "use_liger_kernel": "--use_liger_kernel false",
     "use_lora": "--use_lora",
 }
-"""The flags with which what a decision came to, or what is possible everywhere, is what was asked for."""
-
+"""By what a decision is about: the flags that ask for what it came to, or for what is possible everywhere."""
 
 _LEAVE_OUT = frozenset(
     (
@@ -31,11 +30,11 @@ _LEAVE_OUT = frozenset(
         "hf_repo_revision",
     )
 )
-"""Flags that had no effect."""
+"""Flags that can have no effect."""
 
 
 def check_strict(decisions: Iterable[Decision]) -> None:
-    """Raise `MissingRequirementError` when anything is done otherwise than it was asked for."""
+    """Raise `MissingRequirementError` if anything is not done as it was asked for."""
     other = [decision for decision in decisions if decision.effective != decision.requested]
     if not other:
         return
@@ -48,7 +47,7 @@ def check_strict(decisions: Iterable[Decision]) -> None:
 
 
 def _way_out(decision: Decision) -> str | None:
-    """The flags that would ask for what can be had; None if there are none."""
+    """What to do so that the decision's result is what was asked for; None if nothing is known."""
     if decision.what in _PASS:
         return f"pass `{_PASS[decision.what].format(effective=decision.effective)}`"
     flags = decision.what.split()

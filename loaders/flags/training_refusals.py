@@ -1,4 +1,4 @@
-"""What Open Instruct refuses when training starts: told while there is time, since nothing prepared depends on it."""
+"""What Open Instruct will refuse when training starts: a warning now, as nothing that is prepared depends on it."""
 
 from __future__ import annotations
 

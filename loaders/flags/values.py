@@ -1,4 +1,4 @@
-"""What the text of a flag's value means, and what is wrong with flags and values so far.
+"""The values of flags, read from text, and the problems found on the way.
 
 Shared by the two places where flags are given: `command_line.py` and `yaml_file.py`.
 """
@@ -17,24 +17,18 @@ from .declared import Flag
 ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
 
-
 ELSEWHERE = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bits", "quantization", "quantization_bit", "qlora"), "use_qlora"),
     "attn_implementation": "use_flash_attn",
     "use_peft": "use_lora",
 }
-"""What other trainers call a thing, and the flag that asks for it here."""
-
+"""Flags of other trainers, and the one that asks for the same here."""
 
 MOST_PROBLEMS = 50
-"""Problems to list in one error."""
-
+"""Problems that one error lists."""
 
 _BOOLEANS: dict[str, bool] = dict.fromkeys(("true", "yes", "t", "y", "1"), True)
-
-
 _BOOLEANS |= dict.fromkeys(("false", "no", "f", "n", "0"), False)
-
 
 EXPECTED = {
     "bool": "true or false",
@@ -49,7 +43,7 @@ EXPECTED = {
 
 
 class Problems:
-    """What is wrong so far, and the first hint that came with it; `flags` are those that are known, by name."""
+    """The problems found so far, and the first hint that came with one; `flags` are those that exist, by name."""
 
     def __init__(self, flags: Mapping[str, Flag]) -> None:
         self.flags = flags
@@ -57,12 +51,12 @@ class Problems:
         self.hint: str | None = None
 
     def add(self, message: str, hint: str | None = None) -> None:
-        """Note something that is wrong."""
+        """Add a problem."""
         self.messages.append(message)
         self.hint = self.hint or hint
 
     def add_unknown(self, kind: str, typed: str, place: str = "") -> None:
-        """Note a `flag` or a `key` that there is not, as it was typed, and those that it may have been meant to be."""
+        """Add a `flag` or `key` that does not exist, as it was typed, and those that it may have been meant to be."""
         dashes = "--" if kind == "flag" else ""
         name = typed.lstrip("-").replace("-", "_").lower()
         elsewhere = ELSEWHERE.get(name)
@@ -77,13 +71,13 @@ class Problems:
         )
 
     def add_bad_value(self, label: str, flag: Flag, error: Exception, value: str | None) -> None:
-        """Note a value that `flag`, which the user sees as `label`, can't take; `error` may say what it is instead."""
+        """Add a value that `flag`, shown to the user as `label`, can't take; a `BadValue` says what it is instead."""
         expected = "one of " + ", ".join(flag.choices) if flag.choices else EXPECTED[flag.kind]
         got = str(error) if isinstance(error, BadValue) else f"`{printable(value or '')}`"
         self.add(f"{label} takes {expected}, not {got}")
 
     def raise_if_any(self) -> None:
-        """Raise a `UsageError` that tells them all."""
+        """Raise a `UsageError` that lists them all."""
         if self.messages:
             more = len(self.messages) - MOST_PROBLEMS
             rest = [f"and {more} more"] if more > 0 else []
@@ -106,12 +100,12 @@ def is_boolean(text: str) -> bool:
 
 
 def is_null(text: str) -> bool:
-    """Whether a word means None to a flag that has it for a value."""
+    """Whether a word means None, to a flag that can be None."""
     return text.lower() in ("none", "null")
 
 
 def from_text(flag: Flag, text: str) -> Any:
-    """Return the value that one word means for a flag that takes one; ValueError if it means none."""
+    """Return the value of `flag` that a word means. Raises `ValueError` if it means none."""
     if flag.kind == "bool":
         if not is_boolean(text):
             raise ValueError(text)
@@ -124,8 +118,8 @@ def from_text(flag: Flag, text: str) -> Any:
         try:
             value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
             if isinstance(value, dict):
-                # where a string is declared too, the training script looks into it; a plain `dict` it leaves as it is
-                return _typed(value) if flag.type.startswith("dict | str") else value
+                # the training script converts what is in a `dict | str`, and leaves a plain `dict` alone
+                return _converted(value) if flag.type.startswith("dict | str") else value
         except RecursionError:
             pass
         raise ValueError(text)
@@ -147,14 +141,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _typed(value: Any) -> Any:
-    """Return strings of booleans and of unsigned decimal numbers, in objects inside each other, as what they say.
+def _converted(value: Any) -> Any:
+    """Return `value` with the strings in it, however deep, that say a boolean or an unsigned decimal number converted.
 
-    As transformers' `_convert_str_dict` does, through which Open Instruct sends it: `-1` and `1e-5` stay strings, and
-    so does all that stands in lists.
+    As transformers' `_convert_str_dict`, which Open Instruct calls: `-1` and `1e-5` stay strings, and so does
+    everything in lists.
     """
     if isinstance(value, dict):
-        return {name: _typed(inner) for name, inner in value.items()}
+        return {name: _converted(inner) for name, inner in value.items()}
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):

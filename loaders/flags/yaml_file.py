@@ -1,7 +1,7 @@
 """The YAML file of a run: every key's value, by the flag's name.
 
-Its nodes are read rather than Python values, because a string is wanted as it was written (`model_revision: 0123`,
-not 83) and because what is unsafe shows in the nodes before anything is built.
+Its nodes are read, not Python values: a string is kept as it was written (`model_revision: 0123`, not 83), and what is
+unsafe is found before anything is built.
 """
 
 from __future__ import annotations
@@ -20,22 +20,17 @@ if TYPE_CHECKING:
 
 
 YAML_BYTES = 1 << 17
-
-
 YAML_NODES = 10_000
 """The most values in a YAML file whose aliases are expanded: without a bound, ten lines can mean billions."""
 
-
 _TAG = "tag:yaml.org,2002:"
-
-
 _PLAIN_TAGS = frozenset(
     _TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "seq", "map")
 )
 
 
 def read_yaml(name: str, problems: Problems) -> dict[str, Any]:
-    """Return the value of every key in the file, by the flag's name; what is wrong with one goes to `problems`.
+    """Return the value of every key in the file, by the flag's name; a key that is wrong is added to `problems`.
 
     Raises:
         UsageError: the file can't be read, is no mapping, or holds what is not accepted in any value.
@@ -76,7 +71,7 @@ def _read_text(name: str, file_label: str) -> str:
 
 
 def _check_nodes(root: yaml.MappingNode, file_label: str) -> None:
-    """Refuse tags that would build objects, merge keys, and aliases that expand without measure."""
+    """Refuse tags that would build objects, merge keys, and aliases that expand without bound."""
     waiting: list[Any] = [root]
     seen = 0
     while waiting:
@@ -120,12 +115,12 @@ def _from_mapping(root: yaml.MappingNode, file_label: str, problems: Problems) -
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two values are the same one; unlike Python, `true` is not 1 and `nan` is `nan`."""
+    """Whether two values are the same: unlike in Python, `true` is not 1, and `nan` is `nan`."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _from_node(flag: Flag, node: yaml.Node) -> Any:
-    """Return what a YAML value means for a flag; ValueError, OverflowError or IndexError if nothing."""
+    """Return the value of `flag` that a node means; `ValueError`, `OverflowError` or `IndexError` if none."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -156,7 +151,7 @@ def _from_node(flag: Flag, node: yaml.Node) -> Any:
 
 
 def _as_written(node: yaml.Node) -> str:
-    """Return a string as the file spells it; what YAML reads as a boolean or nothing must be quoted."""
+    """Return a string as the file spells it; one that YAML takes for a boolean or null must be quoted."""
     if not isinstance(node.value, str):
         raise BadValue("a list or mapping inside a list")
     if node.tag == f"{_TAG}null":
@@ -167,7 +162,7 @@ def _as_written(node: yaml.Node) -> str:
 
 
 def _plain(node: yaml.Node) -> Any:
-    """Return the Python value of a node, as yaml.safe_load would, but for times, which stay strings."""
+    """Return the Python value of a node, as `yaml.safe_load` does, except that times stay strings."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):

@@ -503,11 +503,13 @@ def test_a_value_that_looks_like_a_flag_gets_a_hint() -> None:
         ("/models/llama", "name the model with `--model /models/llama`"),
         ("model.gguf", "name the model with `--model model.gguf`"),
         ("what is this?", None),
+        ("so long that it is the name of no file".ljust(300, "?"), None),
     ],
 )
 def test_only_a_yaml_file_comes_before_the_flags(word: str, hint: str | None) -> None:
     error = refusal([word, "--use_lora"])
-    assert error.message == f"`{word}` is not a YAML file (.yaml or .yml); nothing else can come before the flags"
+    shown = word if len(word) <= 80 else f"{word[:77]}..."
+    assert error.message == f"`{shown}` is not a YAML file (.yaml or .yml); nothing else can come before the flags"
     assert error.hint == hint
 
 
