@@ -6,16 +6,20 @@ safetensors: 8 bytes little-endian header length, a JSON header `{name: {dtype, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, SourceError
+from ..errors import CheckpointError
 from ..source.source import Source
+from .formats.interface import PackedTensor
+from .formats.plain import PlainReader
+from .formats.registry import logical_tensors
 from .json_files import absent_error, read_json
 from .pickles import Placed, read_pickle
 from .safetensors_header import read_header
-from .tensors import DTYPE_CODES, ITEM_BYTES, TORCH_NAMES, TensorMeta
+from .tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +43,9 @@ class Checkpoint:
 
     source: Source
     tensors: Mapping[str, TensorMeta]
+    """As the model knows them, by name: what is packed is one tensor, with its logical shape."""
+    stored: Mapping[str, TensorMeta]
+    """As the headers list them."""
     weight_files: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     pickled: bool = False
@@ -46,64 +53,71 @@ class Checkpoint:
     loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Tensors of `.bin` files that could not be read at their places, and are in memory."""
 
-    def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
-        """Yield the elements of a tensor in order, flat, at most `elements` at a time, in the stored dtype.
+    @cached_property
+    def packed(self) -> tuple[PackedTensor, ...]:
+        """The tensors that are decoded when they are read."""
+        return tuple(tensor for tensor in self.tensors.values() if isinstance(tensor, PackedTensor))
 
-        With a `buffer`, each chunk lies in it and is gone when the next one is asked for.
+    @property
+    def stays_packed(self) -> bool:
+        """Whether transformers loads some of it without decoding it."""
+        return any(tensor.format.stays_packed for tensor in self.packed)
+
+    def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
+        """Yield the elements of a tensor in order, flat, at most `elements` at a time, decoded where they are packed.
+
+        With a `buffer`, each chunk may lie in it and is gone when the next one is asked for.
         Raises `CheckpointError` when the file ends early.
         """
-        import torch
+        if isinstance(tensor, PackedTensor):
+            return self._decoded(tensor, elements)
+        return self._reader.chunks(tensor, elements, buffer)
 
-        if tensor.name in self.loaded:
-            yield from self.loaded[tensor.name].reshape(-1).split(elements)
-            return
-        if tensor.strides is not None:
-            yield from self._gathered(tensor, tensor.strides, elements)
-            return
-        dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
-        size = elements * ITEM_BYTES[tensor.dtype]
-        path = self.source.root / tensor.file
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(tensor.begin)
-                for begin in range(tensor.begin, tensor.end, size):
-                    count = min(size, tensor.end - begin)
-                    if buffer is None or len(buffer) < count:
-                        view = memoryview(bytearray(count))
-                    else:
-                        view = memoryview(buffer)[:count]
-                    _read_exactly(file.readinto, view, tensor)
-                    yield torch.frombuffer(view, dtype=dtype)
-        except OSError as error:
-            raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+    def values(self, tensor: TensorMeta, begin: int, end: int) -> Tensor:
+        """The elements from `begin` to `end` (exclusive), flat, decoded where they are packed.
 
-    def _gathered(self, tensor: TensorMeta, strides: tuple[int, ...], elements: int) -> Iterator[Tensor]:
-        """The chunks of a tensor whose elements lie scattered in its bytes, all of which are held."""
-        import torch
-
-        count = (tensor.end - tensor.begin) // ITEM_BYTES[tensor.dtype]
-        (span,) = self.chunks(replace(tensor, shape=(count,), strides=None), count)
-        for begin in range(0, tensor.parameters, elements):
-            rest = torch.arange(begin, min(begin + elements, tensor.parameters))
-            index = torch.zeros_like(rest)
-            for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
-                index += rest % size * stride
-                rest //= size
-            yield span[index]
+        Of a file that was not fetched from a hub only what they are stored in travels.
+        """
+        if not isinstance(tensor, PackedTensor):
+            return self._reader.values(tensor, begin, end)
+        first = begin // tensor.tile * tensor.tile
+        last = min(-(-end // tensor.tile) * tensor.tile, tensor.parameters)
+        return tensor.values(first, last, self._reader.values)[begin - first : end - first]
 
     def read(self, tensor: TensorMeta) -> Tensor:
-        """The whole tensor, in its stored dtype and shape."""
+        """The whole tensor, in the dtype and shape of its values."""
         import torch
 
         for value in self.chunks(tensor, max(1, tensor.parameters)):
             return value.reshape(tensor.shape)
         return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
 
+    def _decoded(self, tensor: PackedTensor, elements: int) -> Iterator[Tensor]:
+        """Chunks of `elements`, cut out of whole tiles."""
+        import torch
 
-def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
+        step = max(tensor.tile, elements // tensor.tile * tensor.tile)
+        rest = None
+        for begin in range(0, tensor.parameters, step):
+            values = tensor.values(begin, min(begin + step, tensor.parameters), self._reader.values)
+            if rest is not None:
+                values = torch.cat((rest, values))
+            pieces = values.split(elements)
+            rest = pieces[-1] if pieces[-1].numel() < elements else None
+            yield from pieces[:-1] if rest is not None else pieces
+        if rest is not None:
+            yield rest
+
+    @cached_property
+    def _reader(self) -> PlainReader:
+        return PlainReader(source=self.source, loaded=self.loaded)
+
+
+def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True) -> Checkpoint:
     """Find the weight files as transformers would and read their headers.
 
-    Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint.
+    Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint and, if `strict`, for packed
+    tensors that can't be decoded.
     """
     names = {file.path: file for file in source.files}
     warnings: tuple[str, ...] = ()
@@ -116,20 +130,21 @@ def open_checkpoint(source: Source, *, allow_pickle: bool) -> Checkpoint:
         weight_map = _read_index(source, INDEX_FILE)
         files = tuple(sorted(set(weight_map.values())))
     elif PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
-        return _open_pickles(source, allow_pickle=allow_pickle)
+        return _open_pickles(source, allow_pickle=allow_pickle, strict=strict)
     else:
         raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
     for name in files:
         if name not in names:
             raise absent_error(source, f"`{name}` is listed in `{INDEX_FILE}` but missing", "download the model again")
-    tensors: dict[str, TensorMeta] = {}
+    stored: dict[str, TensorMeta] = {}
     for name in files:
         for tensor in read_header(name, names[name].bytes, lambda b, e, n=name: source.read(n, b, e)):
-            other = tensors.setdefault(tensor.name, tensor)
+            other = stored.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(f"tensor `{tensor.name}` is both in `{other.file}` and in `{name}`")
-    _check_index(weight_map, tensors, INDEX_FILE)
-    return Checkpoint(source=source, tensors=tensors, weight_files=files, warnings=warnings)
+    _check_index(weight_map, stored, INDEX_FILE)
+    tensors = logical_tensors(source, stored, strict=strict)
+    return Checkpoint(source=source, tensors=tensors, stored=stored, weight_files=files, warnings=warnings)
 
 
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorMeta], index: str) -> None:
@@ -149,18 +164,7 @@ def _read_index(source: Source, index: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview, tensor: TensorMeta) -> None:
-    while view:
-        count = readinto(view)
-        if not count:
-            raise CheckpointError(
-                f"`{tensor.file}` ends within tensor `{tensor.name}`",
-                hint="the file changed while it was read",
-            )
-        view = view[count:]
-
-
-def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
+def _open_pickles(source: Source, *, allow_pickle: bool, strict: bool) -> Checkpoint:
     names = {file.path: file for file in source.files}
     if not allow_pickle:
         raise CheckpointError(
@@ -179,7 +183,7 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
             )
     # a pickle has no header that can be read alone
     source.fetch(files)
-    tensors: dict[str, TensorMeta] = {}
+    stored: dict[str, TensorMeta] = {}
     loaded: dict[str, Tensor] = {}
     for name in files:
         for key, value in read_pickle(source.root / name).items():
@@ -199,8 +203,11 @@ def _open_pickles(source: Source, *, allow_pickle: bool) -> Checkpoint:
                 name=key, shape=value.shape, dtype=code, file=name, begin=value.begin, end=value.end,
                 strides=value.strides,
             )  # fmt: skip
-            other = tensors.setdefault(key, meta)
+            other = stored.setdefault(key, meta)
             if other is not meta:
                 raise CheckpointError(f"tensor `{key}` is both in `{other.file}` and in `{name}`")
-    _check_index(weight_map, tensors, PICKLE_INDEX_FILE)
-    return Checkpoint(source=source, tensors=tensors, weight_files=files, pickled=True, loaded=loaded)
+    _check_index(weight_map, stored, PICKLE_INDEX_FILE)
+    return Checkpoint(
+        source=source, tensors=logical_tensors(source, stored, strict=strict), stored=stored, weight_files=files,
+        pickled=True, loaded=loaded,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where one stored tensor lies, and the dtypes of safetensors."""
+"""One tensor of a checkpoint, and the dtypes of safetensors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ DTYPE_CODES = {name: code for code, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMeta:
-    """One stored tensor: what it is and where its bytes are."""
+    """One tensor of a checkpoint: what its values are, and where they are stored.
+
+    A tensor that is not stored as it is, but packed in a format of `formats/`, is a `PackedTensor`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """The safetensors code: `BF16`, `F32`, …"""
+    """Of the values, as they are read; the safetensors code: `BF16`, `F32`, …"""
     file: str
     begin: int
     """First byte, counted from the start of the file."""
@@ -47,5 +50,24 @@ class TensorMeta:
 
     @property
     def nbytes(self) -> int:
-        """Stored size in bytes."""
+        """Size of the values in bytes."""
         return self.parameters * ITEM_BYTES[self.dtype]
+
+    @property
+    def stored_in(self) -> tuple[TensorMeta, ...]:
+        """The stored tensors that it is made of: itself."""
+        return (self,)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the data that it is stored in, as reports count it."""
+        return self.nbytes
+
+    @property
+    def counted_as(self) -> str:
+        """The dtype that reports count it under: torch's name, or the tag of a format."""
+        return TORCH_NAMES[self.dtype]
+
+    def reading_bytes(self, elements: int) -> int:
+        """What reading so many elements at once allocates beside their values, in bytes."""
+        return 0

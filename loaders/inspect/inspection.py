@@ -130,13 +130,13 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         return _inspect_gguf(source, read_gguf_header(source.root / source.gguf_file))
     names = {file.path: file for file in source.files}
     metas, warnings = open_tensors(source)
-    tensors = stored_tensors(source, metas)
+    tensors = stored_tensors(source, metas.values())
     report = read_prepared(source) if REPORT_FILE in names else None
     places = [(source, "")]
     if report is not None and (source.root / "adapter").is_dir():
         places.append((resolve_source(str(source.root / "adapter"), None), "adapter/"))
     adapter = None
-    files = [names[file] for file in dict.fromkeys(meta.file for meta in metas.values())]
+    files = [names[file] for file in dict.fromkeys(part.file for meta in metas.values() for part in meta.stored_in)]
     for place, prefix in places:
         found = {file.path: file for file in place.files}
         if ADAPTER_CONFIG in found:
@@ -144,7 +144,7 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         if ADAPTER_FILE in found:
             size = found[ADAPTER_FILE].bytes
             header = read_header(ADAPTER_FILE, size, lambda b, e, p=place: p.read(ADAPTER_FILE, b, e))
-            tensors += stored_tensors(place, {meta.name: meta for meta in header}, prefix=prefix)
+            tensors += stored_tensors(place, header, prefix=prefix)
             files.append(SourceFile(path=prefix + ADAPTER_FILE, bytes=size, sha256=None))
     if not files and report is None:
         raise _no_weights(source, names)

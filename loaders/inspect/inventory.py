@@ -1,47 +1,37 @@
-"""The tensors of a checkpoint as its headers list them, each with what it is for.
+"""The tensors of a checkpoint as the model knows them, from headers alone: a packed weight and its parts are one.
 
-A 4-bit weight and its statistics are one tensor here. The modules are not known, so names alone tell what is for what.
+There are no modules here, so each tensor's component is decided by its name.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from ..checkpoint.formats.registry import logical_tensors
 from ..checkpoint.safetensors_header import read_header
-from ..checkpoint.tensors import TORCH_NAMES, TensorMeta
+from ..checkpoint.tensors import TensorMeta
 from ..errors import CheckpointError
 from ..model.components import Component, component_by_name
 from ..source.source import ADAPTER_FILE, Source
 
-_STATE = ".quant_state.bitsandbytes__"
-
-
-_MAX_STATE_BYTES = 10_000
-
-
-_REQUESTS = 16
-"""Ranges that are asked of a hub at a time."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """One tensor as the model knows it: a 4-bit weight and its statistics are one."""
+    """One tensor as the model knows it."""
 
     name: str
     dtype: str
-    """torch's name, `nf4` or `fp4`, or a GGUF type."""
+    """torch's name, the tag of a packed format, or a GGUF type."""
     shape: tuple[int, ...]
     """The logical shape."""
     bytes: int
-    """Of the data; the JSON state of a 4-bit weight counts as file overhead, as in the report."""
+    """Of the data, as the report counts it."""
     file: str
     component: Component
     parts: tuple[tuple[Path, int, int], ...]
@@ -86,78 +76,38 @@ def grouped(tensors: Iterable[StoredTensor], attribute: str) -> dict[str, list[S
 
 
 def open_tensors(source: Source) -> tuple[Mapping[str, TensorMeta], tuple[str, ...]]:
-    """The model's tensors by name, and what to warn of; without weights under the usual names, of any other."""
+    """The tensors of the usual weight files by name, or else of any other files, and warnings."""
     sizes = {file.path: file.bytes for file in source.files}
     if SINGLE_FILE in sizes or INDEX_FILE in sizes:
-        checkpoint = open_checkpoint(source, allow_pickle=False)
+        checkpoint = open_checkpoint(source, allow_pickle=False, strict=False)
         return checkpoint.tensors, checkpoint.warnings
-    tensors: dict[str, TensorMeta] = {}
+    stored: dict[str, TensorMeta] = {}
     for name, size in sizes.items():
         if name.endswith(".safetensors") and name != ADAPTER_FILE:
             for tensor in read_header(name, size, lambda b, e, n=name: source.read(n, b, e)):
-                other = tensors.setdefault(tensor.name, tensor)
+                other = stored.setdefault(tensor.name, tensor)
                 if other is not tensor:
                     raise CheckpointError(f"tensor `{tensor.name}` is both in `{other.file}` and in `{name}`")
-    return tensors, ()
+    return logical_tensors(source, stored, strict=False), ()
 
 
-def stored_tensors(source: Source, metas: Mapping[str, TensorMeta], prefix: str = "") -> list[StoredTensor]:
-    """The tensors of some headers, 4-bit weights put together; `prefix` is put before the names of their files.
-
-    Raises `CheckpointError` for the state of a 4-bit weight that is malformed.
-    """
-    packed = _packed(source, metas)
-    parts: dict[str, list[TensorMeta]] = {}
-    for name, meta in metas.items():
-        weight = name.partition(_STATE)[0]
-        owner = weight if weight in packed else name.rpartition(".")[0]
-        parts.setdefault(owner if owner in packed else name, []).append(meta)
-    tensors = []
-    for name, group in parts.items():
-        first = metas[name]
-        dtype, shape = packed.get(name, (TORCH_NAMES[first.dtype], first.shape))
-        tensors.append(
-            StoredTensor(
-                name=name,
-                dtype=dtype,
-                shape=shape,
-                bytes=sum(meta.nbytes for meta in group if _STATE not in meta.name),
-                file=prefix + first.file,
-                component=component_by_name(name),
-                parts=tuple(
-                    (source.root / meta.file, meta.begin, meta.end)
-                    for meta in sorted(group, key=lambda meta: meta.name)
-                ),
-            )
+def stored_tensors(source: Source, tensors: Iterable[TensorMeta], prefix: str = "") -> list[StoredTensor]:
+    """Describe tensors of `source`; `prefix` is put before the names of their files."""
+    return [
+        StoredTensor(
+            name=tensor.name,
+            dtype=tensor.counted_as,
+            shape=tensor.shape,
+            bytes=tensor.stored_bytes,
+            file=prefix + tensor.file,
+            component=component_by_name(tensor.name),
+            parts=tuple(
+                (source.root / part.file, part.begin, part.end)
+                for part in sorted(tensor.stored_in, key=lambda part: part.name)
+            ),
         )
-    return tensors
-
-
-def _packed(source: Source, metas: Mapping[str, TensorMeta]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """4-bit weights, by name: dtype and logical shape. Reads their small JSON states."""
-    states = [meta for name, meta in metas.items() if _STATE in name]
-
-    def read(state: TensorMeta) -> bytes:
-        if state.nbytes > _MAX_STATE_BYTES:
-            raise CheckpointError(f"tensor `{state.name}` of `{state.file}` is not a bitsandbytes state")
-        return source.read(state.file, state.begin, state.end)
-
-    if source.kind == "hub":
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            contents = list(pool.map(read, states))
-    else:
-        contents = [read(state) for state in states]
-    packed = {}
-    for state, raw in zip(states, contents, strict=True):
-        weight, _, dtype = state.name.partition(_STATE)
-        try:
-            shape = tuple(int(n) for n in json.loads(raw)["shape"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"tensor `{state.name}` of `{state.file}` is not a bitsandbytes state") from error
-        if min(shape, default=0) < 0 or weight not in metas or metas[weight].nbytes != (math.prod(shape) + 1) // 2:
-            raise CheckpointError(f"tensor `{weight}` does not have the size that its 4-bit state tells")
-        packed[weight] = dtype, shape
-    return packed
+        for tensor in tensors
+    ]
 
 
 def natural_key(name: str) -> list[Any]:

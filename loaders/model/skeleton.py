@@ -6,13 +6,11 @@ ties, keeps in float32 or finds missing is its own answer, for every architectur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.formats.nf4 import PackedTensor, find_packed
-from ..checkpoint.tensors import TensorMeta
+from ..checkpoint.formats.registry import already_quantised, claimed_format
 from ..errors import CheckpointError, said_by
 from ..system.quiet import quiet_transformers
 from .components import LinearLayer, component_of
@@ -46,7 +44,7 @@ class Skeleton:
     rows_after: int
     tied: bool
     stored_quantization: dict[str, Any] | None
-    """The `quantization_config` of a checkpoint that holds 4-bit tensors."""
+    """The `quantization_config` of a checkpoint whose weights stay packed."""
     left_out: LeftOut | None
     """What the checkpoint holds beside this model."""
     towers: tuple[str, ...]
@@ -77,26 +75,21 @@ def build_skeleton(
 
     loaded_as = choose_class(checkpoint, config, trust_remote_code=trust_remote_code)
     model_class, config = loaded_as.model_class, loaded_as.config
-    packed = find_packed(checkpoint)
-    stored_quantization = _stored_quantization(checkpoint, config, packed)
+    section = _quantization_section(config)
+    claimed = claimed_format(checkpoint.source, section, checkpoint.packed)
     parts = PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
     left_out = None
     if loaded_as.whole is not None:
         with building(loaded_as.whole.model_class, parts):
-            left_out = find_left_out(
-                checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config), packed
-            )
-    hidden = {meta.name for tensor in packed.values() for meta in tensor.parts if meta.name != tensor.name}
-    if left_out is not None:
-        hidden |= {meta.name for meta in left_out.tensors}
+            left_out = find_left_out(checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config))
     state = {
-        meta.name: torch.empty(_shape(meta, packed), dtype=torch.bfloat16, device="meta")
-        for meta in checkpoint.tensors.values()
-        if meta.name not in hidden
+        name: torch.empty(meta.shape, dtype=torch.bfloat16, device="meta")
+        for name, meta in checkpoint.tensors.items()
+        if left_out is None or name not in left_out.names
     }
     with building(model_class, parts):
         model, info = load_on_meta(model_class, config, state)
-    _check_keys(checkpoint, model, info, packed)
+    _check_keys(checkpoint, model, info)
     mapping, dropped = map_tensors(checkpoint, model, state)
     warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
 
@@ -119,8 +112,8 @@ def build_skeleton(
     if rows_after > rows_before:
         _check_loadable(model, fresh)
     quantisable = quantisable_modules(fresh)
-    if stored_quantization is not None and quantisable and not packed:
-        raise _already_quantised(checkpoint, stored_quantization)
+    if section is not None and quantisable and not checkpoint.packed:
+        raise already_quantised(checkpoint.source, section)
     with quiet_transformers():
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -146,7 +139,7 @@ def build_skeleton(
         names=saved_names(model, mapping, saved_state),
         shapes_before=shapes_before,
         quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
-        packed=packed,
+        stays_packed=checkpoint.stays_packed,
         classes=classes,
         head=head_module,
     )
@@ -166,63 +159,25 @@ def build_skeleton(
         rows_before=rows_before,
         rows_after=rows_after,
         tied=tied,
-        stored_quantization=stored_quantization,
+        stored_quantization=claimed.kept_settings(section) if claimed is not None and section is not None else None,
         left_out=left_out,
         towers=towers,
         warnings=tuple(warnings),
     )
 
 
-_QUANTIZATION_DEFAULTS = {
-    "bnb_4bit_compute_dtype": "float32",
-    "bnb_4bit_quant_storage": "uint8",
-    "bnb_4bit_use_double_quant": False,
-}
-"""What transformers' `BitsAndBytesConfig` takes where an older config.json says nothing."""
+def _quantization_section(config: PretrainedConfig) -> dict[str, Any] | None:
+    section: Any = getattr(config, "quantization_config", None)
+    return section if section is None or isinstance(section, dict) else section.to_dict()
 
 
-def _stored_quantization(
-    checkpoint: Checkpoint, config: PretrainedConfig, packed: Mapping[str, PackedTensor]
-) -> dict[str, Any] | None:
-    """The checkpoint's own `quantization_config`, None for 16-bit weights.
-
-    All stored forms but NF4 are refused: their tensors would only look missing and unexpected. NF4 may come
-    without a 4-bit tensor: of an architecture none of whose layers bitsandbytes replaces.
-    """
-    stored: Any = getattr(config, "quantization_config", None)
-    if stored is None:
-        if packed:
-            raise CheckpointError(
-                f"`{checkpoint.source.model}` holds 4-bit tensors, but its config.json has no `quantization_config`"
-            )
-        return None
-    settings = {**_QUANTIZATION_DEFAULTS, **(stored if isinstance(stored, dict) else stored.to_dict())}
-    if settings.get("bnb_4bit_quant_type") != "nf4" or not (packed or settings.get("load_in_4bit")):
-        raise _already_quantised(checkpoint, settings)
-    return settings
-
-
-def _already_quantised(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> CheckpointError:
-    method = settings.get("quant_method")
-    return CheckpointError(
-        f"`{checkpoint.source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
-        hint="start from the 16-bit model; among quantised ones only bitsandbytes NF4 can be used",
-    )
-
-
-def _shape(meta: TensorMeta, packed: Mapping[str, PackedTensor]) -> tuple[int, ...]:
-    return packed[meta.name].shape if meta.name in packed else meta.shape
-
-
-def _check_keys(
-    checkpoint: Checkpoint, model: PreTrainedModel, info: dict[str, Any], packed: Mapping[str, PackedTensor]
-) -> None:
+def _check_keys(checkpoint: Checkpoint, model: PreTrainedModel, info: dict[str, Any]) -> None:
     problems = []
     mismatched = [
         (name, tuple(stored), tuple(expected))
         for name, stored, expected in sorted(info["mismatched_keys"])
         # bitsandbytes stores the weights of GPT-2's Conv1D transposed
-        if not (packed and tuple(stored) == tuple(expected)[::-1])
+        if not (checkpoint.stays_packed and tuple(stored) == tuple(expected)[::-1])
     ]
     if mismatched:
         name, stored, expected = mismatched[0]

@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.formats.nf4 import PackedTensor
+from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 from ..errors import CheckpointError
 from .buffers import set_after_loading
@@ -71,12 +71,16 @@ class ModelTensor:
     rows_before: int | None = None
     """Rows in the checkpoint, where resizing adds some."""
     conversion: Conversion | None = None
-    packed: PackedTensor | None = None
-    """Set when the checkpoint already holds it in 4 bits."""
     padding: int = 0
     """Elements that are saved but not loaded: rows beyond those that the model has."""
-    four_bit_problem: str | None = None
-    """Why a 4-bit model with this tensor could not be loaded; None where it could."""
+    quantised_problem: str | None = None
+    """Why a quantised model with this tensor could not be loaded; None where it could."""
+
+    @property
+    def packed(self) -> PackedTensor | None:
+        """What it is made from, where that stays packed: transformers loads it without decoding it."""
+        packed = (source for source in self.sources if isinstance(source, PackedTensor))
+        return next((source for source in packed if source.format.stays_packed), None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,8 +163,8 @@ class SavedModel:
     """Of all parameters and buffers, before the embeddings were resized."""
     quantisable: Mapping[str, LinearLayer]
     """The linear layers that bitsandbytes would quantise, by the names of their weights."""
-    packed: Mapping[str, PackedTensor]
-    """What the checkpoint holds in 4 bits, by stored name."""
+    stays_packed: bool
+    """Whether the checkpoint holds weights that transformers does not decode."""
     classes: Mapping[str, str]
     """Module names to class names."""
     head: str | None
@@ -184,7 +188,7 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     dtype = DTYPE_CODES[str(kept[next(iter(kept))].dtype).removeprefix("torch.")]
     if getattr(torch, TORCH_NAMES[dtype]).is_floating_point:
         _check_floats(group, saved, dtype)
-    four_bit_problem = _four_bit_problem(group, saved)
+    quantised_problem = _quantised_problem(group, saved)
     for name, value in kept.items():
         before, after = saved.shapes_before[name], tuple(value.shape)
         if before[1:] != after[1:] or (group.conversion is not None and before != after):
@@ -199,7 +203,7 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             return [
                 ModelTensor(
                     name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-                    sources=group.sources, conversion=group.conversion, four_bit_problem=four_bit_problem,
+                    sources=group.sources, conversion=group.conversion, quantised_problem=quantised_problem,
                     padding=padding if position == 0 else 0,
                 )
                 for position, (name, shape) in enumerate(outputs.items())
@@ -208,22 +212,22 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
         return [
             ModelTensor(
                 name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
-                component=component, sources=(meta,), four_bit_problem=four_bit_problem,
+                component=component, sources=(meta,), quantised_problem=quantised_problem,
             )
             for meta in group.sources
         ]  # fmt: skip
     shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
     source = group.sources[0]
-    if saved.packed:
-        dtype = source.dtype  # what is stored in a 4-bit checkpoint wins over `dtype=` on loading
+    if saved.stays_packed:
+        dtype = source.dtype  # what is stored beside weights that stay packed wins over `dtype=` on loading
     return [
         ModelTensor(
             name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
-            rows_before=before[0] if shape != before else None, packed=saved.packed.get(source.name),
+            rows_before=before[0] if shape != before else None,
             quantised_from=_quantised_from(saved.model, parameter),
             set_after_loading=set_after_loading(saved.model, parameter) if buffer else None,
-            four_bit_problem=four_bit_problem,
+            quantised_problem=quantised_problem,
         )
     ]  # fmt: skip
 
@@ -237,13 +241,15 @@ def _quantised_from(model: PreTrainedModel, parameter: str) -> str:
     return "F32" if kept and build_glob_alternation(kept)[0].search(parameter) else "BF16"
 
 
-def _four_bit_problem(group: Group, saved: SavedModel) -> str | None:
+def _quantised_problem(group: Group, saved: SavedModel) -> str | None:
     """What keeps transformers from loading the group where config.json says that the model is 4-bit."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
     from transformers.utils.quantization_config import QuantizationMethod
 
     if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
         return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
+    if group.conversion is not None and any(isinstance(source, PackedTensor) for source in group.sources):
+        return "is merged or split on loading, which it can't do with packed weights"
     for name in group.parameters:
         if name in saved.quantisable and not _finds_statistics(name):
             return "has 4-bit statistics that it looks for under another name"
@@ -270,7 +276,7 @@ def _check_floats(group: Group, saved: SavedModel, dtype: str) -> None:
     import torch
 
     for meta in group.sources:
-        if meta.name not in saved.packed and not getattr(torch, TORCH_NAMES[meta.dtype]).is_floating_point:
+        if not getattr(torch, TORCH_NAMES[meta.dtype]).is_floating_point:
             raise CheckpointError(
                 f"tensor `{meta.name}` of `{meta.file}` holds {TORCH_NAMES[meta.dtype]}, where the model has "
                 f"{TORCH_NAMES[dtype]}",

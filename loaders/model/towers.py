@@ -6,13 +6,12 @@ the whole model, training on text gives them no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.formats.nf4 import PackedTensor
 from ..checkpoint.tensors import TensorMeta
 from ..decision import Decision
 from .tensor_map import find_targets
@@ -33,7 +32,7 @@ class LeftOut:
     names: tuple[str, ...]
     """Their weights."""
     tensors: tuple[TensorMeta, ...]
-    """The weights and, of those in 4 bits, all that belongs to them."""
+    """All that they are stored in."""
 
     def decision(self, effective: str) -> Decision:
         """That the class `effective` is prepared and not the whole model."""
@@ -47,7 +46,7 @@ class LeftOut:
         )
 
 
-def find_left_out(checkpoint: Checkpoint, whole: PreTrainedModel, packed: Mapping[str, PackedTensor]) -> LeftOut | None:
+def find_left_out(checkpoint: Checkpoint, whole: PreTrainedModel) -> LeftOut | None:
     """The tensors of `checkpoint` that are parameters or buffers of a tower of `whole`; None where it holds none.
 
     A tensor that `whole` does not have is not among them, wherever its name points to.
@@ -63,9 +62,7 @@ def find_left_out(checkpoint: Checkpoint, whole: PreTrainedModel, packed: Mappin
         whole=type(whole).__name__,
         modules=tuple(module for module in modules if module in owners.values()),
         names=tuple(owners),
-        tensors=tuple(
-            part for name in owners for part in (packed[name].parts if name in packed else (checkpoint.tensors[name],))
-        ),
+        tensors=tuple(part for name in owners for part in checkpoint.tensors[name].stored_in),
     )
 
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.formats.nf4 import BLOCK, NESTED_BLOCK, STATE_SUFFIX
+from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, NESTED_BLOCK, STATE_SUFFIX, dynamic_map
 from ..errors import MissingRequirementError, said_by
 
 if TYPE_CHECKING:
@@ -117,31 +117,6 @@ def compress_statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str) -> d
         ".quant_map": torch.tensor(CODE_BOOK, dtype=torch.float32),
         STATE_SUFFIX: state,
     }
-
-
-CODE_BOOK = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The 16 values of NF4 (QLoRA, appendix E)."""
-
-
-@cache
-def dynamic_map() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which absmax is stored.
-
-    Seven decades, each twice as finely divided as the one below, mirrored, and 0 and 1 (arXiv:1511.04561, as
-    bitsandbytes' `create_dynamic_map` computes it).
-    """
-    import torch
-
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 @cache

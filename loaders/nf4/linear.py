@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from ..checkpoint.formats.nf4 import BLOCK, STATE_SUFFIX
+from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, STATE_SUFFIX
 from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..errors import MissingRequirementError
@@ -16,7 +16,7 @@ from ..model.tensor_map import ModelTensor
 from ..steps.plain import All, Cast
 from ..steps.step import Encoder, OutputTensor, Step
 from ..system.cuda import cuda_problem
-from .encode import CODE_BOOK, encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
+from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
 from .quantise import Quantize
 
 
@@ -53,7 +53,7 @@ class Nf4Linear:
 
     def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
         """What keeps transformers from loading a group in 4 bits: the same for all of its tensors."""
-        return tensors[0].four_bit_problem
+        return tensors[0].quantised_problem
 
     def config(self) -> dict[str, Any]:
         """transformers' `BitsAndBytesConfig` as the reference builds it."""

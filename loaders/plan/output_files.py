@@ -48,14 +48,14 @@ def unchanged_files(checkpoint: Checkpoint, steps: tuple[Step, ...], max_bytes: 
         for step in steps
         if isinstance(step.operation, Cast) and step.operation.changes_nothing
     }
-    if checkpoint.pickled or len(kept) != len(steps) or kept.keys() != checkpoint.tensors.keys():
+    if checkpoint.pickled or len(kept) != len(steps) or kept.keys() != checkpoint.stored.keys():
         return ()
     sizes = {file.path: file.bytes for file in checkpoint.source.files}
     if max(sizes[name] for name in checkpoint.weight_files) > max_bytes:
         return ()
     by_file: dict[str, list[Step]] = {name: [] for name in checkpoint.weight_files}
     for name, step in kept.items():
-        by_file[checkpoint.tensors[name].file].append(step)
+        by_file[checkpoint.stored[name].file].append(step)
     return tuple(
         OutputFile(path=name, steps=tuple(by_file[name]), layout=None, size=sizes[name])
         for name in checkpoint.weight_files

@@ -226,7 +226,7 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
     if quantisation is None or config is None or coverage is None:
         return None
     block_size = next(
-        (tensor.packed.block_size for tensor in plan.skeleton.tensors if tensor.packed is not None),
+        (tensor.packed.tile for tensor in plan.skeleton.tensors if tensor.packed is not None),
         quantisation.block_size,
     )
     return {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from ..model.tensor_map import Conversion, ModelTensor
 from .step import Inputs, Operation, OutputTensor, Sink, Step, cast_bytes, torch_dtype
@@ -28,7 +29,8 @@ class Cast:
     @property
     def changes_nothing(self) -> bool:
         """Whether name and bytes stay the same."""
-        return (self.name, self.dtype) == (self.source.name, self.source.dtype)
+        same = (self.name, self.dtype) == (self.source.name, self.source.dtype)
+        return same and not isinstance(self.source, PackedTensor)
 
     def memory(self, chunk_bytes: int) -> int:
         """A chunk and, where the dtype differs, its cast."""
@@ -53,7 +55,8 @@ class Set:
 
     def memory(self, chunk_bytes: int) -> int:
         """The buffer as it is stored, its cast and the result."""
-        return self.source.nbytes + 2 * self.source.parameters * ITEM_BYTES[self.dtype]
+        n = self.source.parameters
+        return self.source.nbytes + self.source.reading_bytes(n) + 2 * n * ITEM_BYTES[self.dtype]
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read it whole: buffers are small."""
@@ -96,7 +99,11 @@ class Grow:
         """A chunk, its cast, its float32 copy, the running sums and the new rows."""
         row = self._row
         chunk = max(chunk_bytes // ITEM_BYTES[self.source.dtype], row * _ROWS_SUMMED)
-        return chunk * (ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.dtype] + 4) + row * (24 + 8 * self.new_rows)
+        return (
+            chunk * (ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.dtype] + 4)
+            + self.source.reading_bytes(chunk)
+            + row * (24 + 8 * self.new_rows)
+        )
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """One pass; the mean is summed in float64 in an order that depends on neither chunks nor threads."""
@@ -132,7 +139,7 @@ class Convert:
     def memory(self, chunk_bytes: int) -> int:
         """The largest source, all of them cast, and both steps of the conversion."""
         cast = sum(meta.parameters for meta in self.sources) * ITEM_BYTES[self.dtype]
-        return max(meta.nbytes for meta in self.sources) + 3 * cast
+        return max(meta.nbytes + meta.reading_bytes(meta.parameters) for meta in self.sources) + 3 * cast
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read, cast as the loader would, convert, and write what comes out."""

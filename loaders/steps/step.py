@@ -141,10 +141,9 @@ class Step:
 
 
 def cast_bytes(source: TensorMeta, dtype: str, chunk_bytes: int) -> int:
-    """Bytes of a chunk in another dtype; none where it is the same."""
-    if source.dtype == dtype:
-        return 0
-    return min(chunk_bytes // ITEM_BYTES[source.dtype], source.parameters) * ITEM_BYTES[dtype]
+    """Bytes that a chunk takes beside itself: those of decoding it, and its copy where the dtype is another."""
+    elements = min(chunk_bytes // ITEM_BYTES[source.dtype], source.parameters)
+    return source.reading_bytes(elements) + (0 if source.dtype == dtype else elements * ITEM_BYTES[dtype])
 
 
 def torch_dtype(code: str) -> torch.dtype:

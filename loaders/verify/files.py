@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.formats.nf4 import STATE_SUFFIX, find_packed
 from ..checkpoint.json_files import fetch_config
 from ..checkpoint.safetensors_header import read_header
-from ..checkpoint.tensors import TORCH_NAMES, TensorMeta
+from ..checkpoint.tensors import TensorMeta
 from ..model.config import load_config, load_generation_config, settings_hash
 from ..model.skeleton import Skeleton, build_skeleton
-from ..nf4.check import check_statistics
 from ..plan.output_files import REPORT_FILE
 from ..source.source import Source, resolve_source
 from ..system.durable import hash_file
@@ -165,24 +162,12 @@ def check_files(context: Context) -> Iterator[str]:
 
 
 def check_tensors(context: Context) -> Iterator[str]:
-    """Counts and dtypes, taken again from the headers, and the statistics of 4-bit weights."""
-    packed = find_packed(context.base)
-    parts = {part.name for tensor in packed.values() for part in tensor.parts}
+    """Counts and dtypes, taken again from the headers, and the statistics of packed weights."""
     counted: dict[str, dict[str, int]] = {}
-
-    def count(dtype: str, tensors: int, nbytes: int) -> None:
-        row = counted.setdefault(dtype, {"tensors": 0, "bytes": 0})
-        row["tensors"] += tensors
-        row["bytes"] += nbytes
-
-    for tensor in _stored_tensors(context):
-        size = 0 if tensor.name.endswith(STATE_SUFFIX) else tensor.nbytes
-        if tensor.name in parts:
-            count("nf4", tensor.name in packed, size)
-        else:
-            count(TORCH_NAMES[tensor.dtype], 1, size)
-    for tensor in context.adapter.values():
-        count(TORCH_NAMES[tensor.dtype], 1, tensor.nbytes)
+    for tensor in (*_base_tensors(context), *context.adapter.values()):
+        row = counted.setdefault(tensor.counted_as, {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += tensor.stored_bytes
     context.found = ", ".join(f"{row['tensors']:,} {dtype}" for dtype, row in sorted(counted.items()))
     reported = context.report["parameters"]["by_dtype"]
     for dtype in sorted({*counted, *reported}):
@@ -191,11 +176,11 @@ def check_tensors(context: Context) -> Iterator[str]:
             if found.get(what, 0) != expected.get(what, 0):
                 yield f"{found.get(what, 0):,} {what} of {dtype}, the report says {expected.get(what, 0):,}"
     if context.base_source.kind != "hub":  # there, each would have to be asked for
-        for weight in packed.values():
-            yield from check_statistics(context.base, weight)
+        for tensor in context.base.packed:
+            yield from tensor.problems(context.base.values)
 
 
-def _stored_tensors(context: Context) -> Iterable[TensorMeta]:
+def _base_tensors(context: Context) -> Iterable[TensorMeta]:
     """The base's tensors: all that were written, or of another's checkpoint those that the model takes."""
     if context.report["base"] == "copy":
         return context.base.tensors.values()
@@ -259,13 +244,11 @@ def _check_parameters(context: Context) -> Iterator[str]:
         frozen = sum(model.get_parameter(name).numel() for name in context.skeleton.never_trained)
         if frozen != context.report["parameters"]["frozen"]:
             yield f"{frozen:,} parameters are frozen, the report says {context.report['parameters']['frozen']:,}"
-    packed = find_packed(context.base)
-    parts = {part.name for tensor in packed.values() for part in tensor.parts}
     buffers = {meta.name for tensor in context.skeleton.tensors if tensor.buffer for meta in tensor.sources}
-    counted = Counter(nf4=sum(math.prod(tensor.shape) for tensor in packed.values()))
-    for tensor in (*_stored_tensors(context), *context.adapter.values()):
-        if tensor.name not in parts and tensor.name not in buffers:
-            counted[TORCH_NAMES[tensor.dtype]] += tensor.parameters
+    counted: Counter[str] = Counter()
+    for tensor in (*_base_tensors(context), *context.adapter.values()):
+        if tensor.name not in buffers:
+            counted[tensor.counted_as] += tensor.parameters
     reported = context.report["parameters"]["by_dtype"]
     for dtype in sorted({*counted, *reported}):
         expected = reported.get(dtype, {}).get("parameters", 0)

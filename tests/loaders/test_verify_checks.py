@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders.checkpoint.checkpoint import open_checkpoint
-from ftload.loaders.checkpoint.formats.nf4 import find_packed
 from ftload.loaders.load import load_prepared
-from ftload.loaders.nf4.check import check_statistics
 from ftload.loaders.progress import Silent
 from ftload.loaders.report.outputs import read_report
 from ftload.loaders.source.source import resolve_source
@@ -359,7 +357,8 @@ def packed(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any], we
     save_file(deepcopy(tensors), directory / "model.safetensors")
     (directory / "config.json").write_text("{}")
     checkpoint = open_checkpoint(resolve_source(str(directory), None), allow_pickle=False)
-    return list(check_statistics(checkpoint, find_packed(checkpoint)["W"]))
+    (tensor,) = checkpoint.packed
+    return list(tensor.problems(checkpoint.values))
 
 
 def test_4_bit_without_double_quantisation(tmp_path: Path) -> None:
@@ -395,4 +394,5 @@ def test_statistics_of_odd_weights_are_honest(tmp_path: Path, kind: str) -> None
     )
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
-    assert list(check_statistics(checkpoint, find_packed(checkpoint)["W"])) == []
+    (tensor,) = checkpoint.packed
+    assert list(tensor.problems(checkpoint.values)) == []

@@ -1,1 +1,1 @@
-"""How checkpoints store weights: one file a format."""
+"""How checkpoints store weights: `interface.py` says what a format answers, one file a format answers it."""

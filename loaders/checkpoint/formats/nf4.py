@@ -1,100 +1,318 @@
-"""bitsandbytes NF4: which stored tensors make up one 4-bit weight."""
+"""4-bit weights of bitsandbytes: how they are stored, decoded, and checked.
+
+A weight `W` of n elements is stored as `W` (uint8, (n+1)//2 × 1: two codes a byte, the first in the upper half),
+`.absmax` (one a block: float32, or uint8 codes with double quantisation), `.quant_map` (float32, 16: the code book) and
+`.quant_state.bitsandbytes__nf4` (uint8: JSON); with double quantisation `.nested_absmax` (float32, one for 256 blocks)
+and `.nested_quant_map` (float32, 256) as well. Sources: QLoRA, arXiv:2305.14314, appendix E for the code book and
+section 3 for double quantisation; bitsandbytes' `QuantState.as_dict(packed=True)` for the layout.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
-from ..checkpoint import Checkpoint
-from ..tensors import TensorMeta
+from ..tensors import DTYPE_CODES, TensorMeta
+from .interface import Headers, PackedTensor, Read
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 64
-"""Weights that share one absolute maximum."""
+"""Weights that share one absmax."""
 
 
 NESTED_BLOCK = 256
-"""Absolute maxima that share one of their own."""
+"""Values of absmax that share one of their own."""
 
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 
 
-_OTHER_STATE = ".quant_state.bitsandbytes__"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedTensor:
-    """A weight that the checkpoint already holds in 4 bits."""
-
-    name: str
-    shape: tuple[int, ...]
-    """The logical shape, (out_features, in_features)."""
-    parts: tuple[TensorMeta, ...]
-    """The tensors that it is stored in."""
-    block_size: int
-
-
-def find_packed(checkpoint: Checkpoint) -> dict[str, PackedTensor]:
-    """The 4-bit weights of a checkpoint, by name. Reads their small JSON states, no weights.
-
-    Raises `CheckpointError` for FP4 and for states that are malformed.
-    """
-    packed = {}
-    for name, state in checkpoint.tensors.items():
-        if _OTHER_STATE in name and not name.endswith(STATE_SUFFIX):
-            raise CheckpointError(
-                f"tensor `{name}`: only NF4 is supported among 4-bit formats", hint="start from the 16-bit model"
-            )
-        if not name.endswith(STATE_SUFFIX):
-            continue
-        weight = name.removesuffix(STATE_SUFFIX)
-        if state.nbytes > _MOST_STATE_BYTES:
-            raise CheckpointError(f"tensor `{name}` of `{state.file}` is too long to be a bitsandbytes state")
-        try:
-            raw = checkpoint.source.read(state.file, state.begin, state.end)
-            shape, block_size, nested_block_size = _parse_state(raw)
-            sizes = _part_sizes(math.prod(shape), block_size, nested_block_size)
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise CheckpointError(f"tensor `{name}` of `{state.file}` is not a bitsandbytes state") from error
-        parts = []
-        for suffix, size in sizes.items():
-            part = checkpoint.tensors.get(weight + suffix)
-            if part is None:
-                raise CheckpointError(f"tensor `{weight}{suffix}` of a 4-bit weight is missing")
-            if part.parameters != size:
-                raise CheckpointError(f"tensor `{part.name}` does not have the size that its 4-bit state tells")
-            parts.append(part)
-        packed[weight] = PackedTensor(name=weight, shape=shape, parts=(*parts, state), block_size=block_size)
-    return packed
+_ANY_STATE = ".quant_state.bitsandbytes__"
+"""What follows is the type: nf4 or fp4."""
 
 
 _MOST_STATE_BYTES = 64 * 1024
 """A state has some 200."""
 
 
-def _parse_state(raw: bytes) -> tuple[tuple[int, ...], int, int | None]:
-    """Shape, block size and, with double quantisation, the size of its blocks.
+CODE_BOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 values of NF4 (QLoRA, appendix E)."""
 
-    Raises one of several errors unless everything is there that `QuantState.from_dict` takes.
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit type (float32, ascending), in which absmax is stored.
+
+    Seven decades, each twice as finely divided as the one below, mirrored, and 0 and 1 (arXiv:1511.04561, as
+    bitsandbytes' `create_dynamic_map` computes it).
     """
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """What the JSON state of a 4-bit weight says."""
+
+    shape: tuple[int, ...]
+    """(out_features, in_features)."""
+    dtype: str
+    """torch's name for what the weight was, and is decoded to."""
+    block_size: int
+    nested_block_size: int | None
+    """None without double quantisation."""
+    nested_offset: float
+    """What was taken off absmax before that was quantised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed4Bit(PackedTensor):
+    """A weight in 4 bits."""
+
+    state: State
+
+    def reading_bytes(self, elements: int) -> int:
+        """Codes as they are stored (half a byte) and as indices (2 bytes), float32 values, and those of absmax."""
+        elements = min(max(elements, self.tile), self.parameters)
+        blocks = -(-elements // self.state.block_size)
+        return elements * 13 // 2 + blocks * 32 + 4096
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of codes and statistics; the JSON state counts as the file's overhead."""
+        return sum(part.nbytes for part in self.parts if _ANY_STATE not in part.name)
+
+    def values(self, begin: int, end: int, read: Read) -> Tensor:
+        """Decode as bitsandbytes' `dequantize_4bit` does on a CPU: the code book's value times absmax, in float32."""
+        import torch
+
+        size, count = self.state.block_size, end - begin
+        codes = read(self.parts[0], begin // 2, (end + 1) // 2).int()
+        values = _pairs().index_select(0, codes).flatten()[:count]
+        absmax = self._absmax(begin // size, -(-end // size), read)
+        whole = count // size
+        values[: whole * size].view(whole, size).mul_(absmax[:whole, None])
+        if whole * size < count:
+            values[whole * size :].mul_(absmax[-1])
+        return values.to(getattr(torch, self.state.dtype))
+
+    def _absmax(self, first: int, last: int, read: Read) -> Tensor:
+        """Of the blocks from `first` to `last` (exclusive), in float32."""
+        import torch
+
+        parts = self._by_suffix()
+        stored = read(parts[".absmax"], first, last)
+        if self.state.nested_block_size is None:
+            return stored.float()
+        size = self.state.nested_block_size
+        nested_map = read(parts[".nested_quant_map"], 0, 256)
+        nested = read(parts[".nested_absmax"], first // size, -(-last // size))
+        scales = nested.index_select(0, torch.arange(first, last) // size - first // size)
+        return nested_map.index_select(0, stored.int()).mul_(scales).add_(self.state.nested_offset)
+
+    def problems(self, read: Read) -> Iterator[str]:
+        """What is wrong with the two maps and absmax: no hash tells what was never right.
+
+        Read are the maps and absmax with its own: a byte in thirty-two of a 4-bit weight.
+        """
+        import torch
+
+        def whole(part: TensorMeta) -> Tensor:
+            return read(part, 0, part.parameters)
+
+        parts = self._by_suffix()
+        if whole(parts[".quant_map"]).tolist() != torch.tensor(CODE_BOOK).tolist():
+            yield f"`{self.name}.quant_map` is not the code book of NF4"
+        absmax = whole(parts[".absmax"])
+        if self.state.nested_block_size is not None:
+            if not torch.allclose(whole(parts[".nested_quant_map"]).float(), dynamic_map()):
+                yield f"`{self.name}.nested_quant_map` is not bitsandbytes' map of 8-bit codes"
+            nested = whole(parts[".nested_absmax"])
+            if not torch.isfinite(nested).all() or (nested < 0).any():
+                yield f"`{self.name}.nested_absmax` is not finite, or negative"
+                return
+            problem = _nested_problem(absmax, nested, self.state.nested_block_size, self.state.nested_offset)
+            if problem is not None:
+                yield f"`{self.name}.absmax` and `.nested_absmax` are not of a quantised weight: {problem}"
+            is_zero = self.state.nested_offset == 0 and not nested.any()
+        else:
+            if not torch.isfinite(absmax).all() or (absmax < 0).any():
+                yield f"`{self.name}.absmax` is not finite, or negative"
+            is_zero = not absmax.any()
+        if is_zero and not _all_zero(self.parts[0], read):
+            yield f"`{self.name}.absmax` is zero, and its codes are not"
+
+    def _by_suffix(self) -> dict[str, TensorMeta]:
+        return {part.name.removeprefix(self.name): part for part in self.parts}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bitsandbytes4Bit:
+    """NF4, and FP4 to be shown."""
+
+    name: str = "bitsandbytes NF4"
+    method: str = "bitsandbytes"
+    kind: str = "4-bit"
+    stays_packed: bool = True
+
+    def find(self, headers: Headers, *, strict: bool) -> Iterator[Packed4Bit]:
+        """4-bit weights. Reads their small JSON states.
+
+        Raises `CheckpointError` for states that are malformed and codes of another size; if `strict`, also for FP4, and
+        for statistics that are missing or of another size.
+        """
+        states = [tensor for name, tensor in headers.tensors.items() if _ANY_STATE in name]
+        for state in states:
+            if strict and not state.name.endswith(STATE_SUFFIX):
+                raise CheckpointError(
+                    f"tensor `{state.name}`: only NF4 is supported among 4-bit formats",
+                    hint="start from the 16-bit model",
+                )
+            if state.nbytes > _MOST_STATE_BYTES:
+                raise CheckpointError(f"tensor `{state.name}` of `{state.file}` is too long to be a bitsandbytes state")
+        for meta, raw in zip(states, headers.read(states), strict=True):
+            weight, _, quant_type = meta.name.partition(_ANY_STATE)
+            try:
+                state = _parse_state(raw, quant_type)
+                sizes = _part_sizes(state)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                raise CheckpointError(f"tensor `{meta.name}` of `{meta.file}` is not a bitsandbytes state") from error
+            parts = _find_parts(headers.tensors, weight, sizes, strict=strict)
+            yield Packed4Bit(
+                name=weight, shape=state.shape, dtype=DTYPE_CODES[state.dtype], file=parts[0].file,
+                begin=parts[0].begin, end=parts[0].end, format=self, parts=(*parts, meta), tag=quant_type,
+                tile=state.block_size * (1 + state.block_size % 2), state=state,
+            )  # fmt: skip
+
+    def claims(self, section: Mapping[str, Any], *, found: bool) -> bool:
+        """NF4, which may come without a 4-bit tensor: of an architecture none of whose layers are quantised."""
+        return section.get("bnb_4bit_quant_type") == "nf4" and bool(found or section.get("load_in_4bit"))
+
+    def kept_settings(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings, with what transformers takes where an older config.json says nothing."""
+        return {**_DEFAULTS, **section}
+
+
+_DEFAULTS = {
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_use_double_quant": False,
+}
+"""Those of transformers' `BitsAndBytesConfig`."""
+
+
+def _parse_state(raw: bytes, quant_type: str) -> State:
+    """Read a JSON state. Raises one of several errors unless it holds all that `QuantState.from_dict` takes."""
     values = json.loads(raw)
-    shape, block_size, nested = tuple(values["shape"]), values["blocksize"], values.get("nested_blocksize")
-    sizes = [*shape, block_size] if nested is None else [*shape, block_size, nested]
-    fits = all(type(size) is int and size > 0 for size in sizes) and values["quant_type"] == "nf4"
-    fits = fits and values["dtype"] in ("bfloat16", "float16", "float32")
-    if nested is not None:
-        fits = fits and values["nested_dtype"] == "float32" and math.isfinite(values["nested_offset"])
-    if not fits:
+    state = State(
+        shape=tuple(values["shape"]),
+        dtype=values["dtype"],
+        block_size=values["blocksize"],
+        nested_block_size=values.get("nested_blocksize"),
+        nested_offset=0.0 if values.get("nested_blocksize") is None else values["nested_offset"],
+    )
+    sizes = [*state.shape, state.block_size]
+    fits = values["quant_type"] == quant_type and state.dtype in ("bfloat16", "float16", "float32")
+    if state.nested_block_size is not None:
+        sizes.append(state.nested_block_size)
+        fits = fits and values["nested_dtype"] == "float32" and math.isfinite(state.nested_offset)
+    if not fits or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError("not a state that bitsandbytes would take")
-    return shape, block_size, nested
+    return state
 
 
-def _part_sizes(n: int, block_size: int, nested_block_size: int | None) -> dict[str, int]:
-    """Suffix to the number of elements, of what a weight of n elements is stored in beside its state."""
-    blocks = -(-n // block_size)
+def _part_sizes(state: State) -> dict[str, int]:
+    """Suffix to the number of elements, of what a weight is stored in beside its state."""
+    n = math.prod(state.shape)
+    blocks = -(-n // state.block_size)
     sizes = {"": (n + 1) // 2, ".absmax": blocks, ".nested_absmax": 0, ".quant_map": 16, ".nested_quant_map": 256}
-    if nested_block_size is None:
+    if state.nested_block_size is None:
         return {suffix: size for suffix, size in sizes.items() if "nested" not in suffix}
-    return {**sizes, ".nested_absmax": -(-blocks // nested_block_size)}
+    return {**sizes, ".nested_absmax": -(-blocks // state.nested_block_size)}
+
+
+def _find_parts(
+    tensors: Mapping[str, TensorMeta], weight: str, sizes: Mapping[str, int], *, strict: bool
+) -> list[TensorMeta]:
+    """The codes and, as far as they are there, the statistics; all of them if `strict`."""
+    parts = []
+    for suffix, size in sizes.items():
+        part = tensors.get(weight + suffix)
+        if part is None:
+            if strict or not suffix:
+                raise CheckpointError(f"tensor `{weight}{suffix}` of a 4-bit weight is missing")
+            continue
+        # codes may be stored in any dtype, which takes the same bytes
+        if part.parameters != size if strict else not suffix and part.nbytes != size:
+            raise CheckpointError(f"tensor `{part.name}` does not have the size that its 4-bit state tells")
+        parts.append(part)
+    return parts
+
+
+@cache
+def _pairs() -> Tensor:
+    """The two values of each byte of codes (float32, 256 × 2)."""
+    import torch
+
+    book = torch.tensor(CODE_BOOK, dtype=torch.float32)
+    return torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)
+
+
+_TOLERANCE = 0.02
+"""Of a block's own absmax. The 8-bit map is nowhere coarser than 0.0141, and ends at -0.993."""
+
+
+def _nested_problem(absmax: Tensor, nested: Tensor, blocks: int, offset: float) -> str | None:
+    """What double quantisation can't have given: absmax (uint8, n), nested (float32, one for each `blocks` of them).
+
+    The mean of absmax is taken off as the offset before it is quantised, so what is stored adds up to nothing; each
+    block of it is scaled by its own largest; and absmax is nowhere negative.
+    """
+    import torch
+
+    n = absmax.numel()
+    scaled = torch.nn.functional.pad(dynamic_map()[absmax.long()], (0, -n % blocks)).reshape(-1, blocks)
+    # a block of equal values has the scale 0, and whatever code that gives, they all have it
+    codes = absmax.split(blocks)
+    if any((codes[index] != codes[index][0]).any() for index in (nested == 0).nonzero().flatten().tolist()):
+        return "a block's scale is 0, and its codes differ"
+    if (scaled.abs().amax(dim=1)[nested > 0] < 1 - _TOLERANCE).any():
+        return "a block does not reach its scale"
+    values = (scaled * nested[:, None]).flatten()[:n]
+    most = _TOLERANCE * nested.max().item()
+    if abs(values.mean().item()) > most:
+        return "their mean is not the offset"
+    if values.min().item() + offset < -most:
+        return "some are negative"
+    return None
+
+
+_ZERO_CODES = 0x77
+"""Two weights that are zero."""
+
+
+_READ_AT_ONCE = 1024 * 1024
+
+
+def _all_zero(codes: TensorMeta, read: Read) -> bool:
+    return all(
+        bool((read(codes, begin, min(begin + _READ_AT_ONCE, codes.parameters)) == _ZERO_CODES).all())
+        for begin in range(0, codes.parameters, _READ_AT_ONCE)
+    )

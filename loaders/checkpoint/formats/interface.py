@@ -1,0 +1,147 @@
+"""What a stored format answers, and the values that cross the seam.
+
+A checkpoint holds *logical* tensors, which the model knows, in *stored* ones, which the headers list. Most are stored
+as they are. Of the others, a format says which stored tensors make up a logical one, and decodes its values while they
+are read: whoever copies, casts, quantises or grows a tensor knows nothing of formats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...source.source import Source
+from ..json_files import read_json
+from ..tensors import TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Read = Callable[[TensorMeta, int, int], "Tensor"]
+"""Reads a stored tensor: its elements from the first to the last (exclusive), flat, in the stored dtype."""
+
+
+_REQUESTS = 16
+"""Ranges that are asked of a hub at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headers:
+    """What a format finds its tensors in."""
+
+    source: Source
+    tensors: Mapping[str, TensorMeta]
+    """The stored tensors, by name."""
+
+    @cached_property
+    def section(self) -> Mapping[str, Any]:
+        """config.json's `quantization_config`; empty where there is none."""
+        if not any(file.path == "config.json" for file in self.source.files):
+            return {}
+        section = read_json(self.source, "config.json").get("quantization_config")
+        return section if isinstance(section, dict) else {}
+
+    def read(self, tensors: Sequence[TensorMeta]) -> list[bytes]:
+        """The bytes of small tensors, in their order; of a hub, many are asked for at once."""
+
+        def read_one(tensor: TensorMeta) -> bytes:
+            return self.source.read(tensor.file, tensor.begin, tensor.end)
+
+        if self.source.kind != "hub":
+            return [read_one(tensor) for tensor in tensors]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            return list(pool.map(read_one, tensors))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTensor(TensorMeta, ABC):
+    """A logical tensor that is decoded from stored ones.
+
+    `shape` is the logical shape, `dtype` that of the decoded values; `file`, `begin` and `end` are its first part's.
+    Each format has a subclass with what it needs to decode.
+    """
+
+    format: StoredFormat
+    parts: tuple[TensorMeta, ...]
+    """The stored tensors that it is made of, the one with the weights first."""
+    tag: str
+    """The dtype that reports count it under."""
+    tile: int
+    """Elements that are decoded together; the last ones may be fewer."""
+
+    @abstractmethod
+    def values(self, begin: int, end: int, read: Read) -> Tensor:
+        """Decode the elements from `begin` to `end` (exclusive): flat, in `dtype`.
+
+        `begin` is a multiple of `tile`, and so is `end` unless it is the last of all.
+        """
+
+    @abstractmethod
+    def reading_bytes(self, elements: int) -> int:
+        """What decoding so many elements at once allocates beside their values, in bytes."""
+
+    def problems(self, read: Read) -> Iterator[str]:
+        """What is stored and can't have come from encoding a weight; its files lie on this machine."""
+        return iter(())
+
+    @property
+    def stored_in(self) -> tuple[TensorMeta, ...]:
+        """The stored tensors that it is made of."""
+        return self.parts
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the data that it is stored in, as reports count it."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def counted_as(self) -> str:
+        """The dtype that reports count it under: the format's tag."""
+        return self.tag
+
+
+class StoredFormat(Protocol):
+    """A way to store weights in fewer bits. Nothing that finds or shows them imports torch."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """Its `quant_method` in config.json."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What messages call its tensors: `4-bit`."""
+        ...
+
+    @property
+    def stays_packed(self) -> bool:
+        """Whether transformers loads such a model without decoding it, so that training can start from it as it is.
+
+        Everything else of the checkpoint is then loaded in the dtype that it is stored in.
+        """
+        ...
+
+    def find(self, headers: Headers, *, strict: bool) -> Iterator[PackedTensor]:
+        """The tensors that are stored in this format.
+
+        Raises `CheckpointError` for what can't be understood and, if `strict`, for what can't be decoded: parts that
+        are missing or of another size, and what is known only to be shown.
+        """
+        ...
+
+    def claims(self, section: Mapping[str, Any], *, found: bool) -> bool:
+        """Whether config.json's `quantization_config` means this format; `found` says that there are such tensors."""
+        ...
+
+    def kept_settings(self, section: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What config.json goes on saying where weights stay packed; None where they are decoded."""
+        ...

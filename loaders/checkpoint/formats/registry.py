@@ -1,0 +1,59 @@
+"""All formats that weights are stored in, and what a checkpoint holds once they have been asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ...errors import CheckpointError
+from ...source.source import Source
+from ..tensors import TensorMeta
+from .interface import Headers, PackedTensor, StoredFormat
+from .nf4 import Bitsandbytes4Bit
+
+FORMATS: tuple[StoredFormat, ...] = (Bitsandbytes4Bit(),)
+
+
+def logical_tensors(source: Source, stored: Mapping[str, TensorMeta], *, strict: bool) -> dict[str, TensorMeta]:
+    """The tensors that the model knows, by name: what a packed tensor is made of is hidden behind it.
+
+    Raises `CheckpointError` as `StoredFormat.find` does.
+    """
+    headers = Headers(source=source, tensors=stored)
+    owners: dict[str, PackedTensor] = {}
+    for form in FORMATS:
+        for tensor in form.find(headers, strict=strict):
+            owners |= {part.name: tensor for part in tensor.parts}
+    found = (owners.get(name, meta) for name, meta in stored.items())
+    return {tensor.name: tensor for tensor in found}
+
+
+def claimed_format(
+    source: Source, section: Mapping[str, Any] | None, packed: Collection[PackedTensor]
+) -> StoredFormat | None:
+    """The format that `quantization_config` of config.json means; None for weights that are stored as they are.
+
+    Raises `CheckpointError` where it is not known, or the tensors are stored otherwise: they would only look missing
+    and unexpected.
+    """
+    found = [form for form in FORMATS if any(tensor.format is form for tensor in packed)]
+    if section is None:
+        if found:
+            raise CheckpointError(
+                f"`{source.model}` holds {found[0].kind} tensors, but its config.json has no `quantization_config`"
+            )
+        return None
+    claimed = next((form for form in FORMATS if form.claims(section, found=form in found)), None)
+    if claimed is None or any(form is not claimed for form in found):
+        raise already_quantised(source, section)
+    return claimed
+
+
+def already_quantised(source: Source, section: Mapping[str, Any]) -> CheckpointError:
+    """The error for weights in a format that is not known, whatever config.json calls it."""
+    method = section.get("quant_method")
+    return CheckpointError(
+        f"`{source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
+        hint=f"start from the 16-bit model; among quantised ones only {' and '.join(form.name for form in FORMATS)} "
+        "can be used",
+    )
