@@ -49,7 +49,7 @@ from .write.weights import write_weights
 
 if TYPE_CHECKING:
     from .flags.declared import Arguments, PlanOptions
-    from .memory.estimate import Sharding
+    from .memory.sharding import Sharding
     from .progress import Progress
 
 
@@ -237,7 +237,7 @@ def _fit_to_machine(run: Run, plan: Plan) -> tuple[Plan, Encoder | None]:
 
 
 def _sharding(options: PlanOptions) -> Sharding | None:
-    from .memory.estimate import Sharding
+    from .memory.sharding import Sharding
 
     if options.fsdp is not None:
         return Sharding(method="fsdp", gpus=options.fsdp)

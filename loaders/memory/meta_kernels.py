@@ -1,4 +1,7 @@
-"""What stands in on `meta` for code that needs a GPU or data: it allocates and saves what that code does."""
+"""Kernels and layers for the `meta` device in place of those that need a GPU or data.
+
+Each allocates, and saves for the backward pass, what the real one does, and computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ FLASH = "flash_attention_2"
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Let a model attend as `attention` does."""
+    """Switch a model to `flash_attention_2`, `sdpa` or `eager`; flash-attn itself need not be installed."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if attention == FLASH:
-        # the package need not be here: its kernel saves what PyTorch's own FlashAttention 2 saves
+        # flash-attn's kernel saves what PyTorch's own FlashAttention 2 saves
         attention = "ftload_flash"
         AttentionInterface.register(attention, _flash_attention)
         AttentionMaskInterface.register(attention, _no_mask)
@@ -40,7 +43,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 def _flash_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float = 0.0, **_: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls the package: 16-bit always; key and value heads as many as there are."""
+    """As transformers calls flash-attn: always in 16 bits, key and value heads not repeated."""
     import torch
 
     if query.dtype == torch.float32:
@@ -52,12 +55,12 @@ def _flash_attention(
     return out[..., :width].transpose(1, 2).contiguous(), None
 
 
-def four_bit_linear(linear: nn.Module) -> nn.Module:
-    """Stands in for bitsandbytes' `Linear4bit`; its packed weight is counted with the weights."""
+def quantised_linear(linear: nn.Module) -> nn.Module:
+    """In place of bitsandbytes' `Linear4bit`, without its packed weight: that is counted with the weights."""
     import torch
 
     class Product(torch.autograd.Function):
-        """As `MatMul4Bit`: nothing is saved but the packed weight, which is unpacked in either direction."""
+        """As `MatMul4Bit`: only the packed weight is saved; it is unpacked in the forward and in the backward pass."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -68,7 +71,7 @@ def four_bit_linear(linear: nn.Module) -> nn.Module:
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
             return grads[0] @ grads[0].new_empty(ctx.shape), None, None
 
-    class FourBit(torch.nn.Module):
+    class QuantisedLinear(torch.nn.Module):
         def __init__(self, shape: tuple[int, int], bias: torch.nn.Parameter | None) -> None:
             super().__init__()
             self.shape, self.bias = shape, bias
@@ -78,7 +81,7 @@ def four_bit_linear(linear: nn.Module) -> nn.Module:
             product: Any = Product.apply(x.bfloat16(), self.shape, bias)
             return product.to(x.dtype)
 
-    return FourBit(_out_in(linear), getattr(linear, "bias", None))
+    return QuantisedLinear(_out_in(linear), getattr(linear, "bias", None))
 
 
 def _out_in(linear: Any) -> tuple[int, int]:
@@ -87,7 +90,7 @@ def _out_in(linear: Any) -> tuple[int, int]:
 
 
 def lora_linear(base: Any, *, rank: int, alpha: float, dropout: float) -> nn.Module:
-    """Stands in for PEFT's LoRA layer, without autocast: `base(x) + B(A(dropout(x))) · alpha / r`, A and B float32."""
+    """In place of PEFT's LoRA layer, without autocast: `base(x) + B(A(dropout(x))) · alpha / r`, A and B float32."""
     import torch
 
     out_features, in_features = base.shape if hasattr(base, "shape") else _out_in(base)
@@ -125,7 +128,7 @@ def _gpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """PyTorch's choice: FlashAttention 2 for 16 bits without a mask, else the memory-efficient kernel, else neither.
+    """PyTorch's choice: FlashAttention 2 for 16 bits without a mask, else the memory-efficient kernel, else none fused.
 
     The order and the conditions are those of `sdp_utils.cpp`; a boolean mask becomes a bias of the query's dtype.
     """
@@ -171,7 +174,7 @@ def _cpu_attention(
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **more: Any) -> Tensor:
-    """Each expert's tokens times its weights; on `meta`, PyTorch's own knows bfloat16 alone."""
+    """Each expert's tokens times its weights; PyTorch's own has only bfloat16 on `meta`."""
     import torch
 
     if x.dtype == torch.bfloat16:
@@ -196,7 +199,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **more
 
 @contextlib.contextmanager
 def kernels_of(device: str) -> Iterator[None]:
-    """Let attention and dropout be what PyTorch chooses on a device; on `meta` it would choose neither fused.
+    """Let attention and dropout use the kernels that PyTorch chooses on a device; on `meta`, no fused ones are chosen.
 
     A function mode would not do: it is off while the backward pass recomputes a checkpointed layer.
     """
@@ -219,7 +222,7 @@ def kernels_of(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def liger_unlaunched(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
-    """Let Liger's functions allocate what they allocate, launch no kernel, and leave transformers as it was."""
+    """Apply Liger's functions, which allocate as ever but launch no kernel; transformers is restored afterwards."""
     if not wanted:
         yield
         return
@@ -232,7 +235,7 @@ def liger_unlaunched(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
     runs = [launcher.run for launcher in launchers]
     log = logging.getLogger("liger_kernel")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of backends that are not for this machine
+    log.setLevel(logging.ERROR)  # it warns of backends that this machine lacks
     try:
         apply_liger(model)
         for launcher in launchers:

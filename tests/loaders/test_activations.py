@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from ftload.loaders import load_prepared
-from ftload.loaders.memory import activations
-from ftload.loaders.memory.activations import Batch, LoraSetting, Setting, Simulation
-from ftload.loaders.memory.estimate import training_setting
+from ftload.loaders.memory import simulation
+from ftload.loaders.memory.setting import Batch, LoraSetting, Setting, training_setting
+from ftload.loaders.memory.simulation import Simulation
 
 from ..cli.runs import FLAGS, prepare
 from ..parity.models import ARCHITECTURES
@@ -204,7 +204,7 @@ def test_extended_from_a_few_layers_or_simulated_with_all(
     setting = Setting(attention="flash_attention_2", checkpointing=checkpointing, device="cpu")
     batch = Batch(size=2, length=48)
     extended = Simulation(meta, setting).run(batch)
-    monkeypatch.setattr(activations, "_kinds", lambda model, layers: list(range(len(layers))))
+    monkeypatch.setattr(simulation, "layer_kinds", lambda _: list(range(LAYERS)))
     whole = Simulation(meta, setting).run(batch)
     assert extended.saved == whole.saved
     assert [moment.name for moment in extended.moments] == [moment.name for moment in whole.moments]
@@ -277,7 +277,7 @@ def test_the_model_stays_as_it_was() -> None:
     before = deepcopy(meta.config.to_dict()), [(name, value.dtype) for name, value in meta.named_parameters()]
     layers = frozenset(name for name, _ in meta.named_modules() if name.endswith("q_proj"))
     lora = LoraSetting(layers=layers, rank=4, alpha=8, dropout=0.1)
-    setting = Setting(attention="flash_attention_2", checkpointing=True, lora=lora, four_bit=layers)
+    setting = Setting(attention="flash_attention_2", checkpointing=True, lora=lora, quantised=layers)
     Simulation(meta, setting).run(Batch(size=1, length=8))
     assert (meta.config.to_dict(), [(name, value.dtype) for name, value in meta.named_parameters()]) == before
     assert meta.config._attn_implementation == "eager"

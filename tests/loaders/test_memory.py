@@ -13,15 +13,11 @@ import torch
 from ftload.loaders import load_prepared
 from ftload.loaders.flags.declared import FlatArguments
 from ftload.loaders.memory import estimate as memory
-from ftload.loaders.memory.estimate import (
-    Fit,
-    NoEstimate,
-    Sharding,
-    TrainingMemory,
-    compare_methods,
-    estimate_training_memory,
-    optimizer_bytes,
-)
+from ftload.loaders.memory import what_fits
+from ftload.loaders.memory.estimate import compare_methods, estimate_training_memory
+from ftload.loaders.memory.optimizer import optimizer_bytes
+from ftload.loaders.memory.sharding import Sharding
+from ftload.loaders.memory.training_memory import Fit, NoEstimate, TrainingMemory
 from ftload.loaders.plan.plan import Plan
 
 from ..cli.runs import FLAGS, prepare
@@ -152,7 +148,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(
     llama: Path, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharding = Sharding(method="fsdp", gpus=4) if "--use_lora" in flags else None
-    monkeypatch.setattr(memory, "GIGABYTE", 10**6)
+    monkeypatch.setattr(what_fits, "GIGABYTE", 10**6)
     monkeypatch.setattr(memory, "CONTEXT_BYTES", 0)
     plan, arguments = make_plan(llama, tmp_path, *flags)
 
@@ -173,7 +169,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(
 
 
 def test_nothing_fits_where_the_weights_do_not(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "GIGABYTE", 1000)
+    monkeypatch.setattr(what_fits, "GIGABYTE", 1000)
     result = estimate(*make_plan(llama, tmp_path))
     assert result.fits[0] == Fit(gigabytes=16, fits=False, largest_batch=0, largest_length=0)
 

@@ -1,0 +1,146 @@
+"""A model cut to some of its layers and set up for training as `load_prepared` does it, all on `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..system.quiet import quiet_transformers
+from .meta_kernels import lora_linear, quantised_linear, set_attention
+from .setting import Setting
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CutModel:
+    """A model with some of its layers, ready to train."""
+
+    model: PreTrainedModel
+    layers: tuple[nn.Module, ...]
+    gradients: tuple[int, ...]
+    """Bytes of each layer's gradients."""
+
+
+def cut_model(model: PreTrainedModel, chosen: list[int], setting: Setting) -> CutModel:
+    """A copy of `model` with the decoder layers `chosen`, by index, set up for training; `model` is not changed."""
+    from torch import nn
+
+    path, stack = _find_layers(model)
+    memo: dict[int, Any] = {id(stack): nn.ModuleList([deepcopy(stack[number]) for number in chosen])}
+    copy = deepcopy(model, memo)
+    text = copy.config.get_text_config()
+    types = vars(text).get("layer_types")
+    if types is not None:
+        text.layer_types = [types[number] for number in chosen]
+    text.num_hidden_layers = len(chosen)
+    with quiet_transformers():
+        _set_up_training(copy, path, chosen, setting)
+    layers: Any = copy.get_submodule(path)
+    return CutModel(model=copy, layers=tuple(layers), gradients=tuple(gradient_bytes(layer) for layer in layers))
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    """Bytes of the gradients of all parameters that are trained."""
+    return sum(value.nbytes for value in module.parameters() if value.requires_grad)
+
+
+def layer_bytes(model: PreTrainedModel, setting: Setting) -> tuple[tuple[int, ...], int]:
+    """Bytes of the parameters in training, base and adapter: of one layer of each kind, and of all outside the layers.
+
+    Quantised weights are not counted: they are no parameters here.
+    """
+    kinds = layer_kinds(model)
+    cut = cut_model(model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], setting)
+    each = tuple(_parameter_bytes(layer) for layer in cut.layers)
+    return each, _parameter_bytes(cut.model) - sum(each)
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in module.parameters())
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, Any]:
+    """The name of the stack of decoder layers, and the `nn.ModuleList` itself."""
+    from torch import nn
+
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    # the outermost one: experts inside a layer may be as many as there are layers
+    return min(stacks, key=lambda stack: stack[0].count("."))
+
+
+_MANY_KINDS = 8
+
+
+def layer_kinds(model: PreTrainedModel) -> list[Any]:
+    """A hashable value for each decoder layer; layers with equal values do the same work."""
+    _, layers = _find_layers(model)
+    types = vars(model.config.get_text_config()).get("layer_types") or [None] * len(layers)
+    kinds = [(types[number], _shapes(layer), _settings(layer)) for number, layer in enumerate(layers)]
+    if len(set(kinds)) > _MANY_KINDS:
+        # some attribute numbers the layers
+        return [kind[:2] for kind in kinds]
+    return kinds
+
+
+def _shapes(layer: nn.Module) -> Any:
+    return type(layer), tuple((name, value.shape, value.dtype) for name, value in layer.named_parameters())
+
+
+def _settings(layer: nn.Module) -> Any:
+    return tuple(
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str | None) and key != "layer_idx"
+    )
+
+
+def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setting: Setting) -> None:
+    """What `load_prepared` does, in its order."""
+    import torch
+
+    set_attention(model, setting.attention)
+    prefixes = {f"{path}.{position}": f"{path}.{number}" for position, number in enumerate(chosen)}
+    if setting.quantised:
+        for name, parent, leaf in _find_modules(model, setting.quantised, prefixes):
+            setattr(parent, leaf, quantised_linear(model.get_submodule(name)))
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+    if setting.checkpointing:
+        # k-bit preparation leaves torch's default, re-entrant; transformers' own default is not
+        model.gradient_checkpointing_enable({"use_reentrant": bool(setting.quantised)})
+        if setting.lora is not None:
+            model.enable_input_require_grads()
+    lora = setting.lora
+    if lora is not None:
+        model.requires_grad_(False)
+        for name, parent, leaf in _find_modules(model, lora.layers, prefixes):
+            base = model.get_submodule(name)
+            setattr(parent, leaf, lora_linear(base, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout))
+    model.train()
+
+
+def _find_modules(
+    model: PreTrainedModel, wanted: frozenset[str], prefixes: Mapping[str, str]
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, parent and attribute name of the cut model's modules that are called one of `wanted` in the whole model.
+
+    `prefixes` gives the name in the whole model of each layer in the cut one.
+    """
+    for name in [name for name, _ in model.named_modules()]:
+        prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
+        full = name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
+        if full in wanted:
+            parent, _, leaf = name.rpartition(".")
+            yield name, model.get_submodule(parent), leaf

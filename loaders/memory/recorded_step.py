@@ -1,0 +1,201 @@
+"""One training step of a cut model on `meta`, with every storage recorded from its allocation until it is freed.
+
+This module imports torch: import it where a step is run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..system.quiet import quiet_transformers
+from .cut_model import CutModel
+from .meta_kernels import kernels_of, liger_unlaunched
+from .setting import Batch, Setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedStep:
+    """What one step of a cut model held, in bytes; gradients that an earlier pass left are not included."""
+
+    saved: int
+    """Storages saved for the backward pass, parameters, buffers and inputs left out."""
+    held: int
+    """When the forward pass of the last layer is done."""
+    loss_peak: int
+    """Peak from the last norm's forward pass until the last layer's backward pass begins."""
+    logits: int
+    """The model's output, which the training loop holds until the step is over."""
+    head_gradients: int
+    """Gradients that exist when the last layer's backward pass begins."""
+    backward_peaks: tuple[int, ...]
+    """Peak in each layer's backward pass."""
+    end_peak: int
+    """Peak after the first layer's backward pass; 0 where nothing before that layer is trained."""
+
+
+def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bool) -> RecordedStep:
+    """Run forward, loss and backward of one batch; with `accumulate`, all gradients are there from the beginning."""
+    model = cut.model
+    tokens = torch.zeros(batch.size, batch.length, dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    if batch.padded:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+    if setting.router_loss:
+        inputs["output_router_logits"] = True
+    if accumulate:
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    recorder = _Recorder(model, inputs, setting)
+    hooks = [
+        layer.register_forward_pre_hook(_on_layer_input(recorder, number), with_kwargs=True)
+        for number, layer in enumerate(cut.layers)
+    ]
+    decoder: Any = model.get_decoder()
+    hooks.append(decoder.register_forward_hook(_on_decoder_output(recorder)))
+    hooks.append(cut.layers[-1].register_forward_hook(_on_last_layer_output(recorder, cut)))
+    try:
+        with quiet_transformers(), liger_unlaunched(model, wanted=setting.liger), kernels_of(setting.device), recorder:
+            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda saved: saved):
+                output = model(**inputs)
+            output.loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    logits = output.get("logits")
+    recorder.enter("done")
+    return RecordedStep(
+        saved=recorder.saved,
+        held=recorder.held,
+        loss_peak=recorder.peaks["loss"],
+        logits=0 if logits is None else logits.untyped_storage().nbytes(),
+        head_gradients=recorder.head_gradients,
+        backward_peaks=tuple(recorder.peaks.get(f"backward {number}", 0) for number in range(len(cut.layers))),
+        end_peak=recorder.peaks.get("embedding", 0),
+    )
+
+
+def _on_layer_input(recorder: _Recorder, number: int) -> Callable[..., None]:
+    """A layer's backward pass is over when the gradient of its input exists."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: recorder.enter(f"backward {number - 1}" if number else "embedding"))
+
+    return hook
+
+
+def _on_decoder_output(recorder: _Recorder) -> Callable[..., None]:
+    """After the decoder, only head and loss are left of the forward pass."""
+
+    def hook(*_: Any) -> None:
+        recorder.held = recorder.live
+        recorder.enter("loss")
+
+    return hook
+
+
+def _on_last_layer_output(recorder: _Recorder, cut: CutModel) -> Callable[..., None]:
+    """The last layer's backward pass begins when the gradient of its output exists."""
+
+    def begin(_: Tensor) -> None:
+        gradients = (parameter.grad for parameter in cut.model.parameters())
+        recorder.head_gradients = sum(
+            value.nbytes for value in gradients if value is not None and not recorder.is_given(value)
+        )
+        recorder.enter(f"backward {len(cut.layers) - 1}")
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(begin)
+
+    return hook
+
+
+_CUDA_BLOCK = 512
+"""What PyTorch's CUDA allocator rounds sizes up to."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts the bytes of all storages allocated while it is active, each until it is freed.
+
+    Parameters, buffers, inputs and gradients that exist already are given: they are not counted.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], setting: Setting) -> None:
+        super().__init__()
+        self.live = self.peak = self.held = self.saved = self.head_gradients = 0
+        self.peaks: dict[str, int] = {}
+        """Of the segments that are over, by name: `forward`, `loss`, `backward 3`, …, `embedding`."""
+        self.segment = "forward"
+        self._block = _CUDA_BLOCK if setting.device == "cuda" else 1
+        self._has_mask = "attention_mask" in inputs
+        head: Any = model.get_output_embeddings()
+        self._head = head
+        # on a GPU, Liger multiplies straight into the head's gradient; elsewhere into a new tensor that it adds
+        aten = torch.ops.aten
+        self._in_place = (aten.mm.default, aten._to_copy.default) if setting.liger else ()
+        parameters = [*model.parameters()]
+        given = [*parameters, *(p.grad for p in parameters), *model.buffers(), *inputs.values()]
+        self._given = {value.untyped_storage()._cdata for value in given if isinstance(value, torch.Tensor)}
+        self._seen: dict[int, Any] = {}
+        self._packed: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # transformers asks whether nothing is padded or packed, Liger how many labels count
+            return not self._has_mask if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.equal.default:
+            return True
+        result = func(*args, **(kwargs or {}))
+        if self.segment == "loss" and func in self._in_place and result.shape == self._head.weight.shape:
+            return result
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value.untyped_storage())
+        return result
+
+    def is_given(self, value: Tensor) -> bool:
+        """Whether a tensor was there before."""
+        return value.untyped_storage()._cdata in self._given
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen or key in self._given:
+            return
+        size = -(-storage.nbytes() // self._block) * self._block
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            del self._seen[key]
+            self._packed.discard(key)
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def pack(self, saved: Tensor) -> Tensor:
+        """Count a tensor that autograd saves for the backward pass; each storage once."""
+        storage = saved.untyped_storage()
+        if storage._cdata in self._seen and storage._cdata not in self._packed:
+            self._packed.add(storage._cdata)
+            self.saved += storage.nbytes()
+        return saved
+
+    def enter(self, segment: str) -> None:
+        """End the present segment of the step and begin another."""
+        self.peaks[self.segment] = max(self.peaks.get(self.segment, 0), self.peak)
+        self.segment = segment
+        self.peak = self.live

@@ -1,0 +1,81 @@
+"""How a model is trained, and on which batches, as the simulation needs to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..system.cuda import cuda_problem
+
+if TYPE_CHECKING:
+    from ..flags.declared import FlatArguments
+    from ..plan.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSetting:
+    """The adapter that is trained."""
+
+    layers: frozenset[str]
+    """Full names of the linear layers that have one."""
+    rank: int
+    alpha: float
+    dropout: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """How a model is trained."""
+
+    attention: str
+    """`flash_attention_2`, `sdpa` or `eager`."""
+    checkpointing: bool
+    """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
+    lora: LoraSetting | None = None
+    """None: all parameters are trained."""
+    quantised: frozenset[str] = frozenset()
+    """Full names of the linear layers with quantised weights. If there are any, all other parameters are float32: that
+    is how k-bit preparation leaves them."""
+    liger: bool = False
+    router_loss: bool = False
+    """Whether the load-balancing loss is computed."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """The device whose kernels are simulated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What goes into one forward pass."""
+
+    size: int
+    """Sequences."""
+    length: int
+    """Tokens in each of them."""
+    padded: bool = False
+    """Whether some sequences are shorter: sdpa needs a mask then."""
+
+
+def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
+    """How the plan's model is trained on a GPU.
+
+    Without a GPU here, attention is the requested one if the model supports it; with a GPU, the one that works here.
+    """
+    attention = plan.attention.effective
+    if cuda_problem() is not None and getattr(plan.skeleton.model, "_supports_flash_attn", False):
+        attention = plan.attention.requested
+    lora = None
+    if plan.targets is not None:
+        lora = LoraSetting(
+            layers=frozenset(layer.name for layer in plan.targets.layers),
+            rank=plan.request.lora_rank,
+            alpha=plan.request.lora_alpha,
+            dropout=plan.request.lora_dropout,
+        )
+    return Setting(
+        attention=attention,
+        checkpointing=flags.gradient_checkpointing,
+        lora=lora,
+        quantised=plan.quantised_layers,
+        liger=plan.kernels is not None and plan.kernels.supported,
+        router_loss=flags.load_balancing_loss,
+    )

@@ -1,0 +1,57 @@
+"""How several GPUs divide weights, gradients and optimizer states: ZeRO (arXiv:1910.02054) and FSDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .simulation import Moment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How several GPUs divide the states of training."""
+
+    method: Literal["fsdp", "zero"]
+    gpus: int
+    stage: int = 3
+    """1 divides optimizer states, 2 gradients too, 3 weights too (arXiv:1910.02054); FSDP is 3."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """Into how many parts weights, gradients and optimizer states are divided; each GPU holds one part of each."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    def divide_gradients(self, moment: Moment, gathered: int) -> Moment:
+        """A moment on one GPU; `gathered` are the bytes of weights that it holds whole to work with them."""
+        return replace(
+            moment, gradients=one_share(moment.gradients, self.gradients), temporary=moment.temporary + gathered
+        )
+
+
+def shares_of(sharding: Sharding | None, *, accumulates: bool) -> Shares:
+    """What is divided; `accumulates` says whether an optimizer step follows several backward passes."""
+    if sharding is None:
+        return Shares(weights=1, gradients=1, optimizer=1)
+    stage = 3 if sharding.method == "fsdp" else sharding.stage
+    # FSDP keeps whole gradients while it accumulates (`no_sync`, which accelerate enters then)
+    whole = sharding.method == "fsdp" and accumulates
+    return Shares(
+        weights=sharding.gpus if stage >= 3 else 1,
+        gradients=sharding.gpus if stage >= 2 and not whole else 1,
+        optimizer=sharding.gpus if stage >= 1 else 1,
+    )
+
+
+def one_share(size: int, shares: int) -> int:
+    """Bytes of the largest of so many equal shares."""
+    return -(-size // shares)
+
+
+def with_share(origin: str, shares: int) -> str:
+    """The origin of a number that is one of so many shares."""
+    return origin if shares == 1 else f"{origin}; a share of 1/{shares}"
