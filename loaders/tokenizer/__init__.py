@@ -1,1 +1,1 @@
-"""The tokenizer, made ready for training."""
+"""The tokenizer, set up for training."""
