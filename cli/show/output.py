@@ -43,8 +43,8 @@ class Output:
         that `torchrun` starts, only the first prints results.
         """
         first = _is_first_process()
-        json, quiet, debug = (flags.get(name, False) is not False for name in ("json", "quiet", "debug"))
-        return cls(as_json=json and first, quiet=quiet or not first, debug=debug)
+        as_json, quiet, debug = (flags.get(name, False) is not False for name in ("json", "quiet", "debug"))
+        return cls(as_json=as_json and first, quiet=quiet or not first, debug=debug)
 
     def __enter__(self) -> Output:
         return self
@@ -140,8 +140,7 @@ class Output:
             traceback.print_exception(error)
         if self.as_json:
             print(json.dumps({"error": asdict(failure)}))
-        with suppress(OSError, SystemExit):  # whoever reads stderr may have gone too
-            _tell(failure)
+        _tell(failure)
         return failure.code
 
     @contextmanager
@@ -180,17 +179,19 @@ def _verdict(error: FtloadError | None) -> int:
 
 
 def _tell(failure: Failure) -> None:
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-    except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
-        hint = f"hint: {failure.hint}\n" if failure.hint else ""
-        sys.stderr.write(f"error: {failure.message}\n{hint}")
-        return
-    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-    console.print(f"[bold red]error:[/] {escape(failure.message)}")
-    if failure.hint:
-        console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
+    """Print a failure on stderr: if nobody reads it, the exit code still counts."""
+    with suppress(OSError, SystemExit):  # rich turns a broken pipe into an exit
+        try:
+            from rich.console import Console
+            from rich.markup import escape
+        except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
+            hint = f"hint: {failure.hint}\n" if failure.hint else ""
+            sys.stderr.write(f"error: {failure.message}\n{hint}")
+            return
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+        console.print(f"[bold red]error:[/] {escape(failure.message)}")
+        if failure.hint:
+            console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
 
 
 def _error_key(error: FtloadError | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,10 +63,23 @@ def test_of_several_processes_the_first_alone_shows_results(
             assert bool(result.out) == (rank == "0")
 
 
-def test_an_error_that_nobody_reads_is_one(tmp_path: Path) -> None:
-    command = f"set -o pipefail; {sys.executable} -m ftload.cli inspect {tmp_path} 2>&1 | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
-    assert done.returncode == 4
+FOUND_WRONG = """
+import sys
+from types import SimpleNamespace
+from ftload.cli.show.output import Output
+from ftload.loaders.errors import VerificationError
+sys.exit(Output(quiet=True).diagnosis(SimpleNamespace(error=VerificationError("x"))))
+"""
+"""A result that is an error too, as those of `verify` and `doctor` can be."""
+
+
+@pytest.mark.parametrize(("words", "code"), [(["-m", "ftload.cli", "inspect", "."], 4), (["-c", FOUND_WRONG], 7)])
+def test_an_error_that_nobody_reads_has_its_code(tmp_path: Path, words: list[str], code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, stderr=writing, stdout=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (code, b"")
 
 
 def test_nobody_reads_it(llama: Path) -> None:
