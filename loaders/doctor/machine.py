@@ -9,33 +9,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..system.limits import available_memory_bytes, control_groups, processor_quota
 from ..system.versions import ftload_version
-
-State = Literal["ok", "absent", "broken", "untried"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    state: State
-    detail: str
-    """What was seen, or the reason."""
-    mend: str | None = None
-    """The command that mends it, where there is one."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """The same for programs."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether nothing speaks against it."""
-        return self.state in ("ok", "untried")
+from .finding import Finding
+from .hub import hub_setting
 
 
 def look_at_machine() -> Iterator[Finding]:
@@ -79,15 +59,15 @@ def _memory() -> Finding:
     return Finding(name="memory", state="ok", detail=detail, facts=facts)
 
 
-def _disk(name: str, path: Path, mend: str | None) -> Finding:
+def _disk(name: str, path: Path, fix: str | None) -> Finding:
     place = next(place for place in (path, *path.parents) if place.exists())
     try:
         free = shutil.disk_usage(place).free
     except OSError as error:
-        return Finding(name=name, state="broken", detail=f"{path}: {error.strerror}", mend=mend)
+        return Finding(name=name, state="broken", detail=f"{path}: {error.strerror}", mend=fix)
     facts = {"path": str(path), "free_bytes": free}
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        return Finding(name=name, state="broken", detail=f"{path} can't be written", mend=mend, facts=facts)
+        return Finding(name=name, state="broken", detail=f"{path} can't be written", mend=fix, facts=facts)
     return Finding(name=name, state="ok", detail=f"{_gigabytes(free)} free, {path}", facts=facts)
 
 
@@ -110,17 +90,8 @@ def look_at_gpus(torch: Mapping[str, Any], *, tried: bool) -> Iterator[Finding]:
             name="GPU", state="absent", detail="`CUDA_VISIBLE_DEVICES` hides it", mend="unset CUDA_VISIBLE_DEVICES"
         )
     else:
-        mend = "pip install --force-reinstall torch"
-        yield Finding(name="GPU", state="broken", detail=problem or "torch was not tried", mend=mend)
-
-
-def hub_setting(name: str) -> Any:
-    """One of huggingface_hub's constants; None where the library can't be imported."""
-    try:
-        from huggingface_hub import constants
-    except Exception:  # a malformed HF_ENDPOINT, or a broken installation: the probe tells
-        return None
-    return getattr(constants, name, None)
+        fix = "pip install --force-reinstall torch"
+        yield Finding(name="GPU", state="broken", detail=problem or "torch was not tried", mend=fix)
 
 
 def _gigabytes(count: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ftload.loaders.doctor.diagnosis import run_probe
+from ftload.loaders.doctor.probe_processes import run_probe
 
 from ..conftest import Result
 from ..hub import LoopbackHub
@@ -232,7 +232,7 @@ def test_an_endpoint_that_is_none() -> None:
     assert done.returncode == 0
     assert "secret" not in done.stdout + done.stderr
     env["HF_HUB_OFFLINE"] = "0"
-    program = "from ftload.loaders.doctor.diagnosis import run_probe; print(run_probe('hub', 60, []))"
+    program = "from ftload.loaders.doctor.probe_processes import run_probe; print(run_probe('hub', 60, []))"
     answer = subprocess.run(
         [sys.executable, "-c", program],
         env=env, capture_output=True, text=True, check=True,
