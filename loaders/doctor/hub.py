@@ -13,7 +13,7 @@ def hub_setting(name: str) -> Any:
     """One of huggingface_hub's constants; None where the library can't be imported."""
     try:
         from huggingface_hub import constants
-    except Exception:  # a malformed HF_ENDPOINT, or a broken installation: the probe tells
+    except Exception:  # a malformed HF_ENDPOINT, or a broken installation: the probe reports it
         return None
     return getattr(constants, name, None)
 

@@ -35,7 +35,7 @@ def main() -> None:
     with os.fdopen(int(descriptor), "w") as file:
         json.dump(answer, file)
     sys.stdout.flush()
-    os._exit(0)  # taking libraries apart is slow, and may fail
+    os._exit(0)  # the libraries' clean-up at exit is slow, and may fail
 
 
 def _torch() -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _torch() -> dict[str, Any]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        # a driver that is too old is told in a warning
+        # torch reports a driver that is too old in a warning
         reason = said_by(Warning(said[0].message)) if said else "torch finds none"
         answer["gpu_problem"] = "torch is built without CUDA" if built_for is None else reason
         return answer

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CutModel:
-    """A model with some of its layers, ready to train."""
+    """A model with some of its layers, set up for training."""
 
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]

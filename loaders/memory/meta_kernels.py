@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-FLASH = "flash_attention_2"
-
-
 def set_attention(model: PreTrainedModel, attention: str) -> None:
     """Switch a model to `flash_attention_2`, `sdpa` or `eager`; flash-attn itself need not be installed."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if attention == FLASH:
+    if attention == "flash_attention_2":
         # flash-attn's kernel saves what PyTorch's own FlashAttention 2 saves
         attention = "ftload_flash"
         AttentionInterface.register(attention, _flash_attention)

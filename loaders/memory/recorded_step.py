@@ -131,7 +131,7 @@ _CUDA_BLOCK = 512
 class _Recorder(TorchDispatchMode):
     """Counts the bytes of all storages allocated while it is active, each until it is freed.
 
-    Parameters, buffers, inputs and gradients that exist already are given: they are not counted.
+    Parameters, buffers, inputs and gradients of an earlier pass are given: they are not counted.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], setting: Setting) -> None:

@@ -59,7 +59,7 @@ class Footprints:
         """The footprint of a batch; where sequences are padded, sdpa needs a mask."""
         batch = Batch(size=size, length=length, padded=padded and self._masks)
         if self._packing:
-            # one long sequence without padding; sdpa keeps its parts from each other by a mask
+            # one long sequence without padding; sdpa separates the sequences by a mask
             batch = Batch(size=1, length=size * length, padded=self._masks)
         if batch not in self._known:
             self._known[batch] = self._simulation.run(batch, accumulate=self._accumulate)

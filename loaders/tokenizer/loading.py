@@ -1,4 +1,4 @@
-"""Loading a tokenizer, telling of what kind it is, and saying why one can't be loaded."""
+"""Loading a tokenizer: of what kind it is, or why it can't be loaded."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 MOST_TOKENS = 10_000_000
-"""Ids lie below. When a tokenizer is saved, `tokenizers` counts up to the last id and lists those that no token has."""
+"""Every id must be smaller: when a tokenizer is saved, `tokenizers` visits every id up to the last, used or not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerKind:
-    """What a tokenizer is, as far as the functions of tokenizer.py tell tokenizers apart."""
+    """What a tokenizer is, as far as `tokenizer_functions.py` makes a difference."""
 
     is_llama: bool
     is_gpt_neox: bool
     is_fast: bool
     words: str
-    """For people: the kind, and what shows it."""
+    """For people: the kind, and where that was found."""
 
 
 def load_tokenizer(
     root: Path, *, use_fast: bool, trust_remote_code: bool, gguf_file: str | None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the directory `root`, or of its `gguf_file`, as transformers does; nothing is asked.
+    """Load the tokenizer of the directory `root`, or of its `gguf_file`, as transformers does, but without prompts.
 
     Raises `CheckpointError` when none can be loaded or it needs `trust_remote_code`, `MissingRequirementError` when
     loading it takes a package that is not installed.
@@ -68,7 +68,7 @@ def load_tokenizer(
     except RecursionError:  # what is unknown is looked up as the unknown token, and that is unknown too
         raise CheckpointError(
             f"a special token of the tokenizer is not in its vocabulary, nor is the unknown `{tokenizer.unk_token}`",
-            hint="mend tokenizer_config.json, or take another with --tokenizer_name_or_path",
+            hint="fix tokenizer_config.json, or take another with --tokenizer_name_or_path",
         ) from None
     for key in ("is_local", "local_files_only"):
         # how it was loaded, not what it is: it would be saved, and differ between a hub and a directory
@@ -77,7 +77,7 @@ def load_tokenizer(
 
 
 def kind_of(tokenizer: PreTrainedTokenizerBase, root: Path | None) -> TokenizerKind:
-    """Tell what a tokenizer is from its class, or else from the class that the configurations in `root` name."""
+    """The kind of a tokenizer, by its class, or else by the class that the configurations in `root` name."""
     classes = [cls.__name__ for cls in type(tokenizer).__mro__]
     shown = [(name, "class") for name in classes]
     for file in ("tokenizer_config.json", "config.json"):
@@ -123,7 +123,7 @@ _PACKAGES = {"*.model": ("sentencepiece", "protobuf"), "*.tiktoken": ("tiktoken"
 
 
 def _loading_error(error: Exception, root: Path, gguf_file: str | None) -> FtloadError:
-    """Turn what transformers raised into words, with the file at fault where it can be told."""
+    """The error for what transformers raised; it names the file at fault where that is known."""
     reason = said_by(error)
     if "trust_remote_code" in str(error):
         return CheckpointError(

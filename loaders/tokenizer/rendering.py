@@ -34,7 +34,7 @@ MAX_BYTES = 400_000_000
 
 
 PATIENCE_SECONDS = 600
-"""After which, on the clock, a machine that gave the template no time to end is given up: it is not to blame."""
+"""Time on the clock after which rendering is given up, as the fault of a busy machine rather than the template's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def look_at_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
-    """Render a question and its answer by the tokenizer's chat template, with a system message if it won't do without.
+    """Render a question and its answer by the tokenizer's chat template; with a system message if it raises without.
 
     Raises `jinja2.TemplateSyntaxError`, and what `render` raises.
     """
@@ -169,7 +169,7 @@ def _render_and_exit(tokenizer: Any, conversations: Sequence[Conversation], temp
 
 
 def _limit(what: int, most: int) -> bool:
-    """Limit this process to `most`, or to less where it has less already: False then."""
+    """Limit this process to `most`. False where a lower limit holds already, which stays."""
     _, hard = resource.getrlimit(what)
     lower = hard != resource.RLIM_INFINITY and hard < most
     value = hard if lower else most
@@ -178,7 +178,7 @@ def _limit(what: int, most: int) -> bool:
 
 
 def _read_all(descriptor: int) -> bytes | None:
-    """All that the other end of a pipe writes; None if that has not ended when patience has."""
+    """All that the other end of a pipe writes; None if it has not ended after `PATIENCE_SECONDS`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     data = bytearray()
     while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
