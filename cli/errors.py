@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from ..loaders.errors import FtloadError, ResourceError, UsageError
+from ..loaders.system.safe_text import one_line
 
 
 class Interrupted(BaseException):
@@ -94,9 +95,3 @@ def _hint_for(error: BaseException, command: str) -> str:
     if commands:
         return f"a command comes first: {', '.join(commands)}; see `ftload --help`"
     return f"see `ftload {command} --help`"
-
-
-def one_line(text: str | None) -> str:
-    """Text that is safe to print."""
-    # names in a checkpoint can hold control characters, which must not reach a terminal
-    return "".join(c if c.isprintable() else " " for c in text or "").strip()

@@ -20,7 +20,7 @@ class FtloadError(Exception):
         self.hint = hint
 
 
-def said_by(error: BaseException) -> str:
+def said_by(error: BaseException | str) -> str:
     """What another library's exception says, in one line and without a full stop, to be part of a message."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     if first.endswith(":") and rest:

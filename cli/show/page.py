@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...loaders.errors import OutputError, UsageError
 from ...loaders.system.durable import disk_errors
-from ..errors import one_line
+from ...loaders.system.safe_text import one_line
 from .inspection_tables import facts
 from .memory_tables import how_to_read, origins, part_bytes, part_names, setting, what_fits
 from .summary import NEEDS, decision_words, details, in_training

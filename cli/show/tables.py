@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import one_line
+from ...loaders.system.safe_text import one_line
 
 UNBOUNDED = 10_000
 """Columns: more than any line has."""

@@ -59,11 +59,10 @@ def _check_sizes(document: Any, file: str) -> None:
 TRUNCATED = "the file is incomplete or of another kind: download it again"
 
 
-LFS_POINTER = b"version https://git-lfs"
-
-
-def lfs_pointer_error(file: str) -> CheckpointError:
-    """The error for a file that was never downloaded: only its Git LFS pointer is there."""
+def lfs_pointer_error(raw: bytes, file: str) -> CheckpointError | None:
+    """The error for a file that was never downloaded, if `raw`, its beginning, is that of a Git LFS pointer."""
+    if not raw.startswith(b"version https://git-lfs"):
+        return None
     return CheckpointError(f"`{file}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
 
 
@@ -102,9 +101,8 @@ def parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]
         else:
             value = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        if raw.startswith(LFS_POINTER):
-            raise lfs_pointer_error(file) from error
-        raise CheckpointError(f"`{file}` is not valid JSON", hint=TRUNCATED) from error
+        invalid = CheckpointError(f"`{file}` is not valid JSON", hint=TRUNCATED)
+        raise lfs_pointer_error(raw, file) or invalid from error
     if not isinstance(value, dict):
         raise CheckpointError(f"`{file}` is not a JSON object", hint=TRUNCATED)
     return value

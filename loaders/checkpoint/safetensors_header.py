@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import CheckpointError
-from .json_files import LFS_POINTER, TRUNCATED, lfs_pointer_error, parse_json
+from .json_files import TRUNCATED, lfs_pointer_error, parse_json
 from .tensors import ITEM_BYTES, TensorMeta
 
 MAX_HEADER_BYTES = 25_000_000
@@ -29,8 +29,8 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
         raise CheckpointError(f"`{file}` is {size} bytes long: not a safetensors file", hint=TRUNCATED)
     first = read(0, min(size, 64 * 1024))
     (length,) = struct.unpack("<Q", first[:8])
-    if first.startswith(LFS_POINTER):
-        raise lfs_pointer_error(file)
+    if pointer := lfs_pointer_error(first, file):
+        raise pointer
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(f"`{file}` has a header of {length} bytes in a file of {size}", hint=TRUNCATED)
     raw = first[8 : 8 + length] if 8 + length <= len(first) else first[8:] + read(len(first), 8 + length)

@@ -134,7 +134,7 @@ def _hub() -> dict[str, Any]:
     """Ask the hub who we are: any answer shows that it can be reached, and it shows whether it knows the token."""
     from ..flags.model_page import check_endpoint
     from ..source.hub_errors import hub_errors
-    from ..system.masking import masked
+    from ..system.safe_text import masked
 
     check_endpoint()
     from huggingface_hub import constants, get_session, get_token

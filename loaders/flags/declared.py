@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from ..errors import UsageError
-from ..system.masking import masked
+from ..system.safe_text import masked
 
 MODEL = "Model"
 ADAPTER = "Adapter"

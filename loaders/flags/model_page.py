@@ -7,7 +7,7 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SourceError, UsageError
-from ..system.masking import masked
+from ..system.safe_text import masked
 
 _PAGE = re.compile(r"/(?P<model>[^/]+(/[^/]+)?)(/tree/(?P<revision>[^/]+))?/?")
 

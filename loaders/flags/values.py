@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import UsageError
-from ..system.masking import masked
+from ..system.safe_text import escaped, masked
 from .declared import Flag
 
 ALIASES = {"model": "model_name_or_path"}
@@ -90,7 +90,7 @@ class BadValue(ValueError):
 
 def printable(text: str, most: int = 80) -> str:
     """Return `text` fit for one line of a message: printable, short, without credentials."""
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in masked(text))
+    text = escaped(masked(text))
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

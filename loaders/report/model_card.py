@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..system.safe_text import one_line
+
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Markdown with the hub's metadata header, made from the report."""
@@ -67,5 +69,5 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 def _plain(text: str) -> str:
     """Text from outside as one line that is neither Markdown's nor HTML's, whatever it holds."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = one_line(text)
     return re.sub(r"[<>`|#*\[\]]", lambda match: f"&#{ord(match[0])};", text) if re.search(r"[<>|\[\]]", text) else text

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ..errors import FtloadError, ResourceError, SourceError
-from ..system.masking import masked
+from ..errors import FtloadError, ResourceError, SourceError, said_by
+from ..system.safe_text import masked
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def _translate(error: Exception, model: str, revision: str | None, file: str | N
         return not_a_hub()
     if isinstance(error, errors.HfHubHTTPError):
         status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
-        said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+        said = f" ({_said(error.server_message)})" if error.server_message else ""
         hint = "try again later"
         if error.response.status_code in (401, 403):
             hint = "check `HF_TOKEN`: it must be valid and allowed to read the model"
@@ -107,7 +107,7 @@ def _translate(error: Exception, model: str, revision: str | None, file: str | N
     hint = "check the network and `HF_ENDPOINT`; `HF_HUB_OFFLINE=1` uses the cache alone"
     if file and not type(error).__name__.startswith("Connect"):
         return _download_error(error, file)
-    return SourceError(f"can't reach the hub at `{endpoint}`: {_first_line(error)}", hint=hint)
+    return SourceError(f"can't reach the hub at `{endpoint}`: {_said(error)}", hint=hint)
 
 
 def _download_error(error: Exception, file: str) -> FtloadError:
@@ -121,7 +121,7 @@ def _download_error(error: Exception, file: str) -> FtloadError:
     if isinstance(error, OSError) and error.filename:
         return SourceError(f"can't use `{error.filename}`: {error.strerror}", hint=hint)
     again = "run the same command again: files that are complete are kept"
-    return SourceError(f"the download of `{file}` failed: {_first_line(error)}", hint=again)
+    return SourceError(f"the download of `{file}` failed: {_said(error)}", hint=again)
 
 
 def not_a_hub() -> SourceError:
@@ -148,12 +148,9 @@ def is_outage(error: BaseException | None) -> bool:
     return isinstance(error, (_http_error(), OfflineModeIsEnabled))
 
 
-def _first_line(error: object) -> str:
-    """What an error of the library says, without anything secret that it may repeat."""
-    lines = str(error).strip().splitlines()
-    line = masked(lines[0] if lines else type(error).__name__)
-    token = _token()
-    return line.replace(token, "***") if token else line
+def _said(error: BaseException | str) -> str:
+    """What the library or the hub says, without the token, which either may repeat."""
+    return masked(said_by(error), _token())
 
 
 def _token() -> str | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import CheckpointError, SourceError, UsageError, said_by
 from ..flags.model_page import check_endpoint, repository_of
-from ..system.masking import masked
+from ..system.safe_text import masked
 from .hub_errors import hub_errors, is_outage, not_a_hub, with_retries
 
 if TYPE_CHECKING:

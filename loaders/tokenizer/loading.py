@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.json_files import lfs_pointer_error
 from ..errors import CheckpointError, FtloadError, MissingRequirementError, said_by
 from ..system.versions import installed_version
 
@@ -168,11 +169,10 @@ def _loading_error(error: Exception, root: Path, gguf_file: str | None) -> Ftloa
 def _broken_json(root: Path) -> FtloadError | None:
     for path in (root / name for name in _JSON_FILES):
         try:
-            text = path.read_text(encoding="utf-8")
-            if text.startswith("version https://git-lfs"):
-                message = f"`{path}` is a Git LFS pointer, not the file itself"
-                return CheckpointError(message, hint="run `git lfs pull`")
-            if isinstance(json.loads(text), dict):
+            raw = path.read_bytes()
+            if pointer := lfs_pointer_error(raw, str(path)):
+                return pointer
+            if isinstance(json.loads(raw.decode()), dict):
                 continue
             problem = "it is no JSON object"
         except FileNotFoundError:

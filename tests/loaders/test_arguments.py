@@ -22,7 +22,7 @@ from ftload.loaders.flags.declared import (
     plan_flags,
 )
 from ftload.loaders.flags.training_refusals import training_warnings
-from ftload.loaders.system.masking import masked
+from ftload.loaders.system.safe_text import masked
 
 CONTRACT: list[dict[str, Any]] = json.loads(
     Path(__file__).parents[1].joinpath("data", "flags.json").read_text(encoding="utf-8")
@@ -153,6 +153,11 @@ def test_report_holds_every_flag_in_order_and_is_json() -> None:
 )
 def test_credentials_are_masked(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+def test_a_secret_that_is_known_is_masked_whatever_it_looks_like() -> None:
+    assert masked("`a1b2c3` is no valid token: a1b2c3", "a1b2c3") == "`***` is no valid token: ***"
+    assert masked("nothing is known", None) == masked("nothing is known", "") == "nothing is known"
 
 
 @pytest.mark.parametrize(
