@@ -185,7 +185,7 @@ def _quantization(found: Quantization) -> str:
     if found.coverage_percent is None:
         return found.method
     left = ", ".join(f"{component} {format_bytes(group.bytes)}" for component, group in found.not_quantized.items())
-    covered = f"{found.coverage_percent:.1f} % of the weight matrices outside embeddings and head are 4-bit"
+    covered = f"{found.coverage_percent:.1f} % of the weight matrices outside embeddings and head are {found.kind}"
     return covered + (f"; not: {left}" if left else "")
 
 

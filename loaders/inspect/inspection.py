@@ -18,6 +18,7 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
 from ..model.components import component_by_name
+from ..model.coverage import is_matrix, measure_coverage
 from ..plan.output_files import REPORT_FILE
 from ..source.source import ADAPTER_FILE, Source, SourceFile, resolve_source
 from .inventory import StoredTensor, Sum, grouped, natural_key, open_tensors, stored_tensors, sum_of
@@ -51,9 +52,12 @@ class Quantization:
 
     method: str
     coverage_percent: float | None
-    """Of the parameters of weight matrices outside embeddings and head, those in 4 bits; None for other methods."""
+    """Of the parameters of weight matrices outside embeddings and head, those that are packed; None for methods that
+    ftload does not know."""
     not_quantized: Mapping[str, Sum]
-    """Component to its matrices that are not 4-bit."""
+    """Component to its matrices that are not packed."""
+    kind: str | None
+    """What packed weights are called, such as `4-bit`; None for methods that ftload does not know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,15 +219,16 @@ def _embeddings(tensors: Iterable[StoredTensor], config: Mapping[str, Any]) -> E
 def _quantization(tensors: list[StoredTensor], config: Mapping[str, Any]) -> Quantization | None:
     section = config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
-    matrices = [tensor for tensor in tensors if tensor.is_matrix]
-    left = [tensor for tensor in matrices if tensor.dtype not in ("nf4", "fp4")]
-    if len(left) == len(matrices):
-        return Quantization(method=str(method), coverage_percent=None, not_quantized={}) if method else None
-    everything = sum_of(matrices).parameters
+    matrices = [tensor for tensor in tensors if is_matrix(tensor.shape, tensor.component)]
+    packed = next((tensor.format for tensor in matrices if tensor.format is not None), None)
+    if packed is None:
+        return Quantization(method=str(method), coverage_percent=None, not_quantized={}, kind=None) if method else None
+    coverage = measure_coverage(matrices, lambda tensor: tensor.format is not None)
     return Quantization(
-        method="bitsandbytes",
-        coverage_percent=round(100 * (everything - sum_of(left).parameters) / everything, 4),
-        not_quantized={component: sum_of(group) for component, group in grouped(left, "component").items()},
+        method=packed.method,
+        coverage_percent=round(coverage.percent, 4),
+        not_quantized={component: sum_of(group) for component, group in coverage.left_by_component().items()},
+        kind=packed.kind,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from ..checkpoint.formats.interface import PackedTensor, StoredFormat
 from ..checkpoint.formats.registry import logical_tensors
 from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
@@ -36,16 +37,13 @@ class StoredTensor:
     component: Component
     parts: tuple[tuple[Path, int, int], ...]
     """File, first byte and end of everything that it is stored in, in the order of the parts' names."""
+    format: StoredFormat | None = None
+    """What it is packed in."""
 
     @property
     def parameters(self) -> int:
         """The number of elements, packed ones included."""
         return math.prod(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether 4-bit coverage is asked of it: a weight matrix outside embeddings and head."""
-        return len(self.shape) >= 2 and self.component not in ("embedding", "head", "norm", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +103,7 @@ def stored_tensors(source: Source, tensors: Iterable[TensorMeta], prefix: str = 
                 (source.root / part.file, part.begin, part.end)
                 for part in sorted(tensor.stored_in, key=lambda part: part.name)
             ),
+            format=tensor.format if isinstance(tensor, PackedTensor) else None,
         )
         for tensor in tensors
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from .components import LinearLayer, component_of
@@ -30,9 +30,17 @@ def quantisable_modules(model: PreTrainedModel) -> frozenset[str]:
 
 
 def linear_layers(
-    model: PreTrainedModel, classes: Mapping[str, str], head: str | None, towers: tuple[str, ...]
+    model: PreTrainedModel,
+    classes: Mapping[str, str],
+    head: str | None,
+    towers: tuple[str, ...],
+    packed: Container[str],
 ) -> Iterator[LinearLayer]:
-    """Every linear layer but the head, in module order; `towers` are the modules that text does not pass through."""
+    """Every linear layer but the head, in module order.
+
+    `towers` are the modules that text does not pass through. `packed` are the layers whose weights are stored in a
+    format that stays packed: the place of a Conv1D is then taken by a linear layer that is not transposed.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -54,6 +62,6 @@ def linear_layers(
             in_features=in_features,
             out_features=out_features,
             component=component_of(f"{name}.weight", classes, head=head),
-            transposed=transposed,
+            transposed=transposed and name not in packed,
             in_blocks=name.startswith(blocks) and not f"{name}.".startswith(apart),
         )

@@ -17,7 +17,7 @@ from .components import LinearLayer, component_of
 from .linear_layers import linear_layers, quantisable_modules
 from .model_class import choose_class, unknown_to_auto
 from .on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
-from .tensor_map import ModelTensor, SavedModel, map_tensors, saved_names, saved_tensors
+from .tensor_map import ModelTensor, SavedModel, kept_packed, map_tensors, saved_names, saved_tensors
 from .ties import tie_equal_weights
 from .towers import LeftOut, find_left_out, tower_modules
 
@@ -132,7 +132,10 @@ def build_skeleton(
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     head_module = head.removesuffix(".weight") if head else None
     towers = tower_modules(model)
-    layers = tuple(linear_layers(model, classes, head_module, towers))
+    packed = frozenset(
+        group.parameters[0].removesuffix(".weight") for group in mapping if kept_packed(group.sources) is not None
+    )
+    layers = tuple(linear_layers(model, classes, head_module, towers, packed))
     saved = SavedModel(
         model=model,
         state=saved_state,

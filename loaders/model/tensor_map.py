@@ -79,10 +79,11 @@ class ModelTensor:
     @property
     def packed(self) -> PackedTensor | None:
         """What it is made from, where that stays packed: transformers loads it without decoding it."""
-        return _kept_packed(self.sources)
+        return kept_packed(self.sources)
 
 
-def _kept_packed(sources: Iterable[TensorMeta]) -> PackedTensor | None:
+def kept_packed(sources: Iterable[TensorMeta]) -> PackedTensor | None:
+    """The first of some tensors that transformers loads without decoding it."""
     packed = (source for source in sources if isinstance(source, PackedTensor))
     return next((source for source in packed if source.format.stays_packed), None)
 
@@ -252,7 +253,7 @@ def _quantised_problem(group: Group, saved: SavedModel) -> str | None:
 
     if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
         return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
-    if group.conversion is not None and _kept_packed(group.sources) is not None:
+    if group.conversion is not None and kept_packed(group.sources) is not None:
         return "is merged or split on loading, which it can't do with packed weights"
     for name in group.parameters:
         if name in saved.quantisable and not _finds_statistics(name):

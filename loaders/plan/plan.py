@@ -15,6 +15,7 @@ from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..flags.request import Request
 from ..liger import Kernels
+from ..model.coverage import Coverage
 from ..model.skeleton import Skeleton
 from ..source.source import Source
 from ..steps.plain import Grow
@@ -24,7 +25,6 @@ from ..system.attention import Attention
 from ..tokenizer.tokenizer import PreparedTokenizer
 from .base import Base
 from .configuration import Configuration
-from .coverage import Coverage
 from .output_files import OutputFile
 from .sources import Sources
 from .vocabulary import Padding
@@ -62,7 +62,7 @@ class Plan:
     padding: Padding
     quantization_config: dict[str, Any] | None
     """The part of config.json; None for 16-bit weights."""
-    coverage: Coverage | None
+    coverage: Coverage[OutputTensor] | None
     """None where nothing is to be quantised."""
     attention: Attention
     kernels: Kernels | None

@@ -22,7 +22,7 @@ from ..tokenizer.tokenizer import PreparedTokenizer
 from .adapted import adapter_file, choose_targets
 from .base import Base, choose_base
 from .configuration import Configuration, final_config, final_generation_config
-from .coverage import check_coverage, measure_coverage
+from .coverage import check_coverage, coverage_of
 from .output_files import OutputFile, divide, unchanged_files
 from .plan import Plan, quantised_layers
 from .sources import Sources
@@ -58,7 +58,7 @@ def make_plan(
     coverage = None
     if quantisation is not None:
         outputs = (output for step in steps for output in step.outputs)
-        coverage = measure_coverage(skeleton, outputs, quantisation.tag)
+        coverage = coverage_of(skeleton, outputs, quantisation.tag)
         check_coverage(request, coverage)
 
     adapter, targets, adapter_weights = strategy.adapter(request), None, None

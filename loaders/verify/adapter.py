@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from ..adapter.peft_lora import PeftLora
@@ -22,13 +21,8 @@ def check_adapter(context: Context) -> Iterator[str]:
     context.found = f"rank {expected['r']} on {sum(expected['targets'].values())} layers"
     if context.report["base"] == "reference":
         yield from _check_base(context)
-    four_bit = {tensor.parameter.removesuffix(".weight") for tensor in context.skeleton.tensors if tensor.packed}
     targets = resolve_targets(
-        # a Conv1D is a plain linear layer once it is 4-bit
-        (
-            replace(layer, transposed=layer.transposed and layer.name not in four_bit)
-            for layer in context.skeleton.layers
-        ),
+        context.skeleton.layers,
         modules=(name for name, _ in context.skeleton.model.named_modules()),
         asked=tuple(expected["targets"]),
         fused_experts=False,

@@ -101,7 +101,7 @@ def _check_counts(context: Context, model: Any) -> Iterator[str]:
     trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        dtype = "nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")
+        dtype = state.quant_type if state is not None else str(parameter.dtype).removeprefix("torch.")
         number = state.shape.numel() if state is not None else parameter.numel()
         counted[dtype] = counted.get(dtype, 0) + number
         trainable += number if parameter.requires_grad else 0
