@@ -17,7 +17,7 @@ from ..checkpoint.gguf_header import GgufHeader, read_gguf_header
 from ..checkpoint.json_files import read_json
 from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
-from ..model.components import component_by_name
+from ..model.components import component_of
 from ..model.coverage import is_matrix, measure_coverage
 from ..plan.output_files import REPORT_FILE
 from ..source.source import ADAPTER_FILE, Source, SourceFile, resolve_source
@@ -260,7 +260,7 @@ def _inspect_gguf(source: Source, header: GgufHeader) -> Inspection:
             shape=tensor.shape,
             bytes=tensor.nbytes,
             file=path.name,
-            component=component_by_name(tensor.name),
+            component=component_of(tensor.name),
             parts=((path, tensor.begin, tensor.begin + tensor.nbytes),),
         )
         for tensor in header.tensors

@@ -18,7 +18,7 @@ from ..checkpoint.formats.registry import logical_tensors
 from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
 from ..errors import CheckpointError
-from ..model.components import Component, component_by_name
+from ..model.components import Component, component_of
 from ..source.source import ADAPTER_FILE, Source
 
 
@@ -98,7 +98,7 @@ def stored_tensors(source: Source, tensors: Iterable[TensorMeta], prefix: str = 
             shape=tensor.shape,
             bytes=tensor.stored_bytes,
             file=prefix + tensor.file,
-            component=component_by_name(tensor.name),
+            component=component_of(tensor.name),
             parts=tuple(
                 (source.root / part.file, part.begin, part.end)
                 for part in sorted(tensor.stored_in, key=lambda part: part.name)

@@ -1,6 +1,6 @@
 """The seam for quantisations: how weights of the base are stored in fewer bits.
 
-A strategy has one or none. An implementation lies in a package of its own, such as `nf4/`.
+A strategy has one or none. An implementation lies in a package of its own.
 """
 
 from __future__ import annotations

@@ -186,3 +186,20 @@ def test_packed_tensors_that_config_does_not_know(
     edit_config(pair[0], quantization_config=None)
     with pytest.raises(CheckpointError, match=r"holds byte-wise tensors, but its config\.json has no `quant"):
         make_plan(pair[0], tmp_path)
+
+
+# -- where 4 bits are known
+
+
+WHERE = ("loaders/nf4/", "loaders/qlora.py", "loaders/checkpoint/formats/nf4.py")
+
+
+def test_one_format_one_package_and_one_strategy_know_of_4_bits() -> None:
+    root = Path(__file__).parent.parent.parent
+    found = {}
+    for path in sorted([*root.glob("cli/**/*.py"), *root.glob("loaders/**/*.py")]):
+        name = path.relative_to(root).as_posix()
+        lines = [line for line in path.read_text().splitlines() if "nf4" in line or "four_bit" in line]
+        if lines and not name.startswith(WHERE):
+            found[name] = lines
+    assert found == {"loaders/checkpoint/formats/registry.py": ["from .nf4 import Bitsandbytes4Bit"]}

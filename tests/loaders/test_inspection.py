@@ -16,7 +16,7 @@ from ftload.loaders.errors import CheckpointError, SourceError
 from ftload.loaders.inspect.comparison import compare
 from ftload.loaders.inspect.inspection import inspect
 from ftload.loaders.inspect.tokenizer_facts import read_tokenizer_facts
-from ftload.loaders.model.components import component_by_name
+from ftload.loaders.model.components import component_of
 from ftload.loaders.source.source import resolve_source
 from safetensors.torch import load_file, save_file
 
@@ -158,7 +158,7 @@ def test_weights_that_bitsandbytes_packed(tmp_path: Path, quant_type: str) -> No
     ],
 )  # fmt: skip
 def test_what_a_name_tells(name: str, component: str) -> None:
-    assert component_by_name(name) == component
+    assert component_of(name) == component
 
 
 # -- what does not go together
