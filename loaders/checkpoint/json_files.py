@@ -7,7 +7,8 @@ import re
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError, SourceError
-from ..source.source import Source, config_file_names
+from ..source.file_names import config_file_names
+from ..source.source import Source
 
 MAX_JSON_BYTES = 25_000_000
 """Of a configuration or an index; the largest that are known have 9 MB."""

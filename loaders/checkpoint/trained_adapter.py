@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..decision import Decision
 from ..errors import CheckpointError
-from ..source.source import ADAPTER_FILE, Source
+from ..source.file_names import ADAPTER_FILE
+from ..source.source import Source
 from .safetensors_header import read_header
 
 _READ_BYTES = 4 * 1024 * 1024

@@ -20,7 +20,9 @@ from ..errors import CheckpointError
 from ..model.components import component_of
 from ..model.coverage import is_matrix, measure_coverage
 from ..plan.output_files import REPORT_FILE
-from ..source.source import ADAPTER_FILE, Source, SourceFile, resolve_source
+from ..source.file_names import ADAPTER_FILE
+from ..source.resolve import resolve_source
+from ..source.source import Source, SourceFile
 from .inventory import StoredTensor, Sum, grouped, natural_key, open_tensors, stored_tensors, sum_of
 from .json_facts import (
     AdapterFacts,

@@ -19,7 +19,8 @@ from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
 from ..errors import CheckpointError
 from ..model.components import Component, component_of
-from ..source.source import ADAPTER_FILE, Source
+from ..source.file_names import ADAPTER_FILE
+from ..source.source import Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

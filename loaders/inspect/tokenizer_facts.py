@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.json_files import read_json
-from ..source.source import CHAT_TEMPLATES, Source
+from ..source.file_names import CHAT_TEMPLATES
+from ..source.source import Source
 
 MAX_TOKENIZER_BYTES = 100_000_000
 """Of a tokenizer.json; that of Gemma 3 has 33 MB."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.gguf_header import GgufHeader, read_gguf_header
 from ..errors import CheckpointError, MissingRequirementError, said_by
-from ..source.source import Source, resolve_source
+from ..source.resolve import resolve_source
+from ..source.source import Source
 from ..system.quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..flags.request import Request
-from ..source.source import Source, resolve_source
+from ..source.resolve import resolve_source
+from ..source.source import Source
 from ..tokenizer.tokenizer import resolve_tokenizer_source
 
 

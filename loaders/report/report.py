@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.tensors import DTYPE_CODES
 from ..model.config import settings_hash
 from ..plan.plan import Plan
-from ..source.source import config_file_names, tokenizer_file_names
+from ..source.file_names import config_file_names, tokenizer_file_names
 from ..steps.step import OutputTensor
 from ..system.limits import peak_memory_bytes
 from ..system.versions import ftload_version, versions

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..decision import Decision
 from ..errors import CheckpointError, UsageError, said_by
-from ..source.source import Source, tokenizer_file_names
+from ..source.file_names import tokenizer_file_names
+from ..source.source import Source
 from ..system.quiet import quiet_transformers
 from .loading import TokenizerKind, kind_of, load_tokenizer
 from .rendering import Turns

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapter.peft_lora import PeftLora
 from ..adapter.targets import Targets, resolve_targets
-from ..source.source import resolve_source
+from ..source.resolve import resolve_source
 from .files import Context
 
 

@@ -18,7 +18,8 @@ from ..checkpoint.tensors import TensorMeta
 from ..model.config import load_config, load_generation_config, settings_hash
 from ..model.skeleton import Skeleton, build_skeleton
 from ..plan.output_files import REPORT_FILE
-from ..source.source import Source, resolve_source
+from ..source.resolve import resolve_source
+from ..source.source import Source
 from ..system.durable import hash_file
 from ..system.limits import usable_processors
 from ..system.quiet import quiet_transformers

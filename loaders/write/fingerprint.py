@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..flags.request import Request
-from ..source.source import ADAPTER_FILE, Source
+from ..source.file_names import ADAPTER_FILE
+from ..source.source import Source
 from ..system.versions import ftload_version, versions
 
 _NO_PART_IN_THE_RESULT = frozenset(

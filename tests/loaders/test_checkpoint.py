@@ -15,7 +15,7 @@ from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ftload.loaders.checkpoint.json_files import fetch_config
 from ftload.loaders.checkpoint.safetensors_header import read_header
 from ftload.loaders.errors import CheckpointError
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 from safetensors.torch import save_file
 
 

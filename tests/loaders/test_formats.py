@@ -15,7 +15,7 @@ from ftload.loaders.checkpoint.formats import registry
 from ftload.loaders.checkpoint.formats.interface import Headers, PackedTensor, Read
 from ftload.loaders.checkpoint.tensors import DTYPE_CODES
 from ftload.loaders.errors import CheckpointError
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result

@@ -17,7 +17,7 @@ from ftload.loaders.inspect.comparison import compare
 from ftload.loaders.inspect.inspection import inspect
 from ftload.loaders.inspect.tokenizer_facts import read_tokenizer_facts
 from ftload.loaders.model.components import component_of
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 from safetensors.torch import load_file, save_file
 
 from ..cli.runs import FLAGS, prepare

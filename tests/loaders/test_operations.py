@@ -12,7 +12,7 @@ from ftload.loaders.checkpoint.finite import all_finite
 from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import CheckpointError
 from ftload.loaders.model.tensor_map import Conversion
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 from ftload.loaders.steps.plain import Cast, Convert
 from ftload.loaders.steps.step import Inputs
 from safetensors.torch import save_file

@@ -18,14 +18,16 @@ from typing import Any
 
 import pytest
 from ftload.loaders.errors import CheckpointError, FtloadError, ResourceError, SourceError, UsageError
-from ftload.loaders.source.source import Source, SourceFile, config_file_names, resolve_source, tokenizer_file_names
+from ftload.loaders.source.file_names import config_file_names, tokenizer_file_names
+from ftload.loaders.source.resolve import resolve_source
+from ftload.loaders.source.source import Source, SourceFile
 
 from ..hub import LoopbackHub
 
 SCRIPT = """
 import json, sys, time
 from ftload.loaders.errors import FtloadError
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 
 waits = []
 time.sleep = waits.append  # between attempts, ours and the library's: nobody is waited for
@@ -146,7 +148,7 @@ def test_other_file(tmp_path: Path) -> None:
 def test_missing_path_is_never_sent_to_a_hub(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("ftload.loaders.source.source._resolve_hub", lambda *_: pytest.fail("asked a hub"))
+    monkeypatch.setattr("ftload.loaders.source.resolve.resolve_hub", lambda *_: pytest.fail("asked a hub"))
     with pytest.raises(SourceError) as caught:
         resolve_source(model, None)
     assert caught.value.message == f"`{model}` does not exist"

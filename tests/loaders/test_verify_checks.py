@@ -18,7 +18,7 @@ from ftload.loaders.checkpoint.checkpoint import open_checkpoint
 from ftload.loaders.load import load_prepared
 from ftload.loaders.progress import Silent
 from ftload.loaders.report.outputs import read_report
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 from ftload.loaders.verify import training as verify_training
 from ftload.loaders.verify.adapter import check_adapter
 from ftload.loaders.verify.files import Context, check_config, check_files, check_report, check_tensors

@@ -9,7 +9,7 @@ from ftload.loaders.checkpoint.checkpoint import open_checkpoint
 from ftload.loaders.inspect.inspection import inspect
 from ftload.loaders.model.config import load_config
 from ftload.loaders.model.skeleton import build_skeleton
-from ftload.loaders.source.source import resolve_source
+from ftload.loaders.source.resolve import resolve_source
 
 from .zoo import write_tiny
 
