@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError
 from .liger import apply_liger, liger_problem
 from .model.model_class import native_class, unknown_to_auto
+from .model.transformers_internals import attention_support, checkpoint_activations, remote_class
 from .plan.vocabulary import set_padding
 from .report.outputs import read_report
 from .system.attention import resolve_attention
@@ -59,7 +60,7 @@ def load_prepared(
             set_padding(config, pad)  # a base that is another's has its own
         model_class = _model_class(config, base, trust_remote_code=trust_remote_code)
         attention = resolve_attention(
-            model_class,
+            attention_support(model_class),
             use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
         )
         loader = model_class if unknown_to_auto(config) else AutoModelForCausalLM
@@ -96,9 +97,10 @@ def load_prepared(
         from peft import prepare_model_for_kbit_training
 
         _keep_weights_in_place(model)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    elif checkpointing:
-        model.gradient_checkpointing_enable()
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        # as k-bit preparation does it, which calls a method that transformers is about to drop
+        checkpoint_activations(model, use_reentrant=report["quantization"] is not None)
         if report["adapter"] is not None:
             # frozen embeddings would leave the checkpointed blocks without an input that needs a gradient
             model.enable_input_require_grads()
@@ -113,11 +115,10 @@ def load_prepared(
 def _model_class(config: PretrainedConfig, base: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
     """The class of the model."""
     from transformers import AutoModelForCausalLM
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if remote is not None and trust_remote_code:
-        return get_class_from_dynamic_module(remote, **base)
+        return remote_class(remote, base["pretrained_model_name_or_path"], revision=base.get("revision"))
     return native_class(config) or AutoModelForCausalLM
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..decision import Decision
 from ..errors import MissingRequirementError, UsageError, said_by
 from ..model.components import LinearLayer
+from ..model.transformers_internals import merges_weights
 from ..system.quiet import quiet_transformers
 from .interface import Adapter
 from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_hits, matches, name_targets
@@ -100,7 +101,6 @@ class Peft:
     def _is_certain(self, targets: Targets) -> bool:
         """Whether the answer is known: the usual names, of plain linear layers, and weights that nothing merges."""
         import torch
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         wanted = {layer.name for layer in targets.layers}
         hit = {name: module for name, module in self.model.named_modules() if matches(name, targets.patterns)}
@@ -108,7 +108,7 @@ class Peft:
             set(targets.patterns) <= set(REFERENCE_TARGETS)
             and hit.keys() == wanted
             and all(type(module) is torch.nn.Linear for module in hit.values())
-            and get_checkpoint_conversion_mapping(self.model.config.model_type) is None
+            and not merges_weights(self.model.config.model_type)
         )
 
 

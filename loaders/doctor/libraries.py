@@ -7,10 +7,8 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-from ..system.versions import installed_version
+from ..system.versions import installed_version, requirements
 from .finding import Finding
 from .probe_processes import Answers
 
@@ -74,7 +72,7 @@ def look_at_libraries(installed: list[str], answers: Answers) -> Iterable[Findin
 def _finding(name: str, is_there: bool, answers: Answers, others: Mapping[str, Finding]) -> Finding:
     """What is the case with one library; `others` are the findings of those that it imports."""
     library = _LIBRARIES[name]
-    version, needed = installed_version(name), _requirements().get(name)
+    version, needed = installed_version(name), requirements().get(name)
     # packages for GPUs are built against the torch that is installed
     options = "--no-build-isolation " if library.on_gpu else ""
     install = f"pip install {options}'{needed}'" if needed else f"pip install {options}{name}"
@@ -106,19 +104,3 @@ def _finding(name: str, is_there: bool, answers: Answers, others: Mapping[str, F
     if "no locator available" in problem:  # numba's words: neither its package nor the home can be written
         reinstall = f"export NUMBA_CACHE_DIR={tempfile.gettempdir()}/numba"
     return Finding(name=name, state="broken", detail=f"{shown}: {problem}", mend=reinstall, facts=facts)
-
-
-@cache
-def _requirements() -> dict[str, Any]:
-    """What ftload asks for, extras included: distribution to `packaging.requirements.Requirement`."""
-    from packaging.requirements import Requirement
-
-    found = {}
-    try:
-        lines = importlib.metadata.requires("ftload") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    for requirement in map(Requirement, lines):
-        requirement.marker = None  # it would be part of the command
-        found.setdefault(requirement.name, requirement)
-    return found

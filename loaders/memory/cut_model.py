@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.transformers_internals import checkpoint_activations
 from ..system.quiet import quiet_transformers
 from .meta_kernels import lora_linear, quantised_linear, set_attention
 from .setting import Setting
@@ -119,7 +120,7 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
                 parameter.data = parameter.data.float()
     if setting.checkpointing:
         # k-bit preparation leaves torch's default, re-entrant; transformers' own default is not
-        model.gradient_checkpointing_enable({"use_reentrant": bool(setting.quantised)})
+        checkpoint_activations(model, use_reentrant=bool(setting.quantised))
         if setting.lora is not None:
             model.enable_input_require_grads()
     lora = setting.lora

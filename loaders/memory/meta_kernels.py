@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..liger import apply_liger
+from ..model.transformers_internals import set_attention_implementation
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +31,7 @@ def set_attention(model: PreTrainedModel, attention: str) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if config is not None:
-            config._attn_implementation_internal = attention
+            set_attention_implementation(config, attention)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..model.transformers_internals import attention_support
 from ..system.cuda import cuda_problem
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
     Without a GPU here, attention is the requested one if the model supports it; with a GPU, the one that works here.
     """
     attention = plan.attention.effective
-    if cuda_problem() is not None and getattr(plan.skeleton.model, "_supports_flash_attn", False):
+    if cuda_problem() is not None and attention_support(type(plan.skeleton.model)).flash:
         attention = plan.attention.requested
     lora = None
     if plan.targets is not None:

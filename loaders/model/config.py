@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, FtloadError, said_by
 from ..system.quiet import quiet_transformers
+from .transformers_internals import generation_of_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ def load_generation_config(root: Path) -> GenerationConfig:
         try:
             return GenerationConfig.from_pretrained(root)
         except OSError:
-            return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
+            return generation_of_config(root)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, MissingRequirementError, said_by
 from ..source.resolve import resolve_source
 from ..source.source import Source
 from ..system.quiet import quiet_transformers
+from .transformers_internals import gguf_is_readable, gguf_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,9 +38,8 @@ def dequantise(source: Source, directory: Path) -> Source:
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils.import_utils import is_gguf_available
 
-    if not is_gguf_available():
+    if not gguf_is_readable():
         raise MissingRequirementError("reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'")
     assert source.gguf_file is not None
     header = read_gguf_header(source.root / source.gguf_file)
@@ -97,7 +97,7 @@ def _check_tensors(source: Source, header: GgufHeader, model: PreTrainedModel, i
     one of them was missing; and of tensors that it does not know, it says nothing.
     """
     stored = {_stem(tensor.name): tensor for tensor in header.tensors}
-    known = _known_names(header, model)
+    known = gguf_names(header.metadata["general.architecture"], model)
     sources = defaultdict(list)
     for name, parameter in known.items():
         sources[parameter].append(name)
@@ -134,20 +134,6 @@ def _check_tensors(source: Source, header: GgufHeader, model: PreTrainedModel, i
 
 def _more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _known_names(header: GgufHeader, model: PreTrainedModel) -> dict[str, str]:
-    """The names that transformers looks for in the file, and the parameters that they become.
-
-    Empty for the architectures that it loads as it loads safetensors: there it says itself what does not fit.
-    """
-    from transformers.integrations.gguf.utils import is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    architecture = header.metadata["general.architecture"]
-    if is_gguf_arch_supported(architecture):
-        return {}
-    return get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)())
 
 
 def _stem(name: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .components import LinearLayer, component_of
+from .transformers_internals import conv1d, quantiser_takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,15 +18,12 @@ def quantisable_modules(model: PreTrainedModel) -> frozenset[str]:
     It decides before weights are tied: `model` must be one that never was.
     """
     import torch
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    is_taken, transposed = quantiser_takes(model), conv1d()
     return frozenset(
         name
         for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
+        if (type(module) is torch.nn.Linear or isinstance(module, transposed)) and is_taken(name)
     )
 
 
@@ -42,15 +40,15 @@ def linear_layers(
     format that stays packed: the place of a Conv1D is then taken by a linear layer that is not transposed.
     """
     import torch
-    from transformers.pytorch_utils import Conv1D
 
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
     apart = tuple(f"{name}." for name in towers)
 
+    module: Any
     for name, module in model.named_modules():
         if name == head:
             continue
-        transposed = isinstance(module, Conv1D)
+        transposed = isinstance(module, conv1d())
         if transposed:
             in_features, out_features = module.weight.shape
         elif isinstance(module, torch.nn.Linear):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, said_by
+from .transformers_internals import bare_names, causal_class, causal_names, is_causal, multimodal_class, remote_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,16 +30,8 @@ def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
     Where that class is a language model and the configuration that of a multimodal one, it gets the part for text.
     Raises `CheckpointError` for what is not a causal language model, and for code that was not allowed.
     """
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.models.auto.auto_factory import _get_model_class
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MULTIMODAL_LM_MAPPING,
-        MODEL_MAPPING_NAMES,
-    )
-
     auto_map = getattr(config, "auto_map", None) or {}
-    native = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    native = is_causal(config)
     if "AutoModelForCausalLM" in auto_map and (trust_remote_code or not native):
         if not trust_remote_code:
             raise CheckpointError(
@@ -46,9 +39,7 @@ def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
                 hint="pass --trust_remote_code if you trust it",
             )
         try:
-            remote = get_class_from_dynamic_module(
-                auto_map["AutoModelForCausalLM"], checkpoint.source.root, trust_remote_code=True
-            )
+            remote = remote_class(auto_map["AutoModelForCausalLM"], checkpoint.source.root)
         except (OSError, ImportError, AttributeError) as error:
             raise CheckpointError(f"the model's own code can't be used: {said_by(error)}") from error
         return LoadedAs(model_class=cast("type[PreTrainedModel]", remote), config=config)
@@ -58,9 +49,8 @@ def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
     model_class = native_class(config)
     whole = None
     if model_class is not None and model_class.config_class == config.sub_configs.get("text_config"):
-        whole = LoadedAs(model_class=_get_model_class(config, MODEL_FOR_MULTIMODAL_LM_MAPPING), config=config)
-    bare = {name for names in MODEL_MAPPING_NAMES.values() for name in _names(names)}
-    known = _causal_names() | bare | ({whole.model_class.__name__} if whole is not None else set())
+        whole = LoadedAs(model_class=multimodal_class(config), config=config)
+    known = causal_names() | bare_names() | ({whole.model_class.__name__} if whole is not None else set())
     if model_class is None or (architectures and known.isdisjoint(architectures)):
         what = architectures[0] if architectures else config.model_type
         raise CheckpointError(
@@ -76,12 +66,10 @@ def native_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     Where `AutoModelForCausalLM` does not find it (see `unknown_to_auto`), it is the one that config.json names.
     """
     import transformers
-    from transformers.models.auto.auto_factory import _get_model_class
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
-    for name in _causal_names().intersection(config.architectures or ()):
+    if is_causal(config):
+        return causal_class(config)
+    for name in causal_names().intersection(config.architectures or ()):
         named = getattr(transformers, name)
         if named.config_class is type(config):
             return named
@@ -93,16 +81,8 @@ def unknown_to_auto(config: PretrainedConfig) -> bool:
 
     That of Mllama's language model is such a one: it is found in the multimodal checkpoint, but not by itself.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     auto_map = getattr(config, "auto_map", None) or {}
-    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in auto_map
-
-
-def _causal_names() -> set[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
+    return not is_causal(config) and "AutoModelForCausalLM" not in auto_map
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -111,7 +91,3 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     if quantization is not None:
         text.quantization_config = quantization
     return text
-
-
-def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names

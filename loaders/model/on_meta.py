@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, MissingRequirementError, said_by
 from ..system.quiet import quiet_transformers
+from .transformers_internals import no_tie_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,6 @@ def load_on_meta(
 def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """A model on `meta` that was never loaded into, nor its weights tied."""
     import torch
-    from transformers.initialization import no_tie_weights
 
     with torch.device("meta"), no_tie_weights():
         return model_class(_without_quantization(config))

@@ -15,13 +15,15 @@ from ..errors import CheckpointError, said_by
 from ..system.quiet import quiet_transformers
 from .components import LinearLayer, component_of
 from .linear_layers import linear_layers, quantisable_modules
-from .model_class import choose_class, unknown_to_auto
+from .model_class import LoadedAs, choose_class, unknown_to_auto
 from .on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
-from .tensor_map import ModelTensor, SavedModel, kept_packed, map_tensors, saved_names, saved_tensors
+from .tensor_map import Group, ModelTensor, SavedModel, kept_packed, map_tensors, saved_names, saved_tensors
 from .ties import tie_equal_weights
 from .towers import LeftOut, find_left_out, tower_modules
+from .transformers_internals import initialise_nothing, state_to_save
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -71,85 +73,56 @@ def build_skeleton(
     Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
     another shape.
     """
-    import torch
-
     loaded_as = choose_class(checkpoint, config, trust_remote_code=trust_remote_code)
     model_class, config = loaded_as.model_class, loaded_as.config
     section = _quantization_section(config)
     claimed = claimed_format(checkpoint.source, section, checkpoint.packed)
-    parts = PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
+    most_parts = PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
     left_out = None
     if loaded_as.whole is not None:
-        with building(loaded_as.whole.model_class, parts):
+        with building(loaded_as.whole.model_class, most_parts):
             left_out = find_left_out(checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config))
-    state = {
-        name: torch.empty(meta.shape, dtype=torch.bfloat16, device="meta")
-        for name, meta in checkpoint.tensors.items()
-        if left_out is None or name not in left_out.names
-    }
-    with building(model_class, parts):
-        model, info = load_on_meta(model_class, config, state)
-    _check_keys(checkpoint, model, info)
-    mapping, dropped = map_tensors(checkpoint, model, state)
-    warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
-
-    warnings += tie_equal_weights(checkpoint, model, mapping, headers_only=headers_only)
+    model, groups, warnings = _load(checkpoint, loaded_as, left_out, most_parts)
+    warnings += tie_equal_weights(checkpoint, model, groups, headers_only=headers_only)
     if unknown_to_auto(config):
         warnings.append(
             f"AutoModelForCausalLM can't load a `{config.model_type}` by itself: load what is written with "
             f"`load_prepared`, or with `{model_class.__name__}`"
         )
+
     embedding, head = _embedding_names(model)
     shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     rows_before = shapes_before[embedding][0]
-    rows_after = max(rows_before, -(-tokenizer_size // 8) * 8) if tokenizer_size > rows_before else rows_before
-    if rows_after > rows_before:
-        model._init_weights = lambda module: None  # nothing has values here, and xLSTM's own fails on its causal class
-        with quiet_transformers():
-            model.resize_token_embeddings(rows_after, mean_resizing=False)
-    with building(model_class, parts):
+    rows_after = _grow(model, rows_before, tokenizer_size)
+    with building(model_class, most_parts):
         fresh = empty_model(model_class, model.config)
     if rows_after > rows_before:
         _check_loadable(model, fresh)
     quantisable = quantisable_modules(fresh)
     if section is not None and quantisable and not checkpoint.packed:
         raise already_quantised(checkpoint.source, section)
-    with quiet_transformers():
-        from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-        try:
-            saved_state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-        except RuntimeError as error:  # Reformer's head gets a bias that its class does not know to be tied
-            raise CheckpointError(
-                f"transformers can't save `{model_class.__name__}`"
-                + (" after its embeddings have grown" if rows_after > rows_before else "")
-                + f": {said_by(error)}",
-                hint=_NO_MORE_TOKENS if rows_after > rows_before else None,
-            ) from error
-    for name in model._keys_to_ignore_on_save or ():
-        saved_state.pop(name, None)
 
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     head_module = head.removesuffix(".weight") if head else None
     towers = tower_modules(model)
     packed = frozenset(
-        group.parameters[0].removesuffix(".weight") for group in mapping if kept_packed(group.sources) is not None
+        group.parameters[0].removesuffix(".weight") for group in groups if kept_packed(group.sources) is not None
     )
     layers = tuple(linear_layers(model, classes, head_module, towers, packed))
+    state = _state_to_save(model, is_grown=rows_after > rows_before)
     saved = SavedModel(
         model=model,
-        state=saved_state,
-        names=saved_names(model, mapping, saved_state),
+        state=state,
+        names=saved_names(model, groups, state),
         shapes_before=shapes_before,
         quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
         stays_packed=checkpoint.stays_packed,
         classes=classes,
         head=head_module,
     )
-    tied = head is not None and model.get_parameter(head) is model.get_parameter(embedding)
     return Skeleton(
         model=model,
-        tensors=tuple(tensor for group in mapping for tensor in saved_tensors(group, saved)),
+        tensors=tuple(tensor for group in groups for tensor in saved_tensors(group, saved)),
         layers=layers,
         fused_experts=tuple(
             name
@@ -161,12 +134,54 @@ def build_skeleton(
         head=head,
         rows_before=rows_before,
         rows_after=rows_after,
-        tied=tied,
+        tied=head is not None and model.get_parameter(head) is model.get_parameter(embedding),
         stored_quantization=claimed.kept_settings(section) if claimed is not None and section is not None else None,
         left_out=left_out,
         towers=towers,
         warnings=tuple(warnings),
     )
+
+
+def _load(
+    checkpoint: Checkpoint, loaded_as: LoadedAs, left_out: LeftOut | None, most_parts: int
+) -> tuple[PreTrainedModel, list[Group], list[str]]:
+    """Load the headers; returns the model, what its stored tensors become, and warnings."""
+    import torch
+
+    state = {
+        name: torch.empty(meta.shape, dtype=torch.bfloat16, device="meta")
+        for name, meta in checkpoint.tensors.items()
+        if left_out is None or name not in left_out.names
+    }
+    with building(loaded_as.model_class, most_parts):
+        model, info = load_on_meta(loaded_as.model_class, loaded_as.config, state)
+    _check_keys(checkpoint, model, info)
+    groups, dropped = map_tensors(checkpoint, model, state)
+    warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
+    return model, groups, warnings
+
+
+def _grow(model: PreTrainedModel, rows: int, tokenizer_size: int) -> int:
+    """Give the embeddings a row for each token, to a multiple of 8, where they have too few; returns their rows."""
+    if tokenizer_size <= rows:
+        return rows
+    grown = max(rows, -(-tokenizer_size // 8) * 8)
+    initialise_nothing(model)
+    with quiet_transformers():
+        model.resize_token_embeddings(grown, mean_resizing=False)
+    return grown
+
+
+def _state_to_save(model: PreTrainedModel, *, is_grown: bool) -> dict[str, Tensor]:
+    try:
+        return state_to_save(model)
+    except RuntimeError as error:  # Reformer's head gets a bias that its class does not know to be tied
+        raise CheckpointError(
+            f"transformers can't save `{type(model).__name__}`"
+            + (" after its embeddings have grown" if is_grown else "")
+            + f": {said_by(error)}",
+            hint=_NO_MORE_TOKENS if is_grown else None,
+        ) from error
 
 
 def _quantization_section(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -16,8 +16,15 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 from ..errors import CheckpointError
-from .buffers import set_after_loading
 from .components import Component, LinearLayer, component_of
+from .transformers_internals import (
+    WeightMapping,
+    finds_statistics,
+    is_kept_in_float32,
+    is_replaced_when_quantised,
+    revert,
+    set_after_loading,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +43,7 @@ class Conversion:
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Load and save in one go: stored names to values, then saved names to values."""
-        return _revert(self.model, self.load(values))
+        return revert(self.model, self.load(values))
 
     def load(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored names to values, then parameter names to values."""
@@ -67,7 +74,7 @@ class ModelTensor:
     quantised_from: str = "BF16"
     """The safetensors code that the reference casts it to before it quantises it."""
     set_after_loading: Tensor | None = None
-    """What of a buffer is otherwise than stored: see `buffers.py`."""
+    """What of a buffer is otherwise than stored: see `transformers_internals.py`."""
     rows_before: int | None = None
     """Rows in the checkpoint, where resizing adds some."""
     conversion: Conversion | None = None
@@ -97,43 +104,12 @@ class Group:
     conversion: Conversion | None
 
 
-def find_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """The parameter or buffer that each stored name leads to, and the pattern of the converter that it goes through.
-
-    In transformers' order; names that lead to nothing in `model` are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    parameters = model.state_dict()
-    prefix = model.base_model_prefix
-    targets = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if target in parameters:
-            targets[name] = target, pattern
-    return targets
-
-
 def map_tensors(
     checkpoint: Checkpoint, model: PreTrainedModel, state: Mapping[str, Tensor]
 ) -> tuple[list[Group], list[str]]:
     """Group the stored tensors by the parameter that they become; the second value is what transformers drops."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    by_pattern = {
-        pattern: converter
-        for converter in get_model_conversion_mapping(model)
-        if isinstance(converter, WeightConverter)
-        for pattern in converter.source_patterns
-    }
-    targets = find_targets(model, state)
+    weights = WeightMapping(model)
+    targets = weights.targets(state)
     found: dict[str, list[tuple[str, str | None]]] = {}
     for name, (target, pattern) in targets.items():
         found.setdefault(target, []).append((name, pattern))
@@ -148,7 +124,7 @@ def map_tensors(
             groups.append(Group(parameters=(target,), sources=metas[:1], conversion=None))
             continue
         conversion = Conversion(
-            model=model, converter=by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
+            model=model, converter=weights.by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
         )
         loaded = conversion.load(state)
         groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
@@ -202,7 +178,7 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
         stored = {meta.name: torch.empty(meta.shape, device="meta") for meta in group.sources}
         loaded = group.conversion.load(stored)
         elements = sum(value.numel() for value in loaded.values())
-        outputs = {name: tuple(value.shape) for name, value in _revert(saved.model, loaded).items()}
+        outputs = {name: tuple(value.shape) for name, value in revert(saved.model, loaded).items()}
         padding = sum(map(prod, outputs.values())) - elements
         if padding or outputs != {meta.name: meta.shape for meta in group.sources}:
             return [
@@ -230,51 +206,27 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None,
-            quantised_from=_quantised_from(saved.model, parameter),
+            # that a module is made in float32 counts only for what is not quantised
+            quantised_from="F32" if is_kept_in_float32(saved.model, parameter) else "BF16",
             set_after_loading=set_after_loading(saved.model, parameter) if buffer else None,
             quantised_problem=quantised_problem,
         )
     ]  # fmt: skip
 
 
-def _quantised_from(model: PreTrainedModel, parameter: str) -> str:
-    """float32 where the class keeps it so; that a module is made in float32 counts only for what is not quantised."""
-    import torch
-    from transformers.core_model_loading import build_glob_alternation
-
-    kept = list(model._get_dtype_plan(torch.bfloat16))
-    return "F32" if kept and build_glob_alternation(kept)[0].search(parameter) else "BF16"
-
-
 def _quantised_problem(group: Group, saved: SavedModel) -> str | None:
     """What keeps transformers from loading the group where config.json says that the model is 4-bit."""
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
-    from transformers.utils.quantization_config import QuantizationMethod
-
     if group.conversion is not None and any(name in saved.quantisable for name in group.parameters):
         return "is merged or split into linear layers on loading, which it can't do with 4-bit weights"
     if group.conversion is not None and kept_packed(group.sources) is not None:
         return "is merged or split on loading, which it can't do with packed weights"
     for name in group.parameters:
-        if name in saved.quantisable and not _finds_statistics(name):
+        if name in saved.quantisable and not finds_statistics(name):
             return "has 4-bit statistics that it looks for under another name"
     owner = saved.classes[group.parameters[0].rpartition(".")[0]]
-    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
-    if patch is not None and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]:
+    if is_replaced_when_quantised(owner):
         return f"belongs to a `{owner}`, in whose place it puts other modules when weights are 4-bit"
     return None
-
-
-def _finds_statistics(parameter: str) -> bool:
-    """Whether transformers assigns what is stored beside a 4-bit weight to that weight.
-
-    Its patterns are the words alone (`serialized_names` of its bitsandbytes quantiser): a module that is itself called
-    `…weight` is taken for the parameter.
-    """
-    from transformers.core_model_loading import Concatenate, WeightConverter, rename_source_key
-
-    patterns = WeightConverter(["weight", "weight.quant_map"], "weight", [Concatenate()])
-    return rename_source_key(f"{parameter}.quant_map", [], [patterns])[0] == parameter
 
 
 def _check_floats(group: Group, saved: SavedModel, dtype: str) -> None:
@@ -295,11 +247,5 @@ def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[
         name: state[name] for group in groups if group.conversion is None for name in group.parameters if name in state
     }
     # renaming hands the very same tensors on, so that one call answers for all of them
-    names = {id(value): name for name, value in _revert(model, plain).items()}
+    names = {id(value): name for name, value in revert(model, plain).items()}
     return {parameter: names[id(value)] for parameter, value in plain.items()}
-
-
-def _revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, values)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from .tensor_map import Group
+from .transformers_internals import tied_weights
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,14 @@ def tie_equal_weights(
     """
     sources = {group.parameters[0]: group.sources[0] for group in mapping if group.conversion is None}
     warnings = []
-    for target, origin in list(model.all_tied_weights_keys.items()):
+    tied = tied_weights(model)
+    for target, origin in list(tied.items()):
         if target not in sources or origin not in sources or model.get_parameter(target) is model.get_parameter(origin):
             continue
         first, second = sources[target], sources[origin]
         answer = _are_equal(checkpoint, first, second, model.get_parameter(origin).dtype, headers_only=headers_only)
         if answer == "no":
-            del model.all_tied_weights_keys[target]
+            del tied[target]
             warnings.append(
                 f"`{target}` and `{origin}` are tied in the configuration but differ in the checkpoint: both are kept, "
                 "untied, as transformers does"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tensors import TensorMeta
 from ..decision import Decision
-from .tensor_map import find_targets
+from .transformers_internals import WeightMapping
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -52,7 +52,7 @@ def find_left_out(checkpoint: Checkpoint, whole: PreTrainedModel) -> LeftOut | N
     A tensor that `whole` does not have is not among them, wherever its name points to.
     """
     modules = [name for name, within_text in _find_towers(whole) if not within_text]
-    targets = find_targets(whole, checkpoint.tensors)
+    targets = WeightMapping(whole).targets(checkpoint.tensors)
     owners = {
         name: module for name, (target, _) in targets.items() for module in modules if target.startswith(f"{module}.")
     }

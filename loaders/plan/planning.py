@@ -14,6 +14,7 @@ from ..flags.request import Request
 from ..liger import resolve_kernels
 from ..model.skeleton import Skeleton
 from ..model.tensor_map import ModelTensor
+from ..model.transformers_internals import attention_support
 from ..steps.step import Step
 from ..strategy import STRATEGIES, Strategy
 from ..system.attention import resolve_attention
@@ -74,7 +75,7 @@ def make_plan(
             computed_in = dict.fromkeys(quantised, quantisation.compute_dtype(quantization_config))
         adapter_weights = adapter_file(strategy, skeleton, adapter, targets, computed_in=computed_in)
 
-    attention = resolve_attention(type(skeleton.model), use_flash_attn=request.use_flash_attn)
+    attention = resolve_attention(attention_support(type(skeleton.model)), use_flash_attn=request.use_flash_attn)
     decisions += attention.decisions
     if skeleton.towers and adapter is None:
         warnings.append(

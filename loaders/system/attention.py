@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..decision import Decision
 from ..errors import said_by
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSupport:
+    """Which implementations a model supports."""
+
+    model: str
+    """Its class."""
+    flash: bool
+    sdpa: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,22 +36,22 @@ class Attention:
         return (Decision(what="attention", requested=self.requested, effective=self.effective, reason=self.reason),)
 
 
-def resolve_attention(model_class: type[PreTrainedModel], *, use_flash_attn: bool) -> Attention:
+def resolve_attention(support: AttentionSupport, *, use_flash_attn: bool) -> Attention:
     """FlashAttention 2 where it was asked for and runs; else PyTorch's sdpa where the model supports it; else eager."""
     if not use_flash_attn:
         return Attention(requested="eager", effective="eager", reason=None)
-    problem = _flash_attention_problem(model_class)
+    problem = _flash_attention_problem(support)
     if problem is None:
         return Attention(requested="flash_attention_2", effective="flash_attention_2", reason=None)
-    fallback = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    fallback = "sdpa" if support.sdpa else "eager"
     return Attention(requested="flash_attention_2", effective=fallback, reason=problem)
 
 
-def _flash_attention_problem(model_class: type[PreTrainedModel]) -> str | None:
+def _flash_attention_problem(support: AttentionSupport) -> str | None:
     import torch
 
-    if not getattr(model_class, "_supports_flash_attn", False):
-        return f"`{model_class.__name__}` does not support FlashAttention"
+    if not support.flash:
+        return f"`{support.model}` does not support FlashAttention"
     if not torch.cuda.is_available():
         return "FlashAttention needs a GPU, and there is none"
     if torch.cuda.get_device_capability() < (8, 0):

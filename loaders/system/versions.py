@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from functools import cache
+from typing import TYPE_CHECKING
 
 from ..errors import MissingRequirementError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _REPORTED = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "huggingface_hub",
@@ -34,6 +39,28 @@ def versions() -> dict[str, str]:
         if version is not None:
             found[name] = version
     return found
+
+
+@cache
+def requirements() -> dict[str, Requirement]:
+    """What ftload asks for, extras included, by distribution; empty where ftload is not installed."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, Requirement] = {}
+    try:
+        lines = importlib.metadata.requires("ftload") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    for requirement in map(Requirement, lines):
+        requirement.marker = None  # it would be part of a command
+        found.setdefault(requirement.name, requirement)
+    return found
+
+
+def required_range(distribution: str) -> str:
+    """The versions that ftload asks for, such as `>=5.17,<5.25`; empty where any will do."""
+    found = requirements().get(distribution)
+    return "" if found is None else str(found.specifier)
 
 
 def require(packages: tuple[str, ...], *, purpose: str) -> None:

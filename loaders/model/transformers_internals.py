@@ -1,0 +1,321 @@
+"""Every name of transformers that it does not publish, in one place: what it is for, and what breaks without it.
+
+A release may rename or drop any of them. What is gone is `MissingRequirementError`, with the installed version and the
+range that ftload was tested with: no bug of ftload, and nothing that a user could have done wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingRequirementError
+from ..system.attention import AttentionSupport
+from ..system.quiet import quiet_transformers
+from ..system.versions import installed_version, required_range
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+
+def _find(module: str, name: str) -> Any:
+    """A name of one of transformers' modules. Raises `MissingRequirementError` where it is gone."""
+    try:
+        found = importlib.import_module(f"transformers.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("transformers"):
+            raise  # something that transformers itself needs
+        raise _gone(f"{module}.{name}") from error
+    return _attribute(found, name, f"{module}.{name}")
+
+
+def _attribute(owner: Any, name: str, shown: str) -> Any:
+    """An attribute that is always there. Raises `MissingRequirementError` where it is gone."""
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise _gone(shown) from error
+
+
+def _gone(name: str) -> MissingRequirementError:
+    tested = required_range("transformers")
+    return MissingRequirementError(
+        f"transformers {installed_version('transformers')} has no `{name}`, which ftload needs",
+        hint=f"ftload is tested with transformers {tested}: pip install 'transformers{tested}'",
+    )
+
+
+# -- which class a checkpoint is loaded as
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for a configuration. Without it: no model is found."""
+    return type(config) in _find("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING")
+
+
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """That class. Without it: no model is found."""
+    return _auto_class(config, _find("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING"))
+
+
+def multimodal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the whole model. Without it: towers of multimodal checkpoints can't be told from surplus tensors."""
+    return _auto_class(config, _find("models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING"))
+
+
+def _auto_class(config: PretrainedConfig, mapping: Any) -> type[PreTrainedModel]:
+    """One of several classes for a configuration is the one that its `architectures` name."""
+    return _find("models.auto.auto_factory", "_get_model_class")(config, mapping)
+
+
+def causal_names() -> set[str]:
+    """The names of all causal language models. Without them: other models are not refused by their names."""
+    return _class_names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def bare_names() -> set[str]:
+    """The names of all models without a head, which some checkpoints give. Without them: those are refused."""
+    return _class_names("MODEL_MAPPING_NAMES")
+
+
+def _class_names(mapping: str) -> set[str]:
+    values = _find("models.auto.modeling_auto", mapping).values()
+    return {name for names in values for name in ((names,) if isinstance(names, str) else names)}
+
+
+def remote_class(reference: str, model: str | Path, *, revision: str | None = None) -> Any:
+    """The class of a model that brings its own code, trusted by the user. Without it: such models can't be had.
+
+    Raises what that code raises while it is imported.
+    """
+    more = {} if revision is None else {"revision": revision}
+    load = _find("dynamic_module_utils", "get_class_from_dynamic_module")
+    return load(reference, model, trust_remote_code=True, **more)
+
+
+def generation_of_config(root: Path) -> GenerationConfig:
+    """The generation settings that an older config.json still holds. Without it: they would be lost."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(root, config_file_name="config.json", _from_model_config=True)
+
+
+# -- how stored tensors become parameters, and parameters stored tensors
+
+
+class WeightMapping:
+    """Renaming, merging and splitting on loading, as transformers does it. Without it: no name could be trusted."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = _find("conversion_mapping", "get_model_conversion_mapping")(model)
+        converter, renaming = (_find("core_model_loading", name) for name in ("WeightConverter", "WeightRenaming"))
+        self._rename = _find("core_model_loading", "rename_source_key")
+        self._order = _find("core_model_loading", "dot_natural_key")
+        self._converters = [transform for transform in transforms if isinstance(transform, converter)]
+        self._renamings = [transform for transform in transforms if isinstance(transform, renaming)]
+        self._prefix = model.base_model_prefix
+        self._parameters = model.state_dict()
+        self.by_pattern = {
+            pattern: transform for transform in self._converters for pattern in transform.source_patterns
+        }
+        """The converter of each source pattern."""
+
+    def targets(self, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """The parameter or buffer that each stored name leads to, and the pattern of the converter on the way, if any.
+
+        In transformers' order; names that lead to nothing in the model are left out.
+        """
+        found = {}
+        for name in sorted(names, key=self._order):
+            target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._parameters)
+            if target not in self._parameters and name in self._parameters:
+                target, pattern = self._rename(name, [], [], self._prefix, self._parameters)
+            if target in self._parameters:
+                found[name] = target, pattern
+        return found
+
+
+def revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters as `save_pretrained` names and divides them. Without it: merged weights would be saved merged."""
+    return _find("core_model_loading", "revert_weight_conversion")(model, values)
+
+
+def merges_weights(model_type: str) -> bool:
+    """Whether loading merges or splits weights of an architecture. Without it: PEFT would be asked each time."""
+    return _find("conversion_mapping", "get_checkpoint_conversion_mapping")(model_type) is not None
+
+
+def is_kept_in_float32(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether the class keeps a parameter in float32. Without it: it would be quantised from bfloat16."""
+    import torch
+
+    plan = list(_attribute(model, "_get_dtype_plan", "PreTrainedModel._get_dtype_plan")(torch.bfloat16))
+    if not plan:
+        return False
+    pattern, *_ = _find("core_model_loading", "build_glob_alternation")(plan)
+    return pattern.search(parameter) is not None
+
+
+def state_to_save(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save_pretrained` writes, by the model's names. Without it: tied weights would be written twice.
+
+    Raises `RuntimeError` where transformers can't tell which of several names of one weight to keep.
+    """
+    with quiet_transformers():
+        state = _find("modeling_utils", "remove_tied_weights_from_state_dict")(model.state_dict(), model)
+    for name in _attribute(model, "_keys_to_ignore_on_save", "PreTrainedModel._keys_to_ignore_on_save") or ():
+        state.pop(name, None)
+    return state
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Tied parameter to the one that it is tied to; deleting one unties it. Without it: ties would not be checked."""
+    return _attribute(model, "all_tied_weights_keys", "PreTrainedModel.all_tied_weights_keys")
+
+
+# -- how a model is built and initialised
+
+
+def no_tie_weights() -> AbstractContextManager[None]:
+    """Build models whose weights are not tied. Without it: the quantiser's choice could not be asked as it is made."""
+    return _find("initialization", "no_tie_weights")()
+
+
+def initialise_nothing(model: PreTrainedModel) -> None:
+    """Let resizing initialise no rows: nothing has values on `meta`, and xLSTM's own way fails on its causal class."""
+    _attribute(model, "_init_weights", "PreTrainedModel._init_weights")
+    model._init_weights = lambda module: None
+
+
+def set_after_loading(model: PreTrainedModel, name: str) -> Tensor | None:
+    """What a floating-point buffer of `model` (on `meta`) is set to after loading; None if it stays as it was stored.
+
+    `from_pretrained` runs `_init_weights` on every module in the end. transformers' own functions spare what came from
+    the checkpoint (a flag on the tensor says so), but an assignment does not: Zaya's routers set the last of their
+    biases. Without it: such a buffer would be written as it was stored.
+
+    The tensor has the buffer's shape and dtype, and NaN where the buffer stays.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    buffer = model.get_buffer(name)
+    if not buffer.is_floating_point():
+        return None
+    path, _, leaf = name.rpartition(".")
+    owner = model
+    for end in (position for position, letter in enumerate(path + ".") if letter == "."):
+        part = model.get_submodule(path[:end])
+        owner = part if isinstance(part, PreTrainedModel) else owner
+    probe: Any = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype)
+    probe._is_hf_initialized = True
+    module = deepcopy(model.get_submodule(path))
+    module._buffers[leaf] = probe
+    initialise = _attribute(owner, "_init_weights", "PreTrainedModel._init_weights")
+    with quiet_transformers(), torch.no_grad(), _find("initialization", "guard_torch_init_functions")():
+        initialise(module)
+    return None if probe.isnan().all() else probe
+
+
+# -- what bitsandbytes replaces, and what can be loaded after that
+
+
+def conv1d() -> Any:
+    """GPT-2's linear layer, whose weight is (in, out). Without it: its layers would not be found."""
+    return _find("pytorch_utils", "Conv1D")
+
+
+def quantiser_takes(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether transformers' quantisers would replace the linear layer of a name. Without it: wrong layers are 4-bit.
+
+    They decide before weights are tied: `model` must be one that never was.
+    """
+    quantiser = _find("quantizers.base", "HfQuantizer")
+    skip = _attribute(quantiser, "get_modules_to_not_convert", "HfQuantizer.get_modules_to_not_convert")
+    in_float32 = _attribute(model, "_keep_in_fp32_modules", "PreTrainedModel._keep_in_fp32_modules")
+    skipped = skip(model, None, list(in_float32 or ()))
+    convert = _find("quantizers.quantizers_utils", "should_convert_module")
+    return lambda name: convert(name, skipped)
+
+
+def is_replaced_when_quantised(module_class: str) -> bool:
+    """Whether transformers builds other modules in the place of a class's when weights are quantised by bitsandbytes.
+
+    Without it: models that can't be loaded would be written.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    patch = _find("quantizers.base", "MODULES_TO_PATCH_FOR_QUANTIZATION").get(module_class)
+    return patch is not None and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]
+
+
+def finds_statistics(parameter: str) -> bool:
+    """Whether transformers assigns what is stored beside a 4-bit weight to that weight.
+
+    Its patterns are the words alone (`serialized_names` of its bitsandbytes quantiser): a module that is itself called
+    `…weight` is taken for the parameter. Without it: models that can't be loaded would be written.
+    """
+    converter = _find("core_model_loading", "WeightConverter")
+    patterns = converter(["weight", "weight.quant_map"], "weight", [_find("core_model_loading", "Concatenate")()])
+    target, *_ = _find("core_model_loading", "rename_source_key")(f"{parameter}.quant_map", [], [patterns])
+    return target == parameter
+
+
+# -- training
+
+
+def attention_support(model_class: Any) -> AttentionSupport:
+    """Which implementations a class says that it supports. Without it: all would be eager."""
+    return AttentionSupport(
+        model=model_class.__name__,
+        flash=_supports(model_class, "_supports_flash_attn"),
+        sdpa=_supports(model_class, "_supports_sdpa"),
+    )
+
+
+def _supports(model_class: Any, name: str) -> bool:
+    from transformers import PreTrainedModel
+
+    _attribute(PreTrainedModel, name, f"PreTrainedModel.{name}")
+    return bool(getattr(model_class, name, False))  # an auto class has none of these
+
+
+def set_attention_implementation(config: Any, implementation: str) -> None:
+    """Let a built model attend as an implementation that is registered. Without it: memory is not simulated for it."""
+    config._attn_implementation_internal = implementation
+
+
+def checkpoint_activations(model: Any, *, use_reentrant: bool) -> None:
+    """Turn gradient checkpointing on. transformers renames the method: the old name goes in its release 6."""
+    options = {"use_reentrant": use_reentrant}
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # older releases have the old name alone
+        enable = _attribute(model, "gradient_checkpointing_enable", "PreTrainedModel.gradient_checkpointing_enable")
+    enable(options)
+
+
+# -- GGUF
+
+
+def gguf_is_readable() -> bool:
+    """Whether transformers finds the `gguf` package, in a version that it can use."""
+    return _find("utils.import_utils", "is_gguf_available")()
+
+
+def gguf_names(architecture: str, model: PreTrainedModel) -> Mapping[str, str]:
+    """The names that transformers looks for in a GGUF file, and the parameters that they become.
+
+    Empty for the architectures that it loads as it loads safetensors: there it says itself what does not fit. Without
+    it: surplus tensors, and parts of merged ones that are missing, would go unnoticed.
+    """
+    if _find("integrations.gguf.utils", "is_gguf_arch_supported")(architecture):
+        return {}
+    module = "modeling_gguf_pytorch_utils"
+    processor = _find(module, "TENSOR_PROCESSORS").get(architecture, _find(module, "TensorProcessor"))
+    return _find(module, "get_gguf_hf_weights_map")(model, processor())
