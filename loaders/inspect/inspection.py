@@ -18,11 +18,11 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
 from ..model.components import component_of
-from ..model.coverage import is_matrix, measure_coverage
 from ..plan.output_files import REPORT_FILE
 from ..source.file_names import ADAPTER_FILE
 from ..source.resolve import resolve_source
 from ..source.source import Source, SourceFile
+from ..steps.coverage import is_matrix, measure_coverage
 from .inventory import StoredTensor, Sum, grouped, natural_key, open_tensors, stored_tensors, sum_of
 from .json_facts import (
     AdapterFacts,

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from ..errors import MissingRequirementError
 from ..flags.request import Request
-from ..model.coverage import Coverage, is_matrix, measure_coverage
 from ..model.skeleton import Skeleton
+from ..steps.coverage import Coverage, is_matrix, measure_coverage
 from ..steps.step import OutputTensor
 
 

@@ -15,9 +15,9 @@ from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..flags.request import Request
 from ..liger import Kernels
-from ..model.coverage import Coverage
 from ..model.skeleton import Skeleton
 from ..source.source import Source
+from ..steps.coverage import Coverage
 from ..steps.plain import Grow
 from ..steps.step import OutputTensor, Step
 from ..strategy import Strategy

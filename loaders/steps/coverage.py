@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from .components import Component
+from ..model.components import Component
 
 _NOT_ASKED = frozenset({"embedding", "head", "norm", "adapter"})
 
