@@ -13,6 +13,8 @@ import torch
 import transformers
 from ftload.loaders import load_prepared
 from ftload.loaders.memory import simulation
+from ftload.loaders.memory.cut_model import cut_model
+from ftload.loaders.memory.recorded_step import record_step
 from ftload.loaders.memory.setting import Batch, LoraSetting, Setting, training_setting
 from ftload.loaders.memory.simulation import Simulation
 
@@ -212,6 +214,23 @@ def test_extended_from_a_few_layers_or_simulated_with_all(
         assert moment.total == pytest.approx(true.total, rel=0.01), moment.name
         assert moment.gradients == true.gradients
     assert extended.peak.name == whole.peak.name
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3_moe"])
+def test_each_layers_peak_is_that_of_a_step_with_all_layers(
+    architecture: str, checkpointing: bool, accumulate: bool
+) -> None:
+    _, meta = pair(architecture, vocabulary=144)
+    setting = Setting(attention="flash_attention_2", checkpointing=checkpointing, device="cpu")
+    batch = Batch(size=2, length=48)
+    extended = Simulation(meta, setting)
+    loss, *backward, _ = extended.run(batch, accumulate=accumulate).moments
+    whole = record_step(cut_model(meta, list(range(LAYERS)), setting), setting, batch, accumulate=accumulate)
+    given = extended.gradients if accumulate else 0
+    assert loss.total - given == whole.loss_peak
+    assert [moment.total - given for moment in reversed(backward)] == pytest.approx(whole.backward_peaks, rel=0.01)
 
 
 def test_attention_on_a_gpu_saves_scores_only_where_it_is_eager() -> None:
