@@ -24,9 +24,9 @@ def plan(ctx: typer.Context) -> None:
 
             check_place(options.html)
         with output.progress() as progress:
-            found = plan_only(arguments, options, progress)
+            outcome = plan_only(arguments, options, progress)
         if options.html is not None:
             from .show.page import plan_page, write_page
 
-            write_page(options.html, plan_page(found))
-        output.plan(found, arguments.flat.output_dir)
+            write_page(options.html, plan_page(outcome))
+        output.plan(outcome, arguments.flat.output_dir)

@@ -41,27 +41,27 @@ def load_prepared(
     directory = Path(directory).expanduser().absolute()
     report = read_report(directory)
     base = {"pretrained_model_name_or_path": str(directory)}
-    if report["base"] == "reference":
+    if report.adapter is not None and report.base == "reference":
         base = {
-            "pretrained_model_name_or_path": report["adapter"]["base"],
-            "revision": report["adapter"]["revision"] or "main",
+            "pretrained_model_name_or_path": report.adapter.base,
+            "revision": report.adapter.revision or "main",
         }
-        place = Path(report["adapter"]["base"])
+        place = Path(report.adapter.base)
         if place.is_absolute() and not place.exists():
             raise CheckpointError(
                 f"the base of `{directory}`, `{place}`, does not exist", hint="prepare it again with --base copy"
             )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    checkpointing = report["gradient_checkpointing"]
+    checkpointing = report.gradient_checkpointing
     with quiet_transformers():
         config = AutoConfig.from_pretrained(**base, trust_remote_code=trust_remote_code)
-        pad = report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
+        pad = report.embeddings.pad_token_id
         if pad is not None:
             set_padding(config, pad)  # a base that is another's has its own
         model_class = _model_class(config, base, trust_remote_code=trust_remote_code)
         attention = resolve_attention(
             attention_support(model_class),
-            use_flash_attn=report["attention"]["requested"] == "flash_attention_2",
+            use_flash_attn=report.attention.requested == "flash_attention_2",
         )
         loader = model_class if unknown_to_auto(config) else AutoModelForCausalLM
         loaded: Any = loader.from_pretrained(
@@ -84,27 +84,27 @@ def load_prepared(
             raise CheckpointError(f"`{directory}`: {len(keys)} {what} tensors, `{keys[0]}` among them")
     if attention.reason is not None:
         warnings.warn(f"attention is {attention.effective}: {attention.reason}", stacklevel=2)
-    if report["kernels"] is not None:
+    if report.kernels is not None:
         problem = liger_problem()
         if problem is None and not apply_liger(model):
             problem = f"Liger has no kernels for `{model.config.model_type}`"
         if problem is not None:
             warnings.warn(f"Liger kernels are not applied: {problem}", stacklevel=2)
 
-    for name in report["parameters"].get("never_trained", ()):
+    for name in report.parameters.never_trained:
         model.get_parameter(name).requires_grad_(False)
-    if report["quantization"] is not None:
+    if report.quantization is not None:
         from peft import prepare_model_for_kbit_training
 
         _keep_weights_in_place(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if checkpointing:
         # as k-bit preparation does it, which calls a method that transformers is about to drop
-        checkpoint_activations(model, use_reentrant=report["quantization"] is not None)
-        if report["adapter"] is not None:
+        checkpoint_activations(model, use_reentrant=report.quantization is not None)
+        if report.adapter is not None:
             # frozen embeddings would leave the checkpointed blocks without an input that needs a gradient
             model.enable_input_require_grads()
-    if report["adapter"] is not None:
+    if report.adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)

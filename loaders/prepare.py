@@ -28,6 +28,8 @@ from .plan.planning import make_plan
 from .plan.sources import Sources, resolve_sources
 from .plan.vocabulary import without_impossible_padding
 from .progress import Stopwatch
+from .report.document import PlanDocument, Report
+from .report.json_values import to_json
 from .report.metadata_files import write_report
 from .report.outputs import check_output, find_finished
 from .report.recorded import record, rewrite
@@ -50,6 +52,7 @@ from .write.weights import write_weights
 if TYPE_CHECKING:
     from .flags.declared import Arguments, PlanOptions
     from .memory.sharding import Sharding
+    from .memory.training_memory import NoEstimate, TrainingMemory
     from .progress import Progress
 
 
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 class Outcome:
     """What `prepare` has to say."""
 
-    report: dict[str, Any]
+    report: Report
     up_to_date: bool
     """Whether the output was there already, and no weights had to be written."""
     recorded: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -79,27 +82,39 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
         _check_place(request)
         with watch.stage("resolve"):
             sources = resolve_sources(request)
-        with _begin(request, fingerprint(request, sources.all), processes, watch) as run:
+        with _begin(request, fingerprint(request, sources.all), processes, watch) as (run, finished):
             if run is None:
                 return None
-            if run.finished is not None:
-                return _up_to_date(run, request, run.finished)
+            if finished is not None:
+                return _up_to_date(run, request, finished)
             run.make_scratch()
             with read_ahead(_certain_weights(run, request, sources.model), available_memory_bytes() // 2):
                 plan, encode = _fit_to_machine(run, read_and_plan(request, sources, run.scratch, watch))
             if request.strict:
                 check_strict(plan.decisions)
             written = write_weights(run, plan, encode)
-            report = write_report(run, plan, written) if run.is_first else {}
-            if run.is_first:
+            report = write_report(run, plan, written) if run.is_first else None
+            if report is not None:
                 check_output(request.output, overwrite=request.overwrite)
                 run.staging.publish(overwrite=request.overwrite)
             processes.gather("published", True)
-            return Outcome(report=report, up_to_date=False) if run.is_first else None
+            return None if report is None else Outcome(report=report, up_to_date=False)
 
 
-def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) -> dict[str, Any]:
-    """What `prepare` would write, what it takes, and what training takes then, as JSON values (see `describe_plan`).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOutcome:
+    """What `plan_only` has to say."""
+
+    plan: PlanDocument
+    training_memory: tuple[TrainingMemory | NoEstimate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `ftload plan`."""
+        return {**to_json(self.plan), "training_memory": [estimate.to_json() for estimate in self.training_memory]}
+
+
+def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) -> PlanOutcome:
+    """What `prepare` would write, what it takes, and what training takes then.
 
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
     dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
@@ -114,12 +129,10 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
         if request.strict:
             check_strict(plan.decisions)
         progress.stage("training memory")
-        return {
-            **describe_plan(plan),
-            "training_memory": [
-                estimate.to_json() for estimate in compare_methods(plan, arguments.flat, sharding=_sharding(options))
-            ],
-        }
+        return PlanOutcome(
+            plan=describe_plan(plan),
+            training_memory=compare_methods(plan, arguments.flat, sharding=_sharding(options)),
+        )
 
 
 def read_and_plan(
@@ -171,15 +184,20 @@ def _check_place(request: Request) -> None:
 
 
 @contextmanager
-def _begin(request: Request, fingerprint: str, processes: Processes, watch: Stopwatch) -> Iterator[Run | None]:
-    """Take the place to work in, or learn it from the first process; None where that has nothing to share."""
+def _begin(
+    request: Request, fingerprint: str, processes: Processes, watch: Stopwatch
+) -> Iterator[tuple[Run | None, Report | None]]:
+    """Take the place to work in, or learn it from the first process; None where that has nothing to share.
+
+    And the report of an output that is just what would be written, and intact.
+    """
     if processes.rank:
         place = processes.agree_on("place", None)
         if place is None:
-            yield None
+            yield None, None
             return
         staging = Staging(output=request.output, directory=Path(place))
-        yield Run(fingerprint=fingerprint, staging=staging, processes=processes, watch=watch)
+        yield Run(fingerprint=fingerprint, staging=staging, processes=processes, watch=watch), None
         return
     with staged(request.output) as staging:
         finished = find_finished(request.output, fingerprint, overwrite=request.overwrite)
@@ -188,14 +206,14 @@ def _begin(request: Request, fingerprint: str, processes: Processes, watch: Stop
         processes.agree_on("place", str(staging.directory) if finished is None else None)
         # again: when the place is tidied up, nobody may be writing any longer
         with processes.failing_together():
-            yield Run(fingerprint=fingerprint, staging=staging, processes=processes, watch=watch, finished=finished)
+            yield Run(fingerprint=fingerprint, staging=staging, processes=processes, watch=watch), finished
 
 
-def _up_to_date(run: Run, request: Request, finished: dict[str, Any]) -> Outcome:
+def _up_to_date(run: Run, request: Request, finished: Report) -> Outcome:
     """What there is to say of an output that is finished; its report is rewritten where recorded flags changed."""
     report, recorded = record(finished, request)
     if request.strict:
-        check_strict(Decision(**decision) for decision in report["decisions"])
+        check_strict(report.decisions)
     if recorded:
         report = rewrite(report, run.staging)
     return Outcome(report=report, up_to_date=True, recorded=recorded)

@@ -101,16 +101,16 @@ def _components(inspection: Inspection, console: Console) -> Table:
     total = inspection.total.bytes
     last = None
     for found in inspection.stored():
-        share = found["bytes"] / total if total else 0
+        share = found.bytes / total if total else 0
         row = [
-            found["component"] if found["component"] != last else "",
-            found["dtype"],
-            f"{found['tensors']:,}",
-            f"{found['parameters']:,}",
-            format_bytes(found["bytes"]),
+            found.component if found.component != last else "",
+            found.dtype,
+            f"{found.tensors:,}",
+            f"{found.parameters:,}",
+            format_bytes(found.bytes),
             f"{100 * share:.1f} %",
         ]
-        last = found["component"]
+        last = found.component
         table.add_row(*row, *((_bar(share),) if with_bars else ()))
     for dtype, found in inspection.by("dtype").items():
         row = ("", dtype, f"{found.tensors:,}", f"{found.parameters:,}", format_bytes(found.bytes))

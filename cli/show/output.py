@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...loaders.inspect.comparison import Comparison
     from ...loaders.inspect.inspection import Inspection
     from ...loaders.inspect.inventory import StoredTensor
-    from ...loaders.prepare import Outcome
+    from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.progress import Progress
     from ...loaders.verify.verify import Verification
 
@@ -63,20 +63,22 @@ class Output:
     def outcome(self, outcome: Outcome, directory: str) -> None:
         """The result of `prepare`: with `--json` the report itself, else tables."""
         if self.as_json:
-            print(json.dumps(outcome.report, indent=2))
+            from ...loaders.report.json_values import to_json
+
+            print(json.dumps(to_json(outcome.report), indent=2))
         elif not self.quiet:
             from .summary import print_summary
 
             print_summary(outcome, directory)
 
-    def plan(self, plan: Mapping[str, Any], directory: str) -> None:
-        """The result of `plan`: with `--json` the plan itself, else tables."""
+    def plan(self, outcome: PlanOutcome, directory: str) -> None:
+        """The result of `plan`: with `--json` its document, else tables."""
         if self.as_json:
-            print(json.dumps(plan, indent=2))
+            print(json.dumps(outcome.to_json(), indent=2))
         elif not self.quiet:
             from .summary import print_plan
 
-            print_plan(plan, directory)
+            print_plan(outcome, directory)
 
     def verification(self, verification: Verification) -> int:
         """The result of `verify`; returns the exit code."""

@@ -7,7 +7,7 @@ import json
 import secrets
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,17 @@ from ...loaders.errors import OutputError, UsageError
 from ...loaders.system.durable import disk_errors
 from ...loaders.system.safe_text import one_line
 from .inspection_tables import facts
-from .memory_tables import how_to_read, origins, part_bytes, part_names, setting, what_fits
-from .summary import NEEDS, decision_words, details, in_training
+from .memory_tables import estimated, how_to_read, origins, part_bytes, part_names, setting, what_fits, without_estimate
+from .summary import decision_words, details, in_training, needs
 from .tables import format_bytes, format_count
 from .treemap import Rectangle, squarify
 
 if TYPE_CHECKING:
     from ...loaders.inspect.inspection import Inspection
     from ...loaders.inspect.inventory import StoredTensor
+    from ...loaders.memory.training_memory import TrainingMemory
+    from ...loaders.prepare import PlanOutcome
+    from ...loaders.report.document import StoredTotals
 
 _BEGINNING = b"<!doctype html>\n<!-- a page of ftload -->"
 _PLANE = Rectangle(0, 0, 100, 44)
@@ -97,40 +100,37 @@ def _place_errors(path: Path) -> Iterator[None]:
         raise OutputError(error.message, hint="choose another --html") from error
 
 
-def plan_page(plan: Mapping[str, Any]) -> str:
-    """The page of `ftload plan`, from its JSON document."""
-    parameters, needs, files = plan["parameters"], plan["needs"], plan["files"]
-    known = [method for method in plan["training_memory"] if "parts" in method]
-    flags = [(name, flag) for name, flag in plan["arguments"].items() if flag["origin"] != "default"]
+def plan_page(outcome: PlanOutcome) -> str:
+    """The page of `ftload plan`."""
+    plan, known = outcome.plan, estimated(outcome.training_memory)
+    parameters = plan.parameters
     tables = [
-        _stored_table(plan["stored"]),
+        _stored_table(plan.stored),
         _Table(title="Model", columns=("", ""), rows=[("in training", in_training(parameters)), *details(plan)]),
-        _Table(
-            title="Files", columns=("file", "#bytes"), rows=[(file["path"], f"{file['bytes']:,}") for file in files]
-        ),
+        _Table(title="Files", columns=("file", "#bytes"), rows=[(file.path, f"{file.bytes:,}") for file in plan.files]),
         _Table(
             title="Flags",
             columns=("flag", "value"),
-            rows=[(f"--{name}", _typed(flag["value"])) for name, flag in flags],
+            rows=[(f"--{name}", _typed(f.value)) for name, f in plan.arguments.items() if f.origin != "default"],
         ),
     ]
     if known:
         tables.append(_Table(title="Where the memory's numbers come from", columns=("", ""), rows=origins(known)))
     figures = [
-        ("parameters", format_count(parameters["total"])),
-        ("trainable", f"{format_count(parameters['trainable'])} ({parameters['trainable_percent']:.2f} %)"),
-        *((f"preparing: {name}", format_bytes(needs[f"{key}_bytes"])) for name, key, _ in NEEDS),
+        ("parameters", format_count(parameters.total)),
+        ("trainable", f"{format_count(parameters.trainable)} ({parameters.trainable_percent:.2f} %)"),
+        *((f"preparing: {name}", format_bytes(size)) for name, size, _ in needs(plan)),
     ]
     return _render(
-        title=plan["source"]["model"],
-        subtitle=f"{plan['strategy']}, as ftload would prepare it",
+        title=plan.source.model,
+        subtitle=f"{plan.strategy}, as ftload would prepare it",
         figures=figures,
-        stored=plan["stored"],
+        stored=plan.stored,
         memory=None if not known else _memory(known),
-        missing=[(one["method"], one["reason"]) for one in plan["training_memory"] if "reason" in one],
+        missing=[(one.method, one.reason) for one in without_estimate(outcome.training_memory)],
         tables=tables,
-        notes=[*map(decision_words, plan["decisions"]), *plan["warnings"]],
-        version=plan["ftload_version"],
+        notes=[*map(decision_words, plan.decisions), *plan.warnings],
+        version=plan.ftload_version,
     )
 
 
@@ -173,15 +173,14 @@ def inspection_page(inspection: Inspection, tensors: Iterable[StoredTensor] | No
     )
 
 
-def _stored_table(stored: Iterable[Mapping[str, Any]]) -> _Table:
+def _stored_table(stored: Iterable[StoredTotals]) -> _Table:
     rows = [
-        (row["component"], row["dtype"], f"{row['tensors']:,}", f"{row['parameters']:,}", format_bytes(row["bytes"]))
-        for row in stored
+        (row.component, row.dtype, f"{row.tensors:,}", f"{row.parameters:,}", format_bytes(row.bytes)) for row in stored
     ]
     return _Table(title="Parameters", columns=("component", "stored", "#tensors", "#parameters", "#bytes"), rows=rows)
 
 
-def _memory(methods: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _memory(methods: list[TrainingMemory]) -> dict[str, Any]:
     """What the page draws of training memory: a bar for each method and GPU, filled by parts."""
     names = part_names(methods)
     return {
@@ -190,23 +189,23 @@ def _memory(methods: list[Mapping[str, Any]]) -> dict[str, Any]:
         "parts": names,
         "methods": [
             {
-                "name": method["method"],
-                "total": format_bytes(method["total_bytes"]),
-                "moment": method["moment"],
+                "name": method.method,
+                "total": format_bytes(method.total),
+                "moment": method.moment,
                 "sizes": [format_bytes(size) if size else "" for size in (part_bytes(method, name) for name in names)],
                 "gpus": [
                     {
-                        "gigabytes": fit["gigabytes"],
-                        "fits": fit["fits"],
+                        "gigabytes": fit.gigabytes,
+                        "fits": fit.fits,
                         "words": what_fits(fit),
                         "shares": [
-                            (number, part_bytes(method, name) / fit["gigabytes"] / 1e7)
+                            (number, part_bytes(method, name) / fit.gigabytes / 1e7)
                             for number, name in enumerate(names)
                             if part_bytes(method, name)
                         ],
-                        "percent": method["total_bytes"] / fit["gigabytes"] / 1e7,
+                        "percent": method.total / fit.gigabytes / 1e7,
                     }
-                    for fit in method["fits"]
+                    for fit in method.fits
                 ],
             }
             for method in methods
@@ -221,39 +220,39 @@ def _typed(value: Any) -> str:
     return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
-def _cells(stored: Iterable[Mapping[str, Any]]) -> list[_Cell]:
+def _cells(stored: Iterable[StoredTotals]) -> list[_Cell]:
     """A treemap of two levels: components, and in each the dtypes that it is stored in; the area is parameters."""
-    rows = [row for row in stored if row["parameters"]]
-    total = sum(row["parameters"] for row in rows)
-    colours = {dtype: number % _COLOURS for number, dtype in enumerate(sorted({row["dtype"] for row in rows}))}
-    components: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: -row["parameters"]):
-        components.setdefault(row["component"], []).append(row)
+    rows = [row for row in stored if row.parameters]
+    total = sum(row.parameters for row in rows)
+    colours = {dtype: number % _COLOURS for number, dtype in enumerate(sorted({row.dtype for row in rows}))}
+    components: dict[str, list[StoredTotals]] = {}
+    for row in sorted(rows, key=lambda row: -row.parameters):
+        components.setdefault(row.component, []).append(row)
     groups = sorted(components.values(), key=lambda group: -_parameters(group))
     if not groups:
         return []
     cells = []
     for group, outer in zip(groups, squarify([_parameters(group) for group in groups], _PLANE), strict=True):
-        for row, inner in zip(group, squarify([row["parameters"] for row in group], outer), strict=True):
+        for row, inner in zip(group, squarify([row.parameters for row in group], outer), strict=True):
             place = Rectangle(
                 inner.x * 100 / _PLANE.width, inner.y * 100 / _PLANE.height,
                 inner.width * 100 / _PLANE.width, inner.height * 100 / _PLANE.height,
             )  # fmt: skip
             cells.append(
                 _Cell(
-                    component=row["component"], dtype=row["dtype"], colour=colours[row["dtype"]],
-                    parameters=row["parameters"], bytes=row["bytes"], share=100 * row["parameters"] / total,
+                    component=row.component, dtype=row.dtype, colour=colours[row.dtype],
+                    parameters=row.parameters, bytes=row.bytes, share=100 * row.parameters / total,
                     place=place,
                 )
             )  # fmt: skip
     return cells
 
 
-def _parameters(rows: Iterable[Mapping[str, Any]]) -> int:
-    return sum(row["parameters"] for row in rows)
+def _parameters(rows: Iterable[StoredTotals]) -> int:
+    return sum(row.parameters for row in rows)
 
 
-def _render(*, stored: Sequence[Mapping[str, Any]], **values: Any) -> str:
+def _render(*, stored: Sequence[StoredTotals], **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -19,6 +19,8 @@ from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
 from ..model.components import component_of
 from ..plan.output_files import REPORT_FILE
+from ..report.document import StoredTotals
+from ..report.json_values import to_json
 from ..source.file_names import ADAPTER_FILE
 from ..source.resolve import resolve_source
 from ..source.source import Source, SourceFile
@@ -92,10 +94,10 @@ class Inspection:
         """Sums by one of the tensors' attributes, in the order of its values."""
         return {value: sum_of(group) for value, group in grouped(self.tensors, attribute).items()}
 
-    def stored(self) -> list[dict[str, Any]]:
-        """Sums by component and, in each, by dtype, as JSON values."""
+    def stored(self) -> list[StoredTotals]:
+        """Sums by component and, in each, by dtype."""
         return [
-            {"component": component, "dtype": dtype, **asdict(sum_of(group))}
+            StoredTotals(component=component, dtype=dtype, **asdict(sum_of(group)))
             for component, tensors in grouped(self.tensors, "component").items()
             for dtype, group in grouped(tensors, "dtype").items()
         ]
@@ -110,7 +112,7 @@ class Inspection:
             "total": asdict(self.total),
             "by_dtype": {dtype: asdict(found) for dtype, found in self.by("dtype").items()},
             "by_component": {component: asdict(found) for component, found in self.by("component").items()},
-            "stored": self.stored(),
+            "stored": to_json(self.stored()),
             **{
                 key: None if value is None else asdict(value)
                 for key in ("architecture", "embeddings", "quantization", "tokenizer", "adapter", "prepared")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.json_files import read_json
-from ..errors import CheckpointError
 from ..plan.output_files import REPORT_FILE
-from ..report.outputs import SCHEMA_VERSION
+from ..report.outputs import as_report
 from ..source.source import Source
 
 
@@ -115,15 +114,12 @@ def adapter_facts(config: Mapping[str, Any]) -> AdapterFacts:
 
 def read_prepared(source: Source) -> Prepared:
     """The facts of the report. Raises `CheckpointError` for one that this version does not understand."""
-    report = read_json(source, REPORT_FILE)
-    origin = report.get("source")
-    if report.get("schema_version") != SCHEMA_VERSION or not isinstance(origin, dict):
-        raise CheckpointError(f"`{REPORT_FILE}` is not a report of schema version {SCHEMA_VERSION}")
+    report = as_report(read_json(source, REPORT_FILE), REPORT_FILE)
     return Prepared(
-        strategy=str(report.get("strategy")),
-        model=str(origin.get("model")),
-        commit=_text(origin, "commit"),
-        base=str(report.get("base")),
-        created=str(report.get("created")),
-        ftload_version=str(report.get("ftload_version")),
+        strategy=report.strategy,
+        model=report.source.model,
+        commit=report.source.commit,
+        base=report.base,
+        created=report.created,
+        ftload_version=report.ftload_version,
     )

@@ -145,7 +145,7 @@ def _lasting_parts(plan: Plan, flags: FlatArguments, sharding: Sharding | None, 
 
 def _weight_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of the base and of the adapter as `load_prepared` returns them."""
-    total = sum(row["bytes"] for row in count_parameters(plan)["in_training"].values())
+    total = sum(row.bytes for row in count_parameters(plan).in_training.values())
     adapter = sum(tensor.nbytes for tensor in plan.adapter_tensors())
     return total - adapter, adapter
 

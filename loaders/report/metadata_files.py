@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from ..system.quiet import quiet_transformers
 from ..tokenizer.tokenizer import save_tokenizer
 from ..write.run import Run
 from ..write.written import Written
+from .document import Report, WrittenFile
+from .json_values import to_json
 from .model_card import model_card
 from .report import adapter_base, adapter_revision, build_report, data_bytes
 
 CARD_FILE = "README.md"
 
 
-def write_report(run: Run, plan: Plan, written: Written) -> dict[str, Any]:
+def write_report(run: Run, plan: Plan, written: Written) -> Report:
     """Write everything beside the weights, the report last; returns it."""
     stage, watch = run.staging.stage, run.watch
     with watch.stage("save"), disk_errors(stage):
@@ -35,19 +38,18 @@ def write_report(run: Run, plan: Plan, written: Written) -> dict[str, Any]:
         if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with watch.stage("hash"), disk_errors(stage):
-        files = [_file_entry(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file()]
+        files = tuple(_written(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file())
     base = stage if plan.base == "copy" else plan.checkpoint.source.root
     report = build_report(
         plan, fingerprint=run.fingerprint, base=base, files=files, timings=watch.stages, written=written
     )
     with disk_errors(stage):
         (stage / CARD_FILE).write_text(model_card(report), encoding="utf-8")
-        report["files"] = sorted(
-            [*files, _file_entry(stage / CARD_FILE, stage, written.hashes)], key=lambda entry: entry["path"]
-        )
+        files = sorted([*files, _written(stage / CARD_FILE, stage, written.hashes)], key=lambda file: file.path)
+        report = replace(report, files=tuple(files))
         for path in stage.rglob("*"):
             sync_file(path)
-        _write_json(stage / REPORT_FILE, report)
+        _write_json(stage / REPORT_FILE, to_json(report))
         sync_file(stage / REPORT_FILE)
         sync_file(stage)
     return report
@@ -92,6 +94,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json_text(value), encoding="utf-8")
 
 
-def _file_entry(path: Path, root: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+def _written(path: Path, root: Path, hashes: Mapping[str, str]) -> WrittenFile:
     name = path.relative_to(root).as_posix()
-    return {"path": name, "bytes": path.stat().st_size, "sha256": hashes.get(name) or hash_file(path)}
+    return WrittenFile(path=name, bytes=path.stat().st_size, sha256=hashes.get(name) or hash_file(path))

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .document import Report
 
 from ..system.safe_text import one_line
 
 
-def model_card(report: Mapping[str, Any]) -> str:
-    """Markdown with the hub's metadata header, made from the report."""
-    source, parameters, adapter = report["source"], report["parameters"], report["adapter"]
-    header = ["---", "library_name: peft" if adapter else "library_name: transformers"]
-    if source["kind"] == "hub":
-        header.append(f"base_model: {json.dumps(source['model'])}")
-    header += ["tags:", "- ftload", f"- {report['strategy']}", "---", ""]
-    origin = f"`{_plain(source['model'])}`" + (f" at commit `{source['commit']}`" if source["commit"] else "")
+def model_card(report: Report) -> str:
+    """Markdown with the hub's metadata as its YAML header, made from the report."""
+    from huggingface_hub import ModelCardData
+
+    source, parameters, adapter = report.source, report.parameters, report.adapter
+    header = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=source.model if source.kind == "hub" else None,
+        tags=["ftload", report.strategy],
+    )
+    origin = f"`{_plain(source.model)}`" + (f" at commit `{source.commit}`" if source.commit else "")
     lines = [
-        *header,
-        f"# {origin}, ready to train ({report['strategy']})",
+        "---",
+        header.to_yaml(),
+        "---",
         "",
-        f"A `{source['architecture']}` that ftload {report['ftload_version']} prepared from {origin}.",
+        f"# {origin}, ready to train ({report.strategy})",
+        "",
+        f"A `{source.architecture}` that ftload {report.ftload_version} prepared from {origin}.",
         "",
         "```python",
         "from ftload.loaders import load_prepared",
@@ -32,36 +39,31 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         "| | parameters |",
         "|---|---:|",
-        f"| total | {parameters['total']:,} |",
-        f"| trainable | {parameters['trainable']:,} ({parameters['trainable_percent']:.2f} %) |",
+        f"| total | {parameters.total:,} |",
+        f"| trainable | {parameters.trainable:,} ({parameters.trainable_percent:.2f} %) |",
         "",
         "| stored as | tensors | parameters | bytes |",
         "|---|---:|---:|---:|",
         *(
-            f"| {dtype} | {row['tensors']:,} | {row['parameters']:,} | {row['bytes']:,} |"
-            for dtype, row in parameters["by_dtype"].items()
+            f"| {dtype} | {row.tensors:,} | {row.parameters:,} | {row.bytes:,} |"
+            for dtype, row in parameters.by_dtype.items()
         ),
         "",
     ]
     if adapter:
-        where = (
-            "this directory" if report["base"] == "copy" else f"`{_plain(adapter['base'])}`, which is not copied here"
-        )
+        where = "this directory" if report.base == "copy" else f"`{_plain(adapter.base)}`, which is not copied here"
         lines += [
-            f"The LoRA adapter (rank {adapter['r']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}) is in "
+            f"The LoRA adapter (rank {adapter.r}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
             f"`adapter/`; its base is {where}.",
             "",
         ]
-    if report["embeddings"]["resized"]:
-        rows = report["embeddings"]
-        lines += [
-            f"The embeddings grew from {rows['rows_before']:,} to {rows['rows_after']:,} rows ({rows['init']}).",
-            "",
-        ]
-    if report["decisions"]:
+    if report.embeddings.resized:
+        rows = report.embeddings
+        lines += [f"The embeddings grew from {rows.rows_before:,} to {rows.rows_after:,} rows ({rows.init}).", ""]
+    if report.decisions:
         lines += ["| decision | requested | effective | why |", "|---|---|---|---|"]
-        columns = ("what", "requested", "effective", "reason")
-        lines += ["| " + " | ".join(_plain(d[column]) for column in columns) + " |" for d in report["decisions"]]
+        cells = ((d.what, d.requested, d.effective, d.reason) for d in report.decisions)
+        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in cells]
         lines.append("")
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
     return "\n".join(lines)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from ..errors import CheckpointError, OutputError
 from ..plan.output_files import REPORT_FILE
 from ..system.durable import disk_errors, hash_or_none
 from ..system.limits import usable_processors
+from .document import SCHEMA_VERSION, Report
+from .json_values import from_json
 
 
-def find_finished(output: Path, making: str, *, overwrite: bool) -> dict[str, Any] | None:
+def find_finished(output: Path, making: str, *, overwrite: bool) -> Report | None:
     """The report of an output that is just what would be made, and intact; None if it is absent or another one.
 
     Raises `OutputError` when it is the right one, but damaged, and may not be replaced.
     """
     try:
-        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
-        files = {output / entry["path"]: entry["sha256"] for entry in report["files"]}
-        if report["fingerprint"] != making:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        report = read_report(output)
+    except CheckpointError:
         return None
+    if report.fingerprint != making:
+        return None
+    files = {output / file.path: file.sha256 for file in report.files}
     with ThreadPoolExecutor(usable_processors()) as pool:
         hashes = pool.map(hash_or_none, files)
     damaged = [path for (path, digest), found in zip(files.items(), hashes, strict=True) if digest != found]
@@ -65,31 +68,45 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 def _foreign_files(output: Path) -> Iterator[str]:
     """What a prepared directory holds beside what its report lists, and it holds nothing else when it is written."""
-    try:
-        report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
-        written = {REPORT_FILE, *(entry["path"] for entry in report["files"])}
-    except (ValueError, KeyError, TypeError):
-        written = {REPORT_FILE}
+    written = {REPORT_FILE}
+    with contextlib.suppress(CheckpointError, AttributeError):
+        written |= {file.path for file in from_json(Report, read_document(output), []).files}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
         if (path.is_symlink() or not path.is_dir()) and name not in written:
             yield name
 
 
-SCHEMA_VERSION = "1"
+def read_document(directory: Path) -> dict[str, Any]:
+    """The report of a prepared directory as JSON values, whatever else is in it than its version.
 
-
-def read_report(directory: Path) -> dict[str, Any]:
-    """The report of a prepared directory. Raises `CheckpointError` where there is none that can be understood."""
+    Raises `CheckpointError` where there is none that can be understood.
+    """
     path = directory / REPORT_FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"`{directory}` holds no `{REPORT_FILE}`", hint="give a directory that `ftload prepare` wrote"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"`{path}` can't be read") from error
-    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(f"`{path}` is not a report of schema version {SCHEMA_VERSION}")
-    return report
+    return document
+
+
+def read_report(directory: Path) -> Report:
+    """The report of a prepared directory. Raises `CheckpointError` where there is none that can be understood."""
+    return as_report(read_document(directory), str(directory / REPORT_FILE))
+
+
+def as_report(document: Mapping[str, Any], file: str) -> Report:
+    """The report that a file holds. Raises `CheckpointError` unless it is one that this version understands."""
+    problems: list[str] = []
+    if document.get("schema_version") == SCHEMA_VERSION:
+        report = from_json(Report, document, problems)
+        if not problems:
+            return report
+    why = f": {problems[0]}" if problems else ""
+    raise CheckpointError(f"`{file}` is not a report of schema version {SCHEMA_VERSION}{why}")

@@ -1,4 +1,4 @@
-"""The report: what was asked, what was decided, and what was written. Its schema is `report.schema.json`.
+"""The report of a run: what was asked, what was decided, and what was written.
 
 Counts come from the plan, which is checked against the written headers before it is published. A parameter counts once:
 two to a byte where weights are packed, tied weights once, the adapter included, buffers not at all.
@@ -19,11 +19,13 @@ from ..source.file_names import config_file_names, tokenizer_file_names
 from ..steps.step import OutputTensor
 from ..system.limits import peak_memory_bytes
 from ..system.versions import ftload_version, versions
-from .outputs import SCHEMA_VERSION
+from . import document
+from .document import SCHEMA_VERSION, Described, PlanDocument, Report, WrittenFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..flags.declared import Arguments
     from ..write.written import Written
 
 
@@ -31,52 +33,52 @@ CONFIGURATIONS = ("config.json", "generation_config.json")
 """The files whose settings the report holds a hash of."""
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """What is known of an output before anything is written, as JSON values: the larger part of its report."""
+def describe(plan: Plan) -> Described:
+    """What is known of an output before anything is written: the larger part of its report."""
     source, tokenizer = plan.source, plan.tokenizer.facts()
     used = _used_files(plan)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "ftload_version": ftload_version(),
-        "strategy": plan.strategy.name,
-        "source": {
-            "model": source.model,
-            "kind": source.kind,
-            "revision": source.revision,
-            "commit": source.commit,
-            "path": str(source.root) if source.kind != "hub" else None,
-            "architecture": type(plan.skeleton.model).__name__,
-            "model_type": plan.skeleton.config.model_type,
-            "files": [
-                {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+    return Described(
+        schema_version=SCHEMA_VERSION,
+        ftload_version=ftload_version(),
+        strategy=plan.strategy.name,
+        source=document.Source(
+            model=source.model,
+            kind=source.kind,
+            revision=source.revision,
+            commit=source.commit,
+            path=str(source.root) if source.kind != "hub" else None,
+            architecture=type(plan.skeleton.model).__name__,
+            model_type=plan.skeleton.config.model_type,
+            files=tuple(
+                document.SourceFile(path=file.path, bytes=file.bytes, sha256=file.sha256)
                 for file in sorted(source.files, key=lambda file: file.path)
                 if file.path in used
-            ],
-        },
-        "arguments": plan.request.arguments.report(),
-        "base": plan.base,
-        "base_scanned": bool(plan.model_files),
-        "parameters": count_parameters(plan),
-        "embeddings": {
-            "tokenizer_size": tokenizer["size"],
-            "rows_before": plan.skeleton.rows_before,
-            "rows_after": plan.skeleton.rows_after,
-            "resized": plan.skeleton.rows_after != plan.skeleton.rows_before,
-            "tied": plan.skeleton.tied,
-            "init": plan.request.embedding_init if plan.grown else None,
-            "pad_token_id": plan.padding.id,
-        },
-        "quantization": _quantization(plan),
-        "adapter": _adapter(plan),
-        "gradient_checkpointing": plan.request.gradient_checkpointing,
-        "attention": dataclasses.asdict(plan.attention),
-        "kernels": None if plan.kernels is None else {"liger": dataclasses.asdict(plan.kernels)},
-        "tokenizer": tokenizer,
-        "decisions": [dataclasses.asdict(decision) for decision in plan.decisions],
-        "warnings": list(plan.warnings),
-        "versions": versions(),
-        "memory_budget_bytes": plan.request.max_memory_bytes,
-    }
+            ),
+        ),
+        arguments=reported_arguments(plan.request.arguments),
+        base=plan.base,
+        base_scanned=bool(plan.model_files),
+        parameters=count_parameters(plan),
+        embeddings=document.Embeddings(
+            tokenizer_size=tokenizer["size"],
+            rows_before=plan.skeleton.rows_before,
+            rows_after=plan.skeleton.rows_after,
+            resized=plan.skeleton.rows_after != plan.skeleton.rows_before,
+            tied=plan.skeleton.tied,
+            init=plan.request.embedding_init if plan.grown else None,
+            pad_token_id=plan.padding.id,
+        ),
+        quantization=_quantization(plan),
+        adapter=_adapter(plan),
+        gradient_checkpointing=plan.request.gradient_checkpointing,
+        attention=plan.attention,
+        kernels=_kernels(plan),
+        tokenizer=document.Tokenizer(class_=tokenizer.pop("class"), **tokenizer),
+        decisions=plan.decisions,
+        warnings=plan.warnings,
+        versions=versions(),
+        memory_budget_bytes=plan.request.max_memory_bytes,
+    )
 
 
 def build_report(
@@ -84,43 +86,51 @@ def build_report(
     *,
     fingerprint: str,
     base: Path,
-    files: list[dict[str, Any]],
+    files: tuple[WrittenFile, ...],
     timings: Mapping[str, float],
     written: Written,
-) -> dict[str, Any]:
-    """The report as JSON values.
-
-    `base` is the directory that holds the base's configuration, `files` what was written.
-    """
-    return {
-        **describe(plan),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": fingerprint,
-        "configuration": {name: settings_hash(base / name) for name in CONFIGURATIONS},
-        "files": files,
-        "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
-        "work": {kind: round(seconds, 3) for kind, seconds in written.seconds.items()},
-        "peak_anonymous_bytes": written.peak_anonymous_bytes,
-        "peak_rss_bytes": peak_memory_bytes(),
-    }
+) -> Report:
+    """The report; `base` is the directory that holds the base's configuration, `files` what was written."""
+    return Report(
+        **_shared(describe(plan)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=fingerprint,
+        configuration={name: settings_hash(base / name) for name in CONFIGURATIONS},
+        files=files,
+        timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
+        work=document.Work(**{kind: round(seconds, 3) for kind, seconds in written.seconds.items()}),
+        peak_anonymous_bytes=written.peak_anonymous_bytes,
+        peak_rss_bytes=peak_memory_bytes(),
+    )
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The document of `ftload plan`: what `describe` gives, the files to be written, and what writing them takes."""
-    return {
-        **describe(plan),
-        "stored": [
-            {"component": component, "dtype": dtype, **row}
+def describe_plan(plan: Plan) -> PlanDocument:
+    """What `ftload plan` says: what `describe` gives, the files to be written, and what writing them takes."""
+    return PlanDocument(
+        **_shared(describe(plan)),
+        stored=tuple(
+            document.StoredTotals(
+                component=component, dtype=dtype, tensors=row.tensors, parameters=row.parameters, bytes=row.bytes
+            )
             for component, tensors in _by([*plan.stored_tensors(), *plan.adapter_tensors()], "component").items()
             for dtype, row in _group(tensors).items()
-        ],
-        "files": [{"path": file.path, "bytes": file.size} for file in plan.files],
-        "needs": {
-            "disk_bytes": plan.disk_bytes(plan.files),
-            "memory_bytes": plan.memory_bytes,
-            "read_bytes": sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
-        },
-    }
+        ),
+        files=tuple(document.PlannedFile(path=file.path, bytes=file.size) for file in plan.files),
+        needs=document.Needs(
+            disk_bytes=plan.disk_bytes(plan.files),
+            memory_bytes=plan.memory_bytes,
+            read_bytes=sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
+        ),
+    )
+
+
+def _shared(described: Described) -> dict[str, Any]:
+    return {field.name: getattr(described, field.name) for field in dataclasses.fields(described)}
+
+
+def reported_arguments(arguments: Arguments) -> dict[str, document.Argument]:
+    """Every flag by name, as a report has it."""
+    return {name: document.Argument(**flag) for name, flag in arguments.report().items()}
 
 
 def _used_files(plan: Plan) -> set[str]:
@@ -134,7 +144,7 @@ def _used_files(plan: Plan) -> set[str]:
     }
 
 
-def count_parameters(plan: Plan) -> dict[str, Any]:
+def count_parameters(plan: Plan) -> document.Parameters:
     """The `parameters` section: totals, and by dtype and component.
 
     Bytes are those of the tensors' data; the JSON states of 4-bit weights count as file overhead, like headers.
@@ -152,22 +162,21 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
     never_trained = frozenset(() if (plan.adapter is not None) else plan.skeleton.never_trained)
     trained = adapter if (plan.adapter is not None) else [merged[name] for name in merged.keys() - never_trained]
     trainable = sum(tensor.parameters for tensor in trained)
-    return {
-        "total": total,
-        "trainable": trainable,
-        "frozen": total - trainable,
-        "trainable_percent": round(100 * trainable / total, 4) if total else 0.0,
-        "never_trained": sorted(never_trained),
-        "by_dtype": _group(stored),
-        "in_training": _group(in_training),
-        "by_component": {
-            component: {
-                "parameters": sum(tensor.parameters for tensor in tensors),
-                "bytes": data_bytes(tensors),
-            }
+    return document.Parameters(
+        total=total,
+        trainable=trainable,
+        frozen=total - trainable,
+        trainable_percent=round(100 * trainable / total, 4) if total else 0.0,
+        never_trained=tuple(sorted(never_trained)),
+        by_dtype=_group(stored),
+        in_training=_group(in_training),
+        by_component={
+            component: document.ComponentTotals(
+                parameters=sum(tensor.parameters for tensor in tensors), bytes=data_bytes(tensors)
+            )
             for component, tensors in _by(stored, "component").items()
         },
-        "towers": {
+        towers={
             module: sum(
                 prod(tensor.shape)
                 for tensor in plan.skeleton.tensors
@@ -175,7 +184,7 @@ def count_parameters(plan: Plan) -> dict[str, Any]:
             )
             for module in plan.skeleton.towers
         },
-    }
+    )
 
 
 def data_bytes(tensors: Iterable[OutputTensor]) -> int:
@@ -203,13 +212,13 @@ def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
     return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
 
 
-def _group(tensors: list[OutputTensor]) -> dict[str, dict[str, int]]:
+def _group(tensors: list[OutputTensor]) -> dict[str, document.TensorTotals]:
     return {
-        dtype: {
-            "tensors": sum(tensor.part_of is None for tensor in group),
-            "parameters": sum(tensor.parameters for tensor in group),
-            "bytes": data_bytes(group),
-        }
+        dtype: document.TensorTotals(
+            tensors=sum(tensor.part_of is None for tensor in group),
+            parameters=sum(tensor.parameters for tensor in group),
+            bytes=data_bytes(group),
+        )
         for dtype, group in _by(tensors, "counted_as").items()
     }
 
@@ -221,7 +230,7 @@ def _by(tensors: list[OutputTensor], attribute: str) -> dict[str, list[OutputTen
     return dict(sorted(groups.items()))
 
 
-def _quantization(plan: Plan) -> dict[str, Any] | None:
+def _quantization(plan: Plan) -> document.Quantization | None:
     quantisation, config, coverage = plan.strategy.quantisation, plan.quantization_config, plan.coverage
     if quantisation is None or config is None or coverage is None:
         return None
@@ -229,32 +238,41 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
         (tensor.packed.tile for tensor in plan.skeleton.tensors if tensor.packed is not None),
         quantisation.block_size,
     )
-    return {
+    return document.Quantization(
         **quantisation.facts(config, block_size),
-        "coverage_percent": round(coverage.percent, 4),
-        "not_quantized": [
-            {
-                "component": component,
-                "tensors": len(tensors),
-                "parameters": sum(tensor.parameters for tensor in tensors),
-                "bytes": data_bytes(tensors),
-            }
+        coverage_percent=round(coverage.percent, 4),
+        not_quantized=tuple(
+            document.NotQuantized(
+                component=component,
+                tensors=len(tensors),
+                parameters=sum(tensor.parameters for tensor in tensors),
+                bytes=data_bytes(tensors),
+            )
             for component, tensors in coverage.left_by_component().items()
-        ],
-    }
+        ),
+    )
 
 
-def _adapter(plan: Plan) -> dict[str, Any] | None:
+def _adapter(plan: Plan) -> document.Adapter | None:
     if plan.adapter is None or plan.targets is None:
         return None
-    return {
+    return document.Adapter(
         **plan.adapter.facts(),
-        "targets": dict(plan.targets.hits),
-        "parameters": sum(tensor.parameters for tensor in plan.adapter_tensors()),
-        "dtype": "float32",
-        "base": adapter_base(plan),
-        "revision": adapter_revision(plan),
-    }
+        targets=dict(plan.targets.hits),
+        parameters=sum(tensor.parameters for tensor in plan.adapter_tensors()),
+        dtype="float32",
+        base=adapter_base(plan),
+        revision=adapter_revision(plan),
+    )
+
+
+def _kernels(plan: Plan) -> document.Kernels | None:
+    if plan.kernels is None:
+        return None
+    liger = plan.kernels
+    return document.Kernels(
+        liger=document.LigerKernels(supported=liger.supported, applied=liger.applied, reason=liger.reason)
+    )
 
 
 def adapter_base(plan: Plan) -> str:

@@ -8,44 +8,42 @@ from typing import Any
 
 from ..adapter.peft_lora import PeftLora
 from ..adapter.targets import Targets, resolve_targets
+from ..report.document import Adapter
 from ..source.resolve import resolve_source
 from .files import Context
 
 
 def check_adapter(context: Context) -> Iterator[str]:
     """Whether adapter_config.json, the adapter's tensors and the base's layers fit each other and the report."""
-    expected = context.report["adapter"]
+    expected = context.report.adapter
     if expected is None:
         context.found = "none"
         return
-    context.found = f"rank {expected['r']} on {sum(expected['targets'].values())} layers"
-    if context.report["base"] == "reference":
-        yield from _check_base(context)
+    context.found = f"rank {expected.r} on {sum(expected.targets.values())} layers"
+    if context.report.base == "reference":
+        yield from _check_base(context, expected)
     targets = resolve_targets(
         context.skeleton.layers,
         modules=(name for name, _ in context.skeleton.model.named_modules()),
-        asked=tuple(expected["targets"]),
+        asked=tuple(expected.targets),
         fused_experts=False,
     )
-    for pattern, hits in expected["targets"].items():
+    for pattern, hits in expected.targets.items():
         if targets.hits[pattern] != hits:
             yield f"`{pattern}` hits {targets.hits[pattern]} layers, the report says {hits}"
-    yield from _check_settings(context, targets)
-    yield from _check_tensors(context, targets)
+    yield from _check_settings(context, expected, targets)
+    yield from _check_tensors(context, expected, targets)
     yield from _check_draws(context)
 
 
-def _adapter(context: Context) -> PeftLora:
-    """The adapter that the report describes."""
-    expected = context.report["adapter"]
-    return PeftLora(rank=expected["r"], alpha=expected["alpha"], dropout=expected["dropout"])
+def _described(expected: Adapter) -> PeftLora:
+    return PeftLora(rank=expected.r, alpha=expected.alpha, dropout=expected.dropout)
 
 
-def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
-    expected = context.report["adapter"]
+def _check_settings(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
     path = context.root / "adapter" / "adapter_config.json"
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    written = _adapter(context).config(targets, base=expected["base"], revision=expected["revision"])
+    written = _described(expected).config(targets, base=expected.base, revision=expected.revision)
     for name in sorted({*stored, *written}):
         if name not in written or name not in stored:
             yield f"`{name}` is " + ("missing" if name in written else "there, and was not written")
@@ -53,9 +51,9 @@ def _check_settings(context: Context, targets: Targets) -> Iterator[str]:
             yield f"`{name}` is `{stored[name]}`, not `{written[name]}`"
 
 
-def _check_tensors(context: Context, targets: Targets) -> Iterator[str]:
+def _check_tensors(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
     """Whether there are the adapter's tensors for every layer that is a target, and no others."""
-    adapter = _adapter(context)
+    adapter = _described(expected)
     shapes = {name: shape for layer in targets.layers for name, shape in adapter.tensors(layer).items()}
     for name in sorted(shapes.keys() - context.adapter.keys()):
         yield f"`{name}` is missing"
@@ -64,7 +62,7 @@ def _check_tensors(context: Context, targets: Targets) -> Iterator[str]:
     for name in sorted(context.adapter.keys() & shapes.keys()):
         if context.adapter[name].shape != shapes[name]:
             yield f"`{name}` has the shape {list(context.adapter[name].shape)}, its layer takes {list(shapes[name])}"
-    if sum(tensor.parameters for tensor in context.adapter.values()) != context.report["adapter"]["parameters"]:
+    if sum(tensor.parameters for tensor in context.adapter.values()) != expected.parameters:
         yield "the adapter does not have the parameters that the report says"
 
 
@@ -90,17 +88,16 @@ def _check_draws(context: Context) -> Iterator[str]:
                 yield f"`{name}` was not drawn: it is the same as `{others[drawn]}`"
 
 
-def _check_base(context: Context) -> Iterator[str]:
+def _check_base(context: Context, adapter: Adapter) -> Iterator[str]:
     """Whether the base that the adapter refers to is the one that it was made for, as far as its listing tells."""
-    adapter = context.report["adapter"]
-    files = {file.path: file for file in resolve_source(adapter["base"], adapter["revision"]).files}
-    for entry in context.report["source"]["files"]:
-        name = entry["path"]
+    files = {file.path: file for file in resolve_source(adapter.base, adapter.revision).files}
+    for used in context.report.source.files:
+        name = used.path
         if not name.endswith((".safetensors", "config.json")):
             continue
         if name not in files:
-            yield f"the base, `{adapter['base']}`, lacks `{name}`"
-        elif files[name].bytes != entry["bytes"]:
-            yield f"`{name}` of the base has {files[name].bytes} bytes, not {entry['bytes']}"
-        elif None not in (entry["sha256"], files[name].sha256) and files[name].sha256 != entry["sha256"]:
+            yield f"the base, `{adapter.base}`, lacks `{name}`"
+        elif files[name].bytes != used.bytes:
+            yield f"`{name}` of the base has {files[name].bytes} bytes, not {used.bytes}"
+        elif None not in (used.sha256, files[name].sha256) and files[name].sha256 != used.sha256:
             yield f"`{name}` of the base has another sha256"

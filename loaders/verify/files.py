@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,9 @@ from ..checkpoint.tensors import TensorMeta
 from ..model.config import load_config, load_generation_config, settings_hash
 from ..model.skeleton import Skeleton, build_skeleton
 from ..plan.output_files import REPORT_FILE
+from ..report.document import Report
+from ..report.json_values import from_json
+from ..report.schema import published_schema
 from ..source.resolve import resolve_source
 from ..source.source import Source
 from ..system.durable import hash_file
@@ -40,7 +44,8 @@ class Context:
     """A prepared directory and what has been read of it. Whatever can't be read raises `FtloadError`, each time."""
 
     root: Path
-    report: Mapping[str, Any]
+    document: Mapping[str, Any]
+    """The report as JSON values."""
     trust_remote_code: bool
     progress: Progress
     found: str = ""
@@ -50,12 +55,18 @@ class Context:
     not what was written; what was written wrong would be written again."""
 
     @cached_property
+    def report(self) -> Report:
+        """The report. What is missing in it, or of another type, raises `AttributeError` where it is asked for."""
+        return from_json(Report, self.document, [])
+
+    @cached_property
     def base_source(self) -> Source:
         """Where the base lies: in the directory itself, wherever that was moved to, or where the adapter refers to."""
-        if self.report["base"] == "copy":
+        adapter = self.report.adapter
+        if self.report.base == "copy" or adapter is None:
             source = resolve_source(str(self.root), None)
         else:
-            source = resolve_source(self.report["adapter"]["base"], self.report["adapter"]["revision"])
+            source = resolve_source(adapter.base, adapter.revision)
         fetch_config(source)
         if self.trust_remote_code:
             source.fetch(file.path for file in source.files if file.path.endswith(".py"))
@@ -85,7 +96,7 @@ class Context:
     @cached_property
     def adapter(self) -> dict[str, TensorMeta]:
         """The headers of the adapter's tensors; empty where there is no adapter."""
-        if self.report["adapter"] is None:
+        if self.report.adapter is None:
             return {}
 
         def read(begin: int, end: int) -> bytes:
@@ -107,51 +118,52 @@ class Context:
 
 def check_report(context: Context) -> Iterator[str]:
     """Whether the report is whole and agrees with itself."""
-    schema = json.loads((Path(__file__).parent.parent / "report" / "report.schema.json").read_text(encoding="utf-8"))
-    yield from _missing_fields(context.report, schema, "")
-    parameters = context.report["parameters"]
-    total, trainable = parameters["total"], parameters["trainable"]
-    context.found = f"{context.report['strategy']}, {total:,} parameters, {trainable:,} trainable"
-    if trainable + parameters["frozen"] != total:
+    yield from dict.fromkeys(_against_schema(context.document))  # each missing field is told once
+    parameters, adapter = context.report.parameters, context.report.adapter
+    total, trainable = parameters.total, parameters.trainable
+    context.found = f"{context.report.strategy}, {total:,} parameters, {trainable:,} trainable"
+    if trainable + parameters.frozen != total:
         yield "trainable and frozen parameters are not the total"
     for section in ("by_dtype", "in_training", "by_component"):
-        if sum(row["parameters"] for row in parameters[section].values()) != total:
+        if sum(row.parameters for row in getattr(parameters, section).values()) != total:
             yield f"the parameters of `{section}` are not the total"
-    adapter = context.report["adapter"]
-    if adapter and trainable != adapter["parameters"]:
+    if adapter and trainable != adapter.parameters:
         yield "the trainable parameters are not the adapter's"
 
 
-def _missing_fields(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
-    """Fields that the schema requires of an object and of the objects in it."""
-    if not isinstance(value, dict):
-        return
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield f"`{place}{name}` is missing"
-    for name, inner in schema.get("properties", {}).items():
-        if name in value:
-            yield from _missing_fields(value[name], inner, f"{place}{name}.")
+def _against_schema(document: Mapping[str, Any]) -> Iterator[str]:
+    """What the published schema does not allow; a later version may have added fields."""
+    from jsonschema import Draft202012Validator
+
+    for error in Draft202012Validator(published_schema()).iter_errors(document):
+        place = ".".join(map(str, error.absolute_path))
+        if error.validator == "required":
+            for name in error.validator_value:
+                if name not in error.instance:
+                    yield f"`{place}{'.' if place else ''}{name}` is missing"
+        elif error.validator != "additionalProperties":
+            value, allowed = json.dumps(error.instance), json.dumps(error.validator_value)
+            yield f"`{place}` is `{shorten(value, 80)}`, its {error.validator} is `{allowed}`"
 
 
 def check_files(context: Context) -> Iterator[str]:
     """Every file's size and sha256, and that there are no others."""
-    listed = {str(entry["path"]): entry for entry in context.report["files"]}
-    context.progress.expect(bytes=sum(entry["bytes"] for entry in listed.values()), tensors=0)
+    listed = {file.path: file for file in context.report.files}
+    context.progress.expect(bytes=sum(file.bytes for file in listed.values()), tensors=0)
 
     def look_at(name: str) -> str | None:
         path = context.root / name
         if not path.is_file():
             return f"`{name}` is missing"
-        if path.stat().st_size != listed[name]["bytes"]:
-            return f"`{name}` has {path.stat().st_size} bytes, not {listed[name]['bytes']}"
-        if hash_file(path) != listed[name]["sha256"]:
+        if path.stat().st_size != listed[name].bytes:
+            return f"`{name}` has {path.stat().st_size} bytes, not {listed[name].bytes}"
+        if hash_file(path) != listed[name].sha256:
             return f"`{name}` is not what was written: its sha256 differs"
         return None
 
     with ThreadPoolExecutor(usable_processors()) as pool:
         for name, problem in zip(listed, pool.map(look_at, listed), strict=True):
-            context.progress.advance(bytes=listed[name]["bytes"], tensors=0)
+            context.progress.advance(bytes=listed[name].bytes, tensors=0)
             if problem is not None:
                 yield problem
     for path in sorted(context.root.rglob("*")):
@@ -159,7 +171,7 @@ def check_files(context: Context) -> Iterator[str]:
         hidden = any(part.startswith(".") for part in name.split("/"))
         if path.is_file() and can_have_a_part(name) and not hidden and name not in (*listed, REPORT_FILE):
             yield f"`{name}` is not in the report"
-    context.found = f"{len(listed)} files, {sum(entry['bytes'] for entry in listed.values()):,} bytes"
+    context.found = f"{len(listed)} files, {sum(file.bytes for file in listed.values()):,} bytes"
 
 
 def check_tensors(context: Context) -> Iterator[str]:
@@ -170,12 +182,13 @@ def check_tensors(context: Context) -> Iterator[str]:
         row["tensors"] += 1
         row["bytes"] += tensor.stored_bytes
     context.found = ", ".join(f"{row['tensors']:,} {dtype}" for dtype, row in sorted(counted.items()))
-    reported = context.report["parameters"]["by_dtype"]
+    reported = context.report.parameters.by_dtype
     for dtype in sorted({*counted, *reported}):
-        found, expected = counted.get(dtype, {}), reported.get(dtype, {})
+        found, expected = counted.get(dtype, {}), reported.get(dtype)
         for what in ("tensors", "bytes"):
-            if found.get(what, 0) != expected.get(what, 0):
-                yield f"{found.get(what, 0):,} {what} of {dtype}, the report says {expected.get(what, 0):,}"
+            number = 0 if expected is None else getattr(expected, what)
+            if found.get(what, 0) != number:
+                yield f"{found.get(what, 0):,} {what} of {dtype}, the report says {number:,}"
     if context.base_source.kind != "hub":  # there, each would have to be asked for
         for tensor in context.base.packed:
             yield from tensor.problems(context.base.values)
@@ -183,7 +196,7 @@ def check_tensors(context: Context) -> Iterator[str]:
 
 def _base_tensors(context: Context) -> Iterable[TensorMeta]:
     """The base's tensors: all that were written, or of another's checkpoint those that the model takes."""
-    if context.report["base"] == "copy":
+    if context.report.base == "copy":
         return context.base.tensors.values()
     # rotary frequencies and the head of a tied model may lie there too, and are not the model's
     return (meta for tensor in context.skeleton.tensors if tensor.conversion is None for meta in tensor.sources)
@@ -199,17 +212,17 @@ _QUANTIZATION_KEYS = {
 
 def check_config(context: Context) -> Iterator[str]:
     """Whether config.json describes what the report does, and the weights that are there."""
-    source, expected = context.report["source"], context.report["quantization"]
-    rows = context.report["embeddings"]["rows_after"]
-    context.found = f"{source['architecture']}, {rows:,} rows"
+    source, expected = context.report.source, context.report.quantization
+    rows = context.report.embeddings.rows_after
+    context.found = f"{source.architecture}, {rows:,} rows"
     text: Any = context.config.get_text_config()
     # where nothing was added it is as it came: Mllama's embeddings have 8 rows more
-    if context.report["embeddings"]["resized"] and text.vocab_size != rows:
+    if context.report.embeddings.resized and text.vocab_size != rows:
         yield f"`vocab_size` is {text.vocab_size}, the embeddings have {rows} rows"
-    if context.config.model_type != source["model_type"]:
-        yield f"the model is a `{context.config.model_type}`, the report says `{source['model_type']}`"
+    if context.config.model_type != source.model_type:
+        yield f"the model is a `{context.config.model_type}`, the report says `{source.model_type}`"
     load_generation_config(context.base_source.root)
-    for name, digest in context.report.get("configuration", {}).items():  # a report of 0.1 has none
+    for name, digest in context.report.configuration.items():
         if settings_hash(context.base_source.root / name) != digest:
             yield f"`{name}` has other settings than when this was prepared"
     stored: Any = getattr(context.config, "quantization_config", None)
@@ -219,39 +232,39 @@ def check_config(context: Context) -> Iterator[str]:
     if stored is not None and expected is not None:
         settings = stored if isinstance(stored, dict) else stored.to_dict()
         differing = [
-            f"`{name}` is {settings[name]}, the report says {expected[key]}"
+            f"`{name}` is {settings[name]}, the report says {getattr(expected, key)}"
             for key, name in _QUANTIZATION_KEYS.items()
-            if name in settings and settings[name] != expected[key]
+            if name in settings and settings[name] != getattr(expected, key)
         ]
         yield from differing
         if differing:
             return
     skeleton = context.skeleton
-    if context.report["base"] == "copy" and expected is None and context.config.dtype != skeleton.model.dtype:
+    if context.report.base == "copy" and expected is None and context.config.dtype != skeleton.model.dtype:
         yield f"`dtype` is {context.config.dtype}, what was written is {skeleton.model.dtype}"
     if skeleton.rows_before != rows:
         yield f"the embeddings have {skeleton.rows_before} rows, the report says {rows}"
-    if skeleton.tied != context.report["embeddings"]["tied"]:
+    if skeleton.tied != context.report.embeddings.tied:
         yield "embeddings and head are " + ("" if skeleton.tied else "not ") + "tied, the report says otherwise"
-    if type(skeleton.model).__name__ != source["architecture"]:
-        yield f"the model is a `{type(skeleton.model).__name__}`, the report says `{source['architecture']}`"
+    if type(skeleton.model).__name__ != source.architecture:
+        yield f"the model is a `{type(skeleton.model).__name__}`, the report says `{source.architecture}`"
     yield from _check_parameters(context)
 
 
 def _check_parameters(context: Context) -> Iterator[str]:
     """Logical parameters by stored dtype: the model tells them from its buffers. And how many are never trained."""
-    if context.report["adapter"] is None:
+    if context.report.adapter is None:
         model = context.skeleton.model
         frozen = sum(model.get_parameter(name).numel() for name in context.skeleton.never_trained)
-        if frozen != context.report["parameters"]["frozen"]:
-            yield f"{frozen:,} parameters are frozen, the report says {context.report['parameters']['frozen']:,}"
+        if frozen != context.report.parameters.frozen:
+            yield f"{frozen:,} parameters are frozen, the report says {context.report.parameters.frozen:,}"
     buffers = {meta.name for tensor in context.skeleton.tensors if tensor.buffer for meta in tensor.sources}
     counted: Counter[str] = Counter()
     for tensor in (*_base_tensors(context), *context.adapter.values()):
         if tensor.name not in buffers:
             counted[tensor.counted_as] += tensor.parameters
-    reported = context.report["parameters"]["by_dtype"]
+    reported = context.report.parameters.by_dtype
     for dtype in sorted({*counted, *reported}):
-        expected = reported.get(dtype, {}).get("parameters", 0)
+        expected = reported[dtype].parameters if dtype in reported else 0
         if counted[dtype] != expected:
             yield f"{counted[dtype]:,} parameters of {dtype}, the report says {expected:,}"

@@ -16,16 +16,17 @@ from .files import Context
 def check_tokenizer(context: Context) -> Iterator[str]:
     """Whether the ids fit the embeddings, and texts can be padded and ended."""
     tokenizer: Any = context.tokenizer
-    expected = context.report["tokenizer"]
-    if len(tokenizer) != expected["size"]:
-        yield f"{len(tokenizer)} tokens, the report says {expected['size']}"
+    expected = context.report.tokenizer
+    if len(tokenizer) != expected.size:
+        yield f"{len(tokenizer)} tokens, the report says {expected.size}"
     reported = ["pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token"]
-    reported += [what for what in ("padding_side", "model_max_length") if what in expected]  # not in reports of 0.1
+    # reports of 0.1 lack the others
+    reported += [what for what in ("padding_side", "model_max_length") if getattr(expected, what) is not None]
     for what in reported:
-        if getattr(tokenizer, what) != expected[what]:
-            yield f"{what} is `{getattr(tokenizer, what)}`, the report says `{expected[what]}`"
-    pad = context.report["embeddings"].get("pad_token_id")  # not in the reports of ftload 0.1
-    if pad is not None and context.report["base"] == "copy":
+        if getattr(tokenizer, what) != getattr(expected, what):
+            yield f"{what} is `{getattr(tokenizer, what)}`, the report says `{getattr(expected, what)}`"
+    pad = context.report.embeddings.pad_token_id
+    if pad is not None and context.report.base == "copy":
         stored = {"generation_config.json": load_generation_config(context.root).pad_token_id}
         if hasattr(context.config.get_text_config(), "pad_token_id"):
             stored["config.json"] = stored_padding(context.config)
@@ -33,7 +34,7 @@ def check_tokenizer(context: Context) -> Iterator[str]:
             if number != pad:
                 yield f"`pad_token_id` of {file} is {number}, the report says {pad}"
     context.hint = "prepare it with another --tokenizer_name_or_path, or mend the model's own tokenizer first"
-    rows = context.report["embeddings"]["rows_after"]
+    rows = context.report.embeddings.rows_after
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         yield f"token id {highest} does not fit {rows} embedding rows"
@@ -50,7 +51,7 @@ def check_chat_template(context: Context) -> Iterator[str]:
 
     tokenizer: Any = context.tokenizer
     digest = template_hash(tokenizer.chat_template)
-    if digest != context.report["tokenizer"]["chat_template_sha256"]:
+    if digest != context.report.tokenizer.chat_template_sha256:
         yield "the chat template is not the one in the report" if digest else "the chat template is gone"
     if digest is None:
         context.found = "none"

@@ -49,7 +49,7 @@ def check_training(context: Context) -> Iterator[str]:
         yield f"the loss is {output.loss.item()}"
     if output.logits is not None and not torch.isfinite(output.logits).all():
         yield "the logits are not finite"
-    base: Any = model.get_submodule("base_model.model") if context.report["adapter"] is not None else model
+    base: Any = model.get_submodule("base_model.model") if context.report.adapter is not None else model
     towers = tower_modules(base)
     idle = beside = 0
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def _may_be_idle(name: str) -> bool:
 
 def _check_counts(context: Context, model: Any) -> Iterator[str]:
     """Counts and dtypes of the model in memory."""
-    reported = context.report["parameters"]
+    reported = context.report.parameters
     counted: dict[str, int] = {}
     trainable = 0
     for parameter in model.parameters():
@@ -105,13 +105,13 @@ def _check_counts(context: Context, model: Any) -> Iterator[str]:
         number = state.shape.numel() if state is not None else parameter.numel()
         counted[dtype] = counted.get(dtype, 0) + number
         trainable += number if parameter.requires_grad else 0
-    if trainable != reported["trainable"]:
-        yield f"{trainable:,} parameters are trainable, the report says {reported['trainable']:,}"
-    if sum(counted.values()) != reported["total"]:
-        yield f"the model has {sum(counted.values()):,} parameters, the report says {reported['total']:,}"
-    for dtype in sorted({*counted, *reported["in_training"]}):
+    if trainable != reported.trainable:
+        yield f"{trainable:,} parameters are trainable, the report says {reported.trainable:,}"
+    if sum(counted.values()) != reported.total:
+        yield f"the model has {sum(counted.values()):,} parameters, the report says {reported.total:,}"
+    for dtype in sorted({*counted, *reported.in_training}):
         found = counted.get(dtype, 0)
-        expected = reported["in_training"].get(dtype, {}).get("parameters", 0)
+        expected = reported.in_training[dtype].parameters if dtype in reported.in_training else 0
         if found != expected:
             yield f"{found:,} parameters are {dtype}, the report says {expected:,}"
 
@@ -124,19 +124,19 @@ def _check_values(context: Context, model: Any) -> Iterator[str]:
         # a sum needs no copy of the size of the parameter, and keeps what is not finite
         if parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
             yield f"`{name}` is not finite"
-    embeddings = context.report["embeddings"]
+    embeddings = context.report.embeddings
     matrices = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     for what, module in matrices.items():
         if module is None:
             continue
         # a head may have other rows from the start: Mllama's has 8 less
-        if (what == "embeddings" or embeddings["resized"]) and module.weight.shape[0] != embeddings["rows_after"]:
-            yield f"the {what} have {module.weight.shape[0]} rows, the report says {embeddings['rows_after']}"
+        if (what == "embeddings" or embeddings.resized) and module.weight.shape[0] != embeddings.rows_after:
+            yield f"the {what} have {module.weight.shape[0]} rows, the report says {embeddings.rows_after}"
         # rows of the original may be zero, as padding is; those that ftload added are not, but where loading zeroes the
         # padding (Youtu)
-        added = module.weight.detach()[embeddings["rows_before"] :]
-        empty = (added.count_nonzero(dim=1) == 0).nonzero().flatten() + embeddings["rows_before"]
-        empty = [row for row in empty.tolist() if row != embeddings.get("pad_token_id")]
+        added = module.weight.detach()[embeddings.rows_before :]
+        empty = (added.count_nonzero(dim=1) == 0).nonzero().flatten() + embeddings.rows_before
+        empty = [row for row in empty.tolist() if row != embeddings.pad_token_id]
         if empty:
             yield f"row {empty[0]} of the {what}, which was added, is zero"
 
@@ -146,7 +146,7 @@ def _check_adapter(context: Context, model: Any) -> Iterator[str]:
     import torch
     from safetensors import safe_open
 
-    if context.report["adapter"] is None:
+    if context.report.adapter is None:
         return
     loaded = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ".lora_" in name}
     with safe_open(context.adapter_file, framework="pt") as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FtloadError, SourceError, VerificationError, said_by
-from ..report.outputs import read_report
+from ..report.outputs import read_document
 from .adapter import check_adapter
 from .files import PREPARE_AGAIN, Context, check_config, check_files, check_report, check_tensors
 from .tokenizer import check_chat_template, check_tokenizer
@@ -90,7 +90,7 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
     ]
     if not quick:
         steps.append(("training step", check_training))
-    context = Context(root=root, report=read_report(root), trust_remote_code=trust_remote_code, progress=progress)
+    context = Context(root=root, document=read_document(root), trust_remote_code=trust_remote_code, progress=progress)
     checks = []
     for name, check in steps:
         progress.stage(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..progress import Stopwatch
 from ..system.durable import disk_errors
@@ -21,8 +20,6 @@ class Run:
     staging: Staging
     processes: Processes
     watch: Stopwatch
-    finished: dict[str, Any] | None = None
-    """The report of an output that is just what would be written, and intact."""
 
     @property
     def is_first(self) -> bool:

@@ -20,6 +20,7 @@ from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.nf4 import encode as nf4
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
+from ftload.loaders.report.json_values import to_json
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -383,4 +384,4 @@ def _prepare(source: Path, output: Path) -> dict[str, Any]:
     words = ["--model", str(source), "--output_dir", str(output), "--lora_rank", "8", "--use_qlora"]
     outcome = prepare(parse_arguments(words), Silent())
     assert outcome is not None
-    return outcome.report
+    return to_json(outcome.report)

@@ -17,7 +17,7 @@ import torch
 from ftload.loaders.checkpoint.checkpoint import open_checkpoint
 from ftload.loaders.load import load_prepared
 from ftload.loaders.progress import Silent
-from ftload.loaders.report.outputs import read_report
+from ftload.loaders.report.outputs import read_document
 from ftload.loaders.source.resolve import resolve_source
 from ftload.loaders.verify import training as verify_training
 from ftload.loaders.verify.adapter import check_adapter
@@ -53,9 +53,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def context_of(directory: Path, change: Callable[[Any], Any] = lambda report: None) -> Context:
-    report = read_report(directory)
+    report = read_document(directory)
     change(report)
-    return Context(root=directory, report=report, trust_remote_code=False, progress=Silent())
+    return Context(root=directory, document=report, trust_remote_code=False, progress=Silent())
 
 
 def said(check: Callable[[Context], Iterator[str]], context: Context) -> list[str]:
@@ -111,6 +111,8 @@ REPORTS: dict[str, tuple[str, Callable[[Context], Iterator[str]], str, Callable[
     "by component": ("qlora", check_report, "the parameters of `by_component` are not the total", more("parameters", "by_component", "norm", "parameters")),
     "the adapter's parameters": ("qlora", check_report, "the trainable parameters are not the adapter's", more("adapter", "parameters")),
     "a field": ("qlora", check_report, "`parameters.by_component` is missing", lambda r: r["parameters"].pop("by_component")),
+    "a type": ("qlora", check_report, '`adapter.dtype` is `null`, its type is `"string"`', put("adapter", "dtype", value=None)),
+    "a value": ("qlora", check_report, '`base` is `"both"`, its enum is `["copy", "reference"]`', put("base", value="both")),
     "a file too many": ("standard", check_files, "`gone.json` is missing", lambda r: r["files"].append({"path": "gone.json", "bytes": 1, "sha256": "0" * 64})),
     "a file's size": ("standard", check_files, "`generation_config.json` has {size} bytes, not 1", entry("generation_config.json", written, bytes=1)),
     "a file's hash": ("standard", check_files, "`config.json` is not what was written: its sha256 differs", entry("config.json", written, sha256="0" * 64)),
@@ -169,7 +171,7 @@ REPORTS: dict[str, tuple[str, Callable[[Context], Iterator[str]], str, Callable[
 @pytest.mark.parametrize("what", REPORTS)
 def test_a_report_that_says_otherwise(outputs: dict[str, Path], what: str) -> None:
     kind, check, message, change = REPORTS[what]
-    report = read_report(outputs[kind])
+    report = read_document(outputs[kind])
     by_dtype = report["parameters"]["by_dtype"]
     base = Path(report["source"]["path"])
     expected = message.format(
@@ -200,6 +202,19 @@ def test_honest_outputs_give_no_message(outputs: dict[str, Path]) -> None:
         context = context_of(directory)
         for check in (*checks, check_training):
             assert list(check(context)) == [], (directory, check)
+
+
+def test_a_report_of_a_later_version_passes(outputs: dict[str, Path]) -> None:
+    for section in ("source", "parameters", "tokenizer"):
+        assert list(check_report(context_of(outputs["standard"], put(section, "more", value=1)))) == []
+
+
+def test_each_missing_field_is_told_once(outputs: dict[str, Path]) -> None:
+    def change(report: Any) -> None:
+        del report["adapter"]["r"], report["adapter"]["alpha"], report["versions"]["python"]
+
+    problems = list(check_report(context_of(outputs["lora"], change)))
+    assert problems == ["`adapter.r` is missing", "`adapter.alpha` is missing", "`versions.python` is missing"]
 
 
 def test_no_chat_template(outputs: dict[str, Path]) -> None:
@@ -297,7 +312,7 @@ def test_a_model_that_is_spoilt(outputs: dict[str, Path], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(verify_training, "load_prepared", load)
     context = context_of(outputs[kind])
-    trainable = context.report["parameters"]["trainable"]
+    trainable = context.report.parameters.trainable
     expected = message.format(trainable=trainable, less=trainable - 64, more=trainable + 1)
     assert expected in said(check_training, context)
 

@@ -14,6 +14,7 @@ from ftload.loaders.errors import FtloadError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
+from ftload.loaders.report.json_values import to_json
 from ftload.loaders.verify.verify import verify
 
 from ..tokenizers import write_llama
@@ -79,7 +80,7 @@ def compare(model_type: str, directory: Path, *, resized: bool, whole: bool = Fa
             continue
         assert outcome is not None
         try:
-            _assert_equal(source, ours, directory / f"reference-{strategy}", strategy, outcome.report)
+            _assert_equal(source, ours, directory / f"reference-{strategy}", strategy, to_json(outcome.report))
         except Exception as error:
             yield result(strategy, "different", _said_by(error))
             continue

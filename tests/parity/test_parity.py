@@ -11,6 +11,7 @@ import torch
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
+from ftload.loaders.report.json_values import to_json
 from safetensors import safe_open
 
 from ..tokenizers import write_llama
@@ -123,4 +124,4 @@ def _prepare(source: Path, output: Path, *flags: str) -> dict[str, Any]:
     words = ["--model", str(source), "--output_dir", str(output), "--lora_rank", "8"]
     outcome = prepare(parse_arguments([*words, "--embedding_init", "reference", *flags]), Silent())
     assert outcome is not None
-    return outcome.report
+    return to_json(outcome.report)

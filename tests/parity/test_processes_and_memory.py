@@ -193,7 +193,7 @@ def test_every_budget_gives_the_same_bytes(source: Path, hashes: dict[str, str],
     words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), *FLAGS, "--max_memory", budget]
     outcome = prepare(parse_arguments(words), Silent())
     assert outcome is not None
-    assert outcome.report["memory_budget_bytes"] == int(budget[:-2]) * 10**6
+    assert outcome.report.memory_budget_bytes == int(budget[:-2]) * 10**6
     assert hash_all(tmp_path / "out") == hashes
 
 

@@ -13,6 +13,7 @@ from ftload.loaders.errors import UsageError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
+from ftload.loaders.report.json_values import to_json
 
 from ..tokenizers import write_llama
 from .compare import assert_same_adapter_config, assert_same_tensors, read_tensors
@@ -126,7 +127,7 @@ def _prepare(directory: Path, *flags: str, output: str = "out") -> dict[str, Any
     ]  # fmt: skip
     outcome = prepare(parse_arguments([*words, *flags]), Silent())
     assert outcome is not None
-    return outcome.report
+    return to_json(outcome.report)
 
 
 def _load(directory: Path) -> None:

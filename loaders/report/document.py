@@ -1,0 +1,328 @@
+"""The report and the document of `ftload plan`, as values: what every reader of them reads.
+
+Fields are only added within a schema version. One that was added has a default, so that reports of before are read;
+`schema.py` makes the published schema from these classes, descriptions from the docstrings below the fields included.
+Counts of parameters are logical: 4-bit weights unpacked, tied weights once, the adapter included, buffers not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from ..decision import Decision
+from ..flags.declared import Origin
+from ..model.components import Component
+from ..system.attention import Attention
+from .json_values import Keyword, absent_before
+
+SCHEMA_VERSION = "1"
+
+
+ComponentName: TypeAlias = Annotated[str, Keyword("enum", get_args(Component))]
+
+
+Count: TypeAlias = Annotated[int, Keyword("minimum", 0)]
+
+
+AtLeastOne: TypeAlias = Annotated[int, Keyword("minimum", 1)]
+
+
+Percent: TypeAlias = Annotated[float, Keyword("minimum", 0), Keyword("maximum", 100)]
+
+
+Seconds: TypeAlias = Annotated[float, Keyword("minimum", 0)]
+
+
+Sha256: TypeAlias = Annotated[str, Keyword("pattern", "^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """A file of the model that was used."""
+
+    path: str
+    bytes: Count
+    sha256: Sha256 | None
+    """Where the hub states it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where the model came from."""
+
+    model: str
+    """As it was given."""
+    kind: Literal["local", "hub", "gguf"]
+    revision: str | None
+    """As it was asked for."""
+    commit: Annotated[str, Keyword("pattern", "^[0-9a-f]{40}$")] | None
+    """What the revision was, on a hub."""
+    path: str | None
+    """Absolute, of a local model."""
+    architecture: str
+    """The class, such as `LlamaForCausalLM`."""
+    model_type: str
+    files: tuple[SourceFile, ...]
+    """The files that were used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Argument:
+    """A flag's value, and where it came from."""
+
+    value: Any
+    """As JSON has it: infinity and NaN are strings."""
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorTotals:
+    """How many tensors there are, and what they add up to."""
+
+    tensors: Count
+    """A 4-bit weight is one."""
+    parameters: Count
+    bytes: Count
+    """Of the tensors' data; the JSON states of 4-bit weights count as overhead of their file, like headers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComponentTotals:
+    """What the tensors of one component add up to."""
+
+    parameters: Count
+    bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """All parameters, counted in several ways."""
+
+    total: Count
+    trainable: Count
+    frozen: Count
+    trainable_percent: Percent
+    never_trained: tuple[str, ...] = ()
+    """Parameters that the model's class makes without a gradient, and `load_prepared` freezes; empty where an adapter
+    is trained. Since 0.2."""
+    by_dtype: Mapping[str, TensorTotals]
+    """As stored; the base's own files where it is referenced."""
+    in_training: Mapping[str, TensorTotals]
+    """As `load_prepared` returns it."""
+    by_component: Mapping[ComponentName, ComponentTotals]
+    towers: Mapping[str, Count] = field(default_factory=dict)
+    """Parameters of the base that text gives no gradient to, by the modules that they are in: vision and audio towers.
+    Since 0.2."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embeddings:
+    """The rows of the embeddings, and what they are for."""
+
+    tokenizer_size: Count
+    rows_before: Count
+    rows_after: Count
+    resized: bool
+    tied: bool
+    """Whether input and output embedding are one tensor."""
+    init: Annotated[str, Keyword("enum", ("mean", "reference"))] | None
+    """How new rows were made."""
+    pad_token_id: int | None = None
+    """In config.json and generation_config.json, or set by `load_prepared` where the base is another's; null where they
+    are as they were. Since 0.2."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotQuantized:
+    """The weight matrices of one component that stay as they are."""
+
+    component: str
+    tensors: Count
+    parameters: Count
+    bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantization:
+    """How the base is quantised."""
+
+    method: Literal["bitsandbytes"]
+    quant_type: Literal["nf4"]
+    double_quant: bool
+    block_size: Count
+    compute_dtype: str
+    storage_dtype: str
+    coverage_percent: Percent
+    """Of the parameters of all weight matrices outside embeddings and head."""
+    not_quantized: tuple[NotQuantized, ...]
+    """The rest of those, by component."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """The adapter as it was initialised."""
+
+    r: AtLeastOne
+    alpha: float
+    dropout: Annotated[float, Keyword("minimum", 0), Keyword("exclusiveMaximum", 1)]
+    targets: Mapping[str, AtLeastOne]
+    """Target pattern to the number of linear layers that it matches."""
+    parameters: Count
+    dtype: str
+    base: str
+    """Hub id or absolute path."""
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LigerKernels:
+    """What Liger has for the model."""
+
+    supported: bool
+    """Whether Liger has kernels for this architecture."""
+    applied: tuple[str, ...]
+    """What `load_prepared` applies where there is a GPU."""
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """Kernels that were asked for."""
+
+    liger: LigerKernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """The tokenizer that is saved with the model."""
+
+    class_: str
+    size: Count
+    """Of all tokens, added ones too."""
+    pad_token: str | None
+    pad_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    bos_token: str | None
+    padding_side: Literal["left", "right"] | None = absent_before("0.2")
+    model_max_length: int | None = absent_before("0.2")
+    """In tokens; transformers has 10^30 where nothing is known."""
+    chat_template_sha256: Sha256 | None
+    chat_template_name: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What is known before anything is written: the part that the report and the document of `ftload plan` share."""
+
+    schema_version: Literal["1"]
+    ftload_version: str
+    strategy: Annotated[str, Keyword("enum", ("standard", "liger", "lora", "qlora"))]
+    source: Source
+    arguments: Mapping[str, Argument]
+    """Every flag, by name."""
+    base: Literal["copy", "reference"]
+    """Whether the base model is in this directory, or is the original that the adapter points at."""
+    base_scanned: bool | None = absent_before("0.2")
+    """Whether every value of the base was read, and none was NaN or infinite; a base that is only referred to is not
+    read."""
+    parameters: Parameters
+    embeddings: Embeddings
+    quantization: Quantization | None
+    adapter: Adapter | None
+    gradient_checkpointing: bool
+    """Whether `load_prepared` turns it on."""
+    attention: Attention
+    """On the machine that prepared it; `load_prepared` resolves it anew."""
+    kernels: Kernels | None
+    tokenizer: Tokenizer
+    decisions: tuple[Decision, ...]
+    """Everything that is otherwise than asked, or was chosen where nothing was asked."""
+    warnings: tuple[str, ...]
+    versions: Annotated[Mapping[str, str], Keyword("required", ("python",))]
+    """Of Python and of every installed distribution that has a part in the result."""
+    memory_budget_bytes: Count
+    """`--max_memory`: for tensors in flight; interpreter and libraries come on top."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """A file of the output."""
+
+    path: str
+    """Relative to the output, with `/`."""
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Seconds that the workers spent on each kind of work."""
+
+    read: Seconds
+    convert: Seconds
+    write: Seconds
+    hash: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report(Described):
+    """What `ftload prepare` wrote: ftload_report.json, and stdout with `--json`."""
+
+    created: Annotated[str, Keyword("format", "date-time")]
+    """UTC."""
+    fingerprint: Sha256
+    """Changes with whatever has a part in the result: the request, the sources, the versions."""
+    configuration: Mapping[str, Sha256 | None] = field(default_factory=dict)
+    """sha256 of the base's settings, by file: of its JSON with sorted keys, without versions, paths and dtypes; null
+    where there is no such file. Since 0.2."""
+    files: tuple[WrittenFile, ...]
+    """Everything that was written, this report aside."""
+    timings: Mapping[str, Seconds]
+    """Seconds by stage."""
+    work: Work
+    """Seconds that the workers spent, added up over all of them, within the stage `write`."""
+    peak_anonymous_bytes: Count
+    """Of the whole process, libraries included, while it wrote."""
+    peak_rss_bytes: Count
+    """The same with file-backed pages, since the process began."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTotals:
+    """What the tensors of one component in one dtype add up to."""
+
+    component: ComponentName
+    dtype: str
+    tensors: Count
+    parameters: Count
+    bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedFile:
+    """A safetensors file that would be written."""
+
+    path: str
+    bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What writing takes."""
+
+    disk_bytes: Count
+    memory_bytes: Count
+    """For tensors, beside interpreter and libraries."""
+    read_bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanDocument(Described):
+    """What `ftload plan` says of the output, before the memory of training."""
+
+    stored: tuple[StoredTotals, ...]
+    files: tuple[PlannedFile, ...]
+    needs: Needs
