@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from ..system.safe_text import one_line
+
 if TYPE_CHECKING:
     from .document import Report
-
-from ..system.safe_text import one_line
 
 
 def model_card(report: Report) -> str:
