@@ -11,13 +11,13 @@ from ..source.file_names import config_file_names
 from ..source.source import Source
 
 MAX_JSON_BYTES = 25_000_000
-"""Of a configuration or an index; the largest that are known have 9 MB."""
+"""The limit for a configuration or an index; the largest known ones have 9 MB."""
 
 
 def fetch_config(source: Source) -> None:
-    """Have the files that describe the model, and see that they can be read at all.
+    """Fetch `config.json` and `generation_config.json`, and check that they are JSON with plausible sizes.
 
-    Raises `CheckpointError` where there is no `config.json`, or one of them is not JSON.
+    Raises `CheckpointError` where there is no `config.json`, or where one of them fails the check.
     """
     names = {file.path: file for file in source.files}
     if "config.json" not in names:
@@ -39,8 +39,9 @@ _MOST = {
     re.compile(r"labels$"): 100_000,
     re.compile(r"(dim|size|heads|experts|embd|inner)$"): 10_000_000,
 }
-"""Keys of a configuration, and the largest value that they can have. Without a bound, a number of a few digits makes
-transformers build modules, or lists of them, until memory or patience end; the largest models have a tenth of this."""
+"""Keys of a configuration, and their largest plausible value: ten times that of the largest models.
+
+Without a bound, a number of a few digits makes transformers build modules, or lists of them, until memory runs out."""
 
 
 def _check_sizes(document: Any, file: str) -> None:
@@ -68,14 +69,14 @@ def lfs_pointer_error(raw: bytes, file: str) -> CheckpointError | None:
 
 
 def absent_error(source: Source, message: str, hint: str) -> CheckpointError | SourceError:
-    """A missing file is the checkpoint's fault, unless only a cache could be looked into."""
+    """The error for a missing file: the checkpoint's fault, unless only the cache could be asked."""
     if source.from_cache:
         return SourceError(f"{message} in the cache", hint="go online and run it again")
     return CheckpointError(message, hint=hint)
 
 
 def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in one of the source's JSON files. Raises `CheckpointError` for anything else, naming the file."""
+    """The object in one of the source's JSON files. Raises `CheckpointError`, naming the file, for anything else."""
     size = next(file.bytes for file in source.files if file.path == name)
     if size > most_bytes:
         raise CheckpointError(f"`{name}` is {size} bytes long")
@@ -83,7 +84,11 @@ def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) ->
 
 
 def parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]:
-    """A JSON object without repeated keys; `strict` as in RFC 8259, not with all that Python's parser takes as well."""
+    """Parse a JSON object without repeated keys.
+
+    `strict`: as safetensors headers are, that is by RFC 8259, and with integers for all numbers. Otherwise what
+    Python's parser takes. Raises `CheckpointError`, naming the file.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -98,7 +103,7 @@ def parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]
                 text, object_pairs_hook=unique, parse_constant=_refuse, parse_float=_refuse, parse_int=_integer
             )
             if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+                json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
         else:
             value = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -110,10 +115,10 @@ def parse_json(raw: bytes, file: str, *, strict: bool = False) -> dict[str, Any]
 
 
 def _integer(literal: str) -> int:
-    """For an integer of a header; the library can't take more digits than a float has."""
+    """Parse an integer of a header; the safetensors library takes no more digits than a float has."""
     return int(literal) if len(literal) <= 300 else _refuse(literal)
 
 
 def _refuse(literal: str) -> NoReturn:
-    """For what has no place in a header: fractions, NaN and infinity."""
+    """Refuse a number that no header holds: a fraction, NaN or infinity."""
     raise ValueError(literal)

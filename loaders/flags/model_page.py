@@ -13,13 +13,13 @@ _PAGE = re.compile(r"/(?P<model>[^/]+(/[^/]+)?)(/tree/(?P<revision>[^/]+))?/?")
 
 
 def repository_of(model: str, revision: str | None) -> tuple[str, str | None]:
-    """Return the model and its revision; of an `https://HUB/ORG/NAME[/tree/REVISION]`, `ORG/NAME` and that revision.
+    """Return the model and its revision; for `https://HUB/ORG/NAME[/tree/REVISION]` these are in the address.
 
-    HUB is the hub that huggingface_hub asks (`HF_ENDPOINT`). Any other `model` is returned as it is.
+    HUB is the hub that huggingface_hub asks (`HF_ENDPOINT`). A `model` that is no address is returned as it is.
 
     Raises:
-        SourceError: it is another address.
-        UsageError: address and `revision` name two revisions.
+        SourceError: `model` is another address.
+        UsageError: the address and `revision` name two revisions.
     """
     if not model.startswith(("https://", "http://")):
         return model, revision

@@ -1,4 +1,4 @@
-"""The names of a model's files: which describe the model, which make up its tokenizer, where an adapter lies."""
+"""The names of a model's files: its configuration, its tokenizer, its adapters."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from fnmatch import fnmatch
 from .source import SourceFile
 
 CHAT_TEMPLATES = "additional_chat_templates"
-"""The one sub-folder that a tokenizer is made of; all others are left alone."""
-
+"""The one sub-folder that can be part of a tokenizer; all others are ignored."""
 
 TOKENIZER_PATTERNS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "*vocab*.txt", "*merges*.txt", f"{CHAT_TEMPLATES}/*.jinja",
 )  # fmt: skip
-
+"""What a tokenizer's files are called, in the libraries that save them."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
 """An adapter's weights, as PEFT calls them."""
 
-
 ADAPTER_CONFIGS = ("adapter_config.json", "adapter/adapter_config.json")
 """Where an adapter lies beside a model, or in a directory that ftload prepared."""
 
-
 MAX_SIDE_FILE_BYTES = 16 * 1024 * 1024
-"""A JSON file that is larger and not the tokenizer's own is a log or data, not configuration."""
+"""A JSON file that is larger is a log or data, not configuration, unless its name says that it is the tokenizer's."""
 
 
 def config_file_names(files: Iterable[SourceFile]) -> tuple[str, ...]:

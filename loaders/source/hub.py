@@ -25,7 +25,7 @@ def resolve_hub(model: str, revision: str | None) -> Source:
     from huggingface_hub.file_download import repo_folder_name
 
     def ask() -> ModelInfo:
-        # the library itself would wait for an answer without limit
+        # without a timeout the library waits for an answer for ever
         return HfApi().model_info(model, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
     try:
@@ -62,12 +62,12 @@ def resolve_hub(model: str, revision: str | None) -> Source:
 
 
 def _resolve_cached(model: str, revision: str | None, reason: SourceError) -> Source | None:
-    """The revision as the cache knows it, or None. `reason` says why the hub was not asked."""
+    """The source that the cache holds for the revision, or None. `reason` says why the hub could not be asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        # no patterns: a snapshot that is there in part will do
+        # no patterns: a snapshot that is incomplete will do
         root = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         return None

@@ -16,7 +16,11 @@ from .hub_errors import hub_errors, with_retries
 
 
 def download_file(model: str, commit: str, name: str, size: int, on_progress: Callable[[int], None] | None) -> None:
-    """Have a file of `size` bytes in the cache, under its commit. `on_progress` as in `Source.fetch`."""
+    """Download a file of `size` bytes into the cache, under its commit. `on_progress` as in `Source.fetch`.
+
+    Not `snapshot_download`, which downloads files in parallel: an interrupt, or the error of one file, waits there
+    until all files that have begun are complete, and the error doesn't name its file.
+    """
     from huggingface_hub import hf_hub_download
 
     arrived = 0
@@ -33,14 +37,14 @@ def download_file(model: str, commit: str, name: str, size: int, on_progress: Ca
 
     with hub_errors(model, commit, name):
         path = with_retries(get)
-    count(size - arrived)  # what another commit has in the cache too did not travel
+    count(size - arrived)  # a file that another commit has in the cache too is not downloaded
     found = path.stat().st_size
     if found != size:
         raise SourceError(f"`{name}` has {found} bytes, the hub lists it with {size}")
 
 
 def download_range(model: str, commit: str, name: str, begin: int, end: int) -> bytes:
-    """The bytes `begin` (first) to `end` (exclusive) of a file, fewer if it is shorter; nothing else travels."""
+    """The bytes `begin` (first) to `end` (exclusive) of a file, fewer if it is shorter; only they are downloaded."""
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -69,8 +73,10 @@ def download_range(model: str, commit: str, name: str, begin: int, end: int) -> 
 def remember_revision(repository: Path, revision: str, commit: str) -> None:
     """Note the commit under the revision's name, so that it is found offline.
 
-    The layout is huggingface_hub's (its guide "Understand caching"): `refs/<revision>` holds the commit.
-    The library writes it only for downloads by name, where each file could be of another commit.
+    The layout is huggingface_hub's (its guide "Understand caching"): `refs/<revision>` holds the commit. The library
+    writes it when it downloads by a branch's name, where each file could be of another commit, and in
+    `HfApi.resolve_revision`, which asks once more, waits without a limit, and doesn't tell the hub's answer from the
+    cache's.
     """
     if revision == commit:
         return
@@ -88,19 +94,19 @@ def remember_revision(repository: Path, revision: str, commit: str) -> None:
 
 
 def _progress_class(on_progress: Callable[[int], None]) -> type[Any]:
-    """What the library takes for a progress bar: draws nothing, hands on the bytes."""
+    """The library's hook for progress is the class of a progress bar: this one draws nothing and reports the bytes."""
     from tqdm import tqdm
 
     class Progress(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)  # huggingface_hub's own, which tqdm refuses
             super().__init__(*args, **{**options, "disable": True})
-            self.update(options.get("initial"))  # there from an earlier run
+            self.update(options.get("initial"))  # kept from an earlier run
 
         def update(self, n: float | None = 1) -> None:
             on_progress(int(n or 0))
 
-        # having these, hf_xet's download makes one bar, not one for the line and one for the disk
+        # with these, a download by hf_xet has one bar, not one for the network and one for the disk
         def update_transfer(self, n: float | None = 1) -> None:
             pass
 

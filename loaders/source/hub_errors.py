@@ -1,4 +1,4 @@
-"""What goes wrong between here and a hub: tried again where that helps, else told in one line.
+"""What goes wrong between here and a hub: tried again where that helps, else reported in one line.
 
 huggingface_hub's errors become `FtloadError`s here; no message shows a token or the credentials of a URL.
 """
@@ -17,15 +17,13 @@ from ..system.safe_text import masked
 
 T = TypeVar("T")
 
-
 RETRY_AFTER_SECONDS = (1, 2)
-
 
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """`call()`, tried again where the hub or the line to it fails for a moment."""
+    """`call()`, tried again where the hub or the network fails for a moment."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for seconds in RETRY_AFTER_SECONDS:
@@ -35,7 +33,7 @@ def with_retries(call: Callable[[], T]) -> T:
             if error.response.status_code not in RETRIED_STATUSES:
                 raise
         except _http_error() as error:
-            # nobody there: a person without network should not wait for it
+            # nobody is there: who has no network should not wait
             if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
                 raise
         time.sleep(seconds)
@@ -44,9 +42,9 @@ def with_retries(call: Callable[[], T]) -> T:
 
 @contextmanager
 def hub_errors(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Around every call of huggingface_hub: translate what it raises, and keep it from printing.
+    """Around every call of huggingface_hub: turn what it raises into `FtloadError`s, and keep it from printing.
 
-    Its warnings hold whole URLs, and each failure that matters is raised as well.
+    Its warnings hold whole URLs, signatures included, and each failure that matters is raised as well.
     """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -117,7 +115,7 @@ def _download_error(error: Exception, file: str) -> FtloadError:
     hint = f"the cache is `{constants.HF_HUB_CACHE}`; `HF_HOME` moves it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
         return ResourceError(f"no space left on the disk to download `{file}`", hint=hint)
-    # the cache: what the library says of itself carries no path
+    # only an error of the file system carries a path: the cache's
     if isinstance(error, OSError) and error.filename:
         return SourceError(f"can't use `{error.filename}`: {error.strerror}", hint=hint)
     again = "run the same command again: files that are complete are kept"
@@ -125,7 +123,7 @@ def _download_error(error: Exception, file: str) -> FtloadError:
 
 
 def not_a_hub() -> SourceError:
-    """What to raise when something answers at the endpoint that is no hub."""
+    """The error for an endpoint where something answers that is no hub."""
     from huggingface_hub import constants
 
     hint = "check `HF_ENDPOINT`, proxy and network: a login page may be answering"
@@ -133,14 +131,14 @@ def not_a_hub() -> SourceError:
 
 
 def _http_error() -> type[Exception]:
-    """The base of all that the HTTP library raises: httpx's for huggingface_hub 1, httpx2's for 2."""
+    """The base class of the HTTP library's errors: httpx's for huggingface_hub 1, httpx2's for 2."""
     from huggingface_hub import errors
 
     return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether the hub gave no answer, as opposed to saying no."""
+    """Whether the hub could not answer, as opposed to refusing."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):

@@ -56,9 +56,10 @@ def list_adapters(root: Path) -> tuple[str, ...]:
 
 
 def _check_links(root: Path, files: Iterable[SourceFile]) -> None:
-    """Refuse links that lead out of a model: a template or a configuration is copied, and could be anybody's file.
+    """Refuse links that lead out of a model: what they lead to could be anybody's file, and would be copied.
 
-    Weights may be links, since nothing but tensors is read from them; so may what a hub's cache links to its blobs.
+    Weights may be links, since nothing but tensors is read from them. So may the files of a hub's cache, which are
+    links to its blobs.
     """
     allowed = (root, root.parent.parent / "blobs")
     for file in files:

@@ -1,4 +1,4 @@
-"""What a source is: a model's files, wherever they lie, and the way to have them or parts of them."""
+"""A source: a model's files, wherever they are, and how to get them, whole or in part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model's files, and the way to have them or parts of them."""
+    """A model's files, and how to get them, whole or in part."""
 
     model: str
     """As the user gave it."""
@@ -51,8 +51,8 @@ class Source:
     def fetch(self, names: Iterable[str], on_progress: Callable[[int], None] | None = None) -> None:
         """Make the files exist under `root`; those of a local model do already.
 
-        `on_progress` gets the bytes that arrived since its last call, perhaps in another thread. They add up
-        to the sizes of the files: one in the cache counts at once, one that begins anew counts negative.
+        `on_progress` is called with the bytes since its last call, perhaps from another thread. Their sum is the size
+        of the files: a cached file counts at once, and a download that is started again takes its bytes back.
         Raises `SourceError`, or `ResourceError` when the disk is full; complete files stay.
         """
         if self.commit is None:
@@ -69,13 +69,13 @@ class Source:
                 on_progress(files[name].bytes)
 
     def is_here(self, names: Iterable[str]) -> bool:
-        """Whether nothing of these files would have to travel."""
+        """Whether all of these files exist under `root`."""
         return all((self.root / name).exists() for name in names)
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """The bytes `begin` (first) to `end` (exclusive) of a file.
 
-        Of a file that was not fetched only these bytes travel. Raises `SourceError`, or `CheckpointError` if
+        Of a file that was not fetched, only these bytes are downloaded. Raises `SourceError`, or `CheckpointError` if
         the file is shorter.
         """
         path = self.root / name
@@ -99,7 +99,7 @@ class Source:
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise `CheckpointError` for a file whose size or time of modification is not what it was when listed.
 
-        To be asked after the last read: what was read before it is of one state then.
+        For after the last read: if it returns, all that was read is of one state.
         """
         files = {file.path: file for file in self.files}
         for name in names:

@@ -38,7 +38,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_of_rust() -> Iterator[None]:
-    """The tokenizers library raises a bare `Exception` for what the system says: make it an `OSError` again."""
+    """Turn the bare `Exception` that the tokenizers library raises for a system error into an `OSError` again."""
     try:
         yield
     except Exception as error:
@@ -50,9 +50,9 @@ def _errors_of_rust() -> Iterator[None]:
 
 
 def start_writing_back(descriptor: int, begin: int, count: int) -> None:
-    """Have the system write these bytes to the disk from now on (sync_file_range(2)): fsync finds little left.
+    """Have the system begin to write these bytes to the disk (sync_file_range(2)), so that fsync has little left to do.
 
-    A hint: where it can't be taken, nothing is lost.
+    A hint: where the system has no such call, nothing is lost.
     """
     function = _sync_file_range()
     if function is not None:

@@ -40,7 +40,7 @@ class PeakMemory:
 def control_groups(controller: str) -> Iterator[Path]:
     """The control groups that confine this process, from its own to the root, of both versions (cgroups(7)).
 
-    In a container its own group may be at the root, whatever it is called outside: not all that come need exist.
+    A container may see its own group at the root, under another name: some of these directories may not exist.
     """
     try:
         own = _OWN_GROUPS.read_text().splitlines()
@@ -62,7 +62,7 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def processor_quota() -> float | None:
-    """The processors' worth of time that the control groups allow; None where they set no limit."""
+    """The quota of CPU time that the control groups set, in processors; None where they set none."""
     allowed = []
     for group in control_groups("cpu"):
         for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
@@ -74,13 +74,13 @@ def processor_quota() -> float | None:
 
 
 def usable_processors() -> int:
-    """The processors that this process can keep busy: those it may run on, or the time that it is allowed on them."""
+    """The processors that this process can keep busy: its CPU affinity, or its quota of CPU time if that is less."""
     usable, quota = len(os.sched_getaffinity(0)), processor_quota()
     return usable if quota is None else min(usable, math.ceil(quota))
 
 
 def available_memory_bytes() -> int:
-    """The memory that can still be had: of the machine, or of the control groups that this process is confined to."""
+    """The memory that is left, in bytes: of the machine, or of a control group of this process if that is less."""
     entries = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(entries["MemAvailable"].split()[0]) * 1024
     for group in control_groups("memory"):
@@ -97,7 +97,7 @@ def available_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size that this process has had, file-backed pages included."""
+    """The largest resident size of this process so far, in bytes, file-backed pages included."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

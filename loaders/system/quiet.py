@@ -16,7 +16,7 @@ def quiet_transformers() -> Iterator[None]:
     bitsandbytes = logging.getLogger("bitsandbytes")
     levels = bitsandbytes.level, transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    bitsandbytes.setLevel(logging.ERROR)  # of optional kernels that it would rather have
+    bitsandbytes.setLevel(logging.ERROR)  # it warns of optional kernels that are not installed
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,9 @@
-"""The page cache filled before the bytes are needed."""
+"""Files read into the page cache before their bytes are needed.
+
+By sendfile to /dev/null, not by posix_fadvise(POSIX_FADV_WILLNEED): Linux reads no more a call than the device's
+read-ahead, 128 KiB by default, and returns before the pages are there. In pieces that small it is no faster, and slower
+where another thread holds the interpreter's lock.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +18,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def read_ahead(paths: Iterable[Path], most: int) -> Iterator[None]:
-    """Have the page cache take these files in, one after another and at most so many bytes, while a block runs.
+    """Read these files into the page cache, one after another and `most` bytes in all, while a block runs.
 
-    A hint: a file that can't be read is reported when it is needed, and nobody waits for a piece that is still on its
-    way when the block ends: a share on the network may take its time.
+    A hint: a file that can't be read is reported when it is needed, and the end of the block doesn't wait for the
+    piece that is being read: a network share may be slow.
     """
     stopped = threading.Event()
     arguments = (paths, most, stopped)
@@ -36,7 +41,7 @@ def _read_ahead(paths: Iterable[Path], most: int, stopped: threading.Event) -> N
             with contextlib.suppress(OSError), path.open("rb") as file:
                 position = 0
                 while most > 0 and not stopped.is_set():
-                    # to /dev/null nothing is copied: the pages are read, and that is all
+                    # the pages are read, and /dev/null copies nothing
                     count = os.sendfile(null.fileno(), file.fileno(), position, min(most, _READ_AHEAD_AT_ONCE))
                     if not count:
                         break
@@ -47,13 +52,13 @@ def _read_ahead(paths: Iterable[Path], most: int, stopped: threading.Event) -> N
 
 
 _READ_AHEAD_AT_ONCE = 16 * 1024 * 1024
-"""Bytes. After each piece the interpreter's lock must be had again, for which one may wait 5 ms."""
+"""Bytes. After each piece the thread waits for the interpreter's lock, up to 5 ms."""
 
 
 def _stays_cached(path: Path) -> bool:
-    """Whether the page cache has the beginning of a file for whoever opens it next (mincore(2)).
+    """Whether the beginning of a file is still in the page cache when the file is opened again (mincore(2)).
 
-    Most FUSE file systems have the cache dropped whenever a file is opened: what is read ahead would travel twice.
+    Most FUSE file systems drop a file's pages whenever it is opened: what is read ahead would be read twice.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_COPY) as mapped:
         state = ctypes.c_ubyte()

@@ -32,7 +32,7 @@ def ftload_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every installed distribution that has a part in the result."""
+    """The versions of Python and of every installed distribution that the result depends on."""
     found = {"python": platform.python_version()}
     for name in _REPORTED:
         version = installed_version(name)
