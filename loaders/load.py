@@ -107,7 +107,10 @@ def load_prepared(
     if report.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
+        with warnings.catch_warnings():
+            # PEFT asks for `is_gradient_checkpointing`, which transformers renames: nothing that a user could change
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
     model.train()
     return model, tokenizer
 

@@ -31,10 +31,11 @@ TARGETS = {
 
 
 def load(directory: Path) -> tuple[Any, Any, list[str]]:
-    """The model, the tokenizer, and what it warned of."""
+    """The model, the tokenizer, and what it warned of; of the future it must not warn."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, tokenizer = load_prepared(directory)
+    assert [str(warning.message) for warning in caught if warning.category is FutureWarning] == []
     return model, tokenizer, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
