@@ -136,3 +136,37 @@ def test_the_workflow_runs_the_tests() -> None:
     assert job["steps"][-1]["run"] == "scripts/test"
     assert not job["steps"][-1].keys() & {"if", "continue-on-error"}
     assert os.access(ROOT / "scripts" / "test", os.X_OK)
+
+
+STATIONS = "arguments request sources configuration tokenizer checkpoint skeleton plan written report".split()
+
+
+def test_the_page_and_prepare_tell_the_same_way() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (way,) = re.findall(r"^arguments ─► .*$", page, re.MULTILINE)
+    assert re.findall(r"\w+", way) == STATIONS
+    # the module's own words, and the values of its functions
+    code = (ROOT / "loaders" / "prepare.py").read_text(encoding="utf-8")
+    assert way in code
+    told = page.partition("\n## One run")[2].partition("\n## ")[0]
+    assert re.findall(r"^\*\*([a-z, ]+)\.\*\*", told, re.MULTILINE) == [word.strip() for word in way.split("─►")]
+    made = re.findall(r"\b(\w+)(?:, \w+)? = (?!None)", code)
+    assert [station for station in STATIONS[1:] if station not in made] == []
+
+
+def test_the_page_has_the_contract() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    listed = page.partition("\n## Who may import whom\n")[2].split("```")[1].split("\n")
+    assert listed[1:-1] == [layer.replace("ftload.", "").replace("loaders.", "") for layer in layers]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("CHANGELOG.md", "BENCHMARKS.md")])
+def test_every_file_that_a_page_names_is_there(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|toml|txt|yml)|(?:[\w.-]+/)+)`", text))
+    code = [path for top in ("cli", "loaders", "tests") for path in (ROOT / top).rglob("*")]
+    known = {path.name for path in code} | {f"{path.name}/" for path in code if path.is_dir()} | {"utils.py"}
+    places = (ROOT, ROOT / "loaders", ROOT / "docs")
+    assert [name for name in sorted(names) if name not in known and not any((p / name).exists() for p in places)] == []
