@@ -138,7 +138,10 @@ def test_the_workflow_runs_the_tests() -> None:
     assert os.access(ROOT / "scripts" / "test", os.X_OK)
 
 
-STATIONS = "arguments request sources configuration tokenizer checkpoint skeleton plan written report".split()
+STATIONS = [
+    "arguments", "request", "sources", "configuration", "tokenizer", "checkpoint", "skeleton", "plan", "written",
+    "report",
+]  # fmt: skip
 
 
 def test_the_page_and_prepare_tell_the_same_way() -> None:
