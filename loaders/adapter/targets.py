@@ -16,7 +16,6 @@ from ..model.components import ROUTER_NAMES, LinearLayer
 REFERENCE_TARGETS = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 """The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
 
-
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the head."""
 

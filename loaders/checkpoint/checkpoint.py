@@ -26,14 +26,8 @@ if TYPE_CHECKING:
 
 
 SINGLE_FILE = "model.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
 PICKLE_FILE = "pytorch_model.bin"
-
-
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
 

@@ -18,16 +18,9 @@ from ..errors import CheckpointError, SourceError
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 """Four times the largest vocabulary with its merges; a file's header is read one string at a time."""
-
-
 MAX_DIMENSIONS = 4
-
-
 _DEFAULT_ALIGNMENT = 32
-
-
 _VERSIONS = (2, 3)
-
 
 GGML_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
@@ -40,7 +33,6 @@ GGML_TYPES = {
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 """A tensor's type: its name, the elements of a block, and the bytes that a block takes."""
-
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """A value's type as `struct` spells it."""

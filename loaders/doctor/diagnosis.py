@@ -62,12 +62,8 @@ class Diagnosis:
 
 _COMMON = ("torch", "transformers", "tokenizers", "safetensors")
 """What every strategy needs, for preparing and for training."""
-
-
 _TRAINING = ("accelerate",)
 """What every strategy needs for training alone."""
-
-
 _TRAINING_ON_GPU = {"liger": ("triton", "GPU")}
 """What a strategy needs in training beyond its packages."""
 

@@ -15,8 +15,6 @@ from ..system.limits import usable_processors
 
 PROBE_SECONDS = 120.0
 """How long a library may take: compiling the encoder for the first time takes ten."""
-
-
 Answers = Mapping[str, Mapping[str, Any]]
 """What probes answered, by name: `detail` and other facts, or `problem`."""
 

@@ -18,7 +18,6 @@ _PASS = {
     "use_lora": "--use_lora",
 }
 """By what a decision is about: the flags that ask for what it came to, or for what is possible everywhere."""
-
 _LEAVE_OUT = frozenset(
     (
         "chat_template_name",

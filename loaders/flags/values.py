@@ -16,14 +16,12 @@ from .declared import Flag
 
 ALIASES = {"model": "model_name_or_path"}
 """Short names of flags, on the command line and in YAML."""
-
 ELSEWHERE = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bits", "quantization", "quantization_bit", "qlora"), "use_qlora"),
     "attn_implementation": "use_flash_attn",
     "use_peft": "use_lora",
 }
 """Flags of other trainers, and the one that asks for the same here."""
-
 MOST_PROBLEMS = 50
 """Problems that one error lists."""
 

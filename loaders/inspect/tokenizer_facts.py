@@ -14,7 +14,6 @@ from ..source.source import Source
 MAX_TOKENIZER_BYTES = 100_000_000
 """Of a tokenizer.json; that of Gemma 3 has 33 MB."""
 
-
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 

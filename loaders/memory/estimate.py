@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 
 CONTEXT_BYTES = 600_000_000
 """What the CUDA driver and the libraries' kernels occupy before the first tensor; `nvidia-smi` shows 0.4 to 0.7 GB."""
-
-
 ASSUMED_LENGTH = 4096
 """Tokens in a sequence where `max_seq_length` is not given."""
-
-
 METHODS = ("full", "lora", "qlora")
 
 

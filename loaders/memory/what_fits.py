@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 GPU_GIGABYTES = (16, 24, 32, 40, 48, 80, 96, 141, 192)
 """The memories that GPUs are sold with."""
-
-
 GIGABYTE = 10**9
 
 

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Component = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "adapter"]
-
-
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "router_proj", "ffn_gate_inp"})
-
-
 _HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|unembed|lm_loss|generator_lm_head)$"
     r"|(^|\.)(lm_head\.decoder|predictions(\.decoder)?)$|^pred_layer\.proj$|^(output|head|decoder)$"
 )
 """Modules by these names are output embeddings; the last three only where nothing stands around them."""
-
-
 _EMBEDDINGS = re.compile(r"embed|embd|^(wte|wpe)$")
 _NO_EMBEDDINGS = re.compile(r"norm|proj|mapping|patch|vision|relative")
 _NORMS = re.compile(r"norm|(^|_)ln(_|\d|$)")

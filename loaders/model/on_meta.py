@@ -73,8 +73,6 @@ def building(model_class: type[PreTrainedModel], most_parts: int) -> Iterator[No
 
 
 PARTS_A_TENSOR = 200
-
-
 LEAST_PARTS = 3000
 """A model has some three modules and parameters for each stored tensor; hundreds if one holds many experts."""
 

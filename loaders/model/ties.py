@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _COMPARED_AT_ONCE = 4 * 1024 * 1024
 """Elements of two tensors that are in memory when they are compared."""
-
-
 _PIECE = 16 * 1024
 """Elements that are compared first of tensors on a hub: at the beginning, in the middle and at the end."""
 

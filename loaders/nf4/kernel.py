@@ -13,15 +13,9 @@ import numpy as np
 from numba import njit
 
 BLOCK = 64
-
-
 _GROUP = 16
 """Blocks whose counts are packed together: a loop of unknown length is what the compiler makes vector code of."""
-
-
 _MAGNITUDE = np.int16(0x7FFF)
-
-
 _INFINITY = np.int16(0x7F80)
 
 

@@ -14,27 +14,20 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from ..decision import Decision
 from ..flags.declared import Origin
 from ..model.components import Component
+from ..strategy import STRATEGIES
 from ..system.attention import Attention
 from .json_values import Keyword, absent_before
 
 SCHEMA_VERSION = "1"
-
-
 ComponentName: TypeAlias = Annotated[str, Keyword("enum", get_args(Component))]
-
-
+StrategyName: TypeAlias = Annotated[str, Keyword("enum", tuple(STRATEGIES))]
+QuantisationTag: TypeAlias = Annotated[
+    str, Keyword("enum", tuple({s.quantisation.tag: None for s in STRATEGIES.values() if s.quantisation is not None}))
+]
 Count: TypeAlias = Annotated[int, Keyword("minimum", 0)]
-
-
 AtLeastOne: TypeAlias = Annotated[int, Keyword("minimum", 1)]
-
-
 Percent: TypeAlias = Annotated[float, Keyword("minimum", 0), Keyword("maximum", 100)]
-
-
 Seconds: TypeAlias = Annotated[float, Keyword("minimum", 0)]
-
-
 Sha256: TypeAlias = Annotated[str, Keyword("pattern", "^[0-9a-f]{64}$")]
 
 
@@ -149,7 +142,7 @@ class Quantization:
     """How the base is quantised."""
 
     method: Literal["bitsandbytes"]
-    quant_type: Literal["nf4"]
+    quant_type: QuantisationTag
     double_quant: bool
     block_size: Count
     compute_dtype: str
@@ -219,7 +212,7 @@ class Described:
 
     schema_version: Literal["1"]
     ftload_version: str
-    strategy: Annotated[str, Keyword("enum", ("standard", "liger", "lora", "qlora"))]
+    strategy: StrategyName
     source: Source
     arguments: Mapping[str, Argument]
     """Every flag, by name."""

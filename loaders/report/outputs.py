@@ -17,7 +17,7 @@ from .document import SCHEMA_VERSION, Report
 from .json_values import from_json
 
 
-def find_finished(output: Path, making: str, *, overwrite: bool) -> Report | None:
+def find_finished(output: Path, fingerprint: str, *, overwrite: bool) -> Report | None:
     """The report of an output that is just what would be made, and intact; None if it is absent or another one.
 
     Raises `OutputError` when it is the right one, but damaged, and may not be replaced.
@@ -26,7 +26,7 @@ def find_finished(output: Path, making: str, *, overwrite: bool) -> Report | Non
         report = read_report(output)
     except CheckpointError:
         return None
-    if report.fingerprint != making:
+    if report.fingerprint != fingerprint:
         return None
     files = {output / file.path: file.sha256 for file in report.files}
     with ThreadPoolExecutor(usable_processors()) as pool:

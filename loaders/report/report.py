@@ -159,8 +159,8 @@ def count_parameters(plan: Plan) -> document.Parameters:
         *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in merged.values()),
         *adapter,
     ]
-    never_trained = frozenset(() if (plan.adapter is not None) else plan.skeleton.never_trained)
-    trained = adapter if (plan.adapter is not None) else [merged[name] for name in merged.keys() - never_trained]
+    never_trained = frozenset(plan.skeleton.never_trained if plan.adapter is None else ())
+    trained = [merged[name] for name in merged.keys() - never_trained] if plan.adapter is None else adapter
     trainable = sum(tensor.parameters for tensor in trained)
     return document.Parameters(
         total=total,

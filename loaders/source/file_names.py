@@ -17,7 +17,6 @@ TOKENIZER_PATTERNS = (
 
 ADAPTER_FILE = "adapter_model.safetensors"
 """An adapter's weights, as PEFT calls them."""
-
 ADAPTER_CONFIGS = ("adapter_config.json", "adapter/adapter_config.json")
 """Where an adapter lies beside a model, or in a directory that ftload prepared."""
 

@@ -18,7 +18,6 @@ from ..system.safe_text import masked
 T = TypeVar("T")
 
 RETRY_AFTER_SECONDS = (1, 2)
-
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 

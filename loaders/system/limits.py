@@ -56,8 +56,6 @@ def control_groups(controller: str) -> Iterator[Path]:
 
 
 _GROUPS = Path("/sys/fs/cgroup")
-
-
 _OWN_GROUPS = Path("/proc/self/cgroup")
 
 

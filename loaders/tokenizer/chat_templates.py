@@ -13,7 +13,6 @@ _CONCATENATION = """\
 {%- if not add_generation_prompt -%}{{ eos_token }}{%- endif -%}
 """
 
-
 TEMPLATES: dict[str, str] = {
     "simple_concat_with_space": _CONCATENATION.replace("<separator>", " "),
     "simple_concat_with_new_line": _CONCATENATION.replace("<separator>", r"\n"),

@@ -114,11 +114,7 @@ _JSON_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "config.json",
 )  # fmt: skip
-
-
 _VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "*.tiktoken", "*vocab*", "tekken.json", "*.py")
-
-
 _PACKAGES = {"*.model": ("sentencepiece", "protobuf"), "*.tiktoken": ("tiktoken",)}
 """What transformers needs to convert vocabularies of other libraries."""
 

@@ -24,15 +24,10 @@ if TYPE_CHECKING:
 
 Conversation = Sequence[dict[str, str]]
 
-
 MAX_SECONDS = 4
 """The processor time that rendering may take: on a machine that is busy, more time passes on the clock."""
-
-
 MAX_BYTES = 400_000_000
 """The memory that it may take, beyond what this process has."""
-
-
 PATIENCE_SECONDS = 600
 """Time on the clock after which rendering is given up, as the fault of a busy machine rather than the template's."""
 
@@ -61,11 +56,7 @@ QUESTION, ANSWER = "What do you get if you multiply six by nine?", "Forty-two"
 
 
 _TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-
-
 _OTHER_TURNS = [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "No, snowing"}]
-
-
 _SYSTEM = {"role": "system", "content": "Be brief."}
 
 

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 OWN = "the tokenizer's own"
 """In decisions, the chat template that a tokenizer was loaded with."""
-
-
 _GREETING = [{"role": "user", "content": "Hi"}]
-
-
 _BEGINS_WITH_BOS = re.compile(r"\s*(\{#.*?#\}\s*)*\{\{[-+]?\s*bos_token\b", re.DOTALL)
 """A template whose first output, comments aside, is `bos_token`."""
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 PAD = "<pad>"
 """The pad token that is added where there is none to use."""
-
-
 PAD_IS_EOS = "training that masks padding ignores where texts end"
 """What is wrong with a pad token that is the eos token."""
 
@@ -134,8 +132,6 @@ def _tulu_v2(
 
 
 DEFAULT_FUNCTION = "get_tokenizer_tulu_v2_2"
-
-
 FUNCTIONS: dict[str, Callable[[PreTrainedTokenizerBase, TokenizerKind, TokenizerOptions], Changes]] = {
     "get_tokenizer_simple_v1": _simple_v1,
     "get_tokenizer_tulu_v1": _tulu_v1,

@@ -68,8 +68,6 @@ def _check_tensors(context: Context, expected: Adapter, targets: Targets) -> Ite
 
 _ENOUGH_BYTES = 64
 """Sixteen numbers: fewer may be equal by chance."""
-
-
 _MOST_BYTES = 16 * 1024
 
 

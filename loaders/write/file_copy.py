@@ -18,15 +18,9 @@ from ..system.durable import start_writing_back
 
 _FICLONE = 0x40049409
 """The ioctl that makes one file share another's blocks (ioctl_ficlone(2)): btrfs, XFS, bcachefs …"""
-
-
 _PIECE_BYTES = 16 * 1024 * 1024
-
-
 _HELD_BYTES = 1024 * 1024
 """What a copy holds in memory where the kernel can't copy by itself."""
-
-
 _HASHED_BYTES = 1024 * 1024
 """What is read and hashed at once: a multiple of every dtype's size."""
 

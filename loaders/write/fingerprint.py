@@ -17,8 +17,6 @@ from ..system.versions import ftload_version, versions
 _NO_PART_IN_THE_RESULT = frozenset(
     {"arguments", "decisions", "max_memory_bytes", "overwrite", "strict", "tokenizer", "warnings"}
 )
-
-
 _SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 """Files of a model that can have a part in what is written."""
 

@@ -20,19 +20,11 @@ from ..errors import FtloadError, ResourceError, UsageError, said_by
 from ..plan.output_files import OutputFile
 
 _POLL_SECONDS = 0.05
-
-
 _BEAT_SECONDS = 2
-
-
 _SILENCE_SECONDS = 60
 """A process that has given no sign of life for so long was killed."""
-
-
 _FAREWELL_SECONDS = 30
 """How long rank 0 waits for the others, which may have been killed, once it has nothing more to do."""
-
-
 _MEETING_SECONDS = 300
 """How long the processes wait for each other at the start."""
 

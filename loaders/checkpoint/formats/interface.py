@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Read = Callable[[TensorMeta, int, int], "Tensor"]
 """Reads a stored tensor: its elements from the first to the last (exclusive), flat, in the stored dtype."""
-
-
 _REQUESTS = 16
 """Ranges that are asked of a hub at a time."""
 

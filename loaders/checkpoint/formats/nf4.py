@@ -25,23 +25,14 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Weights that share one absmax."""
-
-
 NESTED_BLOCK = 256
 """Values of absmax that share one of their own."""
 
-
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
-
-
 _ANY_STATE = ".quant_state.bitsandbytes__"
 """What follows is the type: nf4 or fp4."""
-
-
 _MOST_STATE_BYTES = 64 * 1024
 """A state has some 200."""
-
-
 CODE_BOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -306,8 +297,6 @@ def _nested_problem(absmax: Tensor, nested: Tensor, blocks: int, offset: float) 
 
 _ZERO_CODES = 0x77
 """Two weights that are zero."""
-
-
 _READ_AT_ONCE = 1024 * 1024
 
 
