@@ -148,7 +148,7 @@ def details(report: Described) -> list[tuple[str, str]]:
         )
     adapter = report.adapter
     if adapter:
-        targets = ", ".join(f"{name} ×{hits}" for name, hits in adapter.targets.items())
+        targets = ", ".join(f"{name} ×{layers}" for name, layers in adapter.targets.items())
         details.append(("adapter", f"rank {adapter.r}, alpha {adapter.alpha:g}: {targets}"))
         at = f" @ {adapter.revision}" if adapter.revision else ""
         scanned = " (left where it is, its values not scanned)" if report.base_scanned is False else ""

@@ -17,7 +17,7 @@ from ..model.components import LinearLayer
 from ..model.transformers_internals import merges_weights
 from ..system.quiet import quiet_transformers
 from .interface import Adapter
-from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_hits, matches, name_targets
+from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, is_match, name_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,11 +103,11 @@ class Peft:
         import torch
 
         wanted = {layer.name for layer in targets.layers}
-        hit = {name: module for name, module in self.model.named_modules() if matches(name, targets.patterns)}
+        found = {name: module for name, module in self.model.named_modules() if is_match(name, targets.patterns)}
         return (
             set(targets.patterns) <= set(REFERENCE_TARGETS)
-            and hit.keys() == wanted
-            and all(type(module) is torch.nn.Linear for module in hit.values())
+            and found.keys() == wanted
+            and all(type(module) is torch.nn.Linear for module in found.values())
             and not merges_weights(self.model.config.model_type)
         )
 
@@ -128,7 +128,7 @@ def _under(patterns: tuple[str, ...], targets: Targets, layers: tuple[LinearLaye
         decision if decision.effective == ALL_LINEAR else replace(decision, effective=" ".join(patterns))
         for decision in targets.decisions
     )
-    return replace(targets, patterns=patterns, hits=count_hits(layers, patterns), decisions=decisions)
+    return replace(targets, patterns=patterns, matches=count_matches(layers, patterns), decisions=decisions)
 
 
 def _narrowing(targets: Targets, problems: Mapping[str, str | None]) -> Decision:

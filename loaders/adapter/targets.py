@@ -26,7 +26,7 @@ class Targets:
 
     patterns: tuple[str, ...]
     layers: tuple[LinearLayer, ...]
-    hits: Mapping[str, int]
+    matches: Mapping[str, int]
     decisions: tuple[Decision, ...]
 
 
@@ -35,22 +35,22 @@ def resolve_targets(
 ) -> Targets:
     """Choose the linear layers that get an adapter; `modules` are the names of all modules, linear or not.
 
-    Names that the user asked for are taken as they are; each must hit. Otherwise the reference's seven names are
+    Names that the user asked for are taken as they are; each must match. Otherwise the reference's seven names are
     used where the architecture has them all. Where it lacks some, or for `all-linear`, every linear layer of the
     language model's blocks is a target, except routers; where experts are fused into 3-D parameters, which LoRA's
     linear adapters can't reach, the attention layers alone.
-    Raises `UsageError` when a name that was asked for, or everything, hits nothing, and when one hits a router or a
-    layer outside the blocks without naming it as such.
+    Raises `UsageError` when a name that was asked for, or everything, matches nothing, and when one matches a router or
+    a layer outside the blocks without naming it as such.
     """
     layers, modules = tuple(layers), tuple(modules)
     if asked is not None and asked != (ALL_LINEAR,):
         return _as_asked(layers, tuple(dict.fromkeys(asked)))
-    hits = count_hits(layers, REFERENCE_TARGETS)
+    found = count_matches(layers, REFERENCE_TARGETS)
     usual = _matching(layers, REFERENCE_TARGETS)
     trained = {layer.name for layer in usual if not _is_apart(layer)}
-    strays = [name for name in modules if matches(name, REFERENCE_TARGETS) and name not in trained]
-    if asked is None and all(hits.values()) and not fused_experts and not strays:
-        return Targets(patterns=REFERENCE_TARGETS, layers=usual, hits=hits, decisions=())
+    strays = [name for name in modules if is_match(name, REFERENCE_TARGETS) and name not in trained]
+    if asked is None and all(found.values()) and not fused_experts and not strays:
+        return Targets(patterns=REFERENCE_TARGETS, layers=usual, matches=found, decisions=())
     eligible = [layer for layer in layers if not _is_apart(layer)]
     if fused_experts:
         # an architecture may call its attention by the name of a mixer
@@ -61,7 +61,7 @@ def resolve_targets(
             "LoRA finds no linear layer to train in this model", hint="name some with --lora_target_modules"
         )
     targets = name_targets(eligible, layers=layers, modules=modules)
-    missed = ", ".join(name for name in REFERENCE_TARGETS if not hits[name])
+    missed = ", ".join(name for name in REFERENCE_TARGETS if not found[name])
     if fused_experts:
         what = "attention" if eligible[0].component == "attention" else "the rest"
         reason = (
@@ -69,7 +69,7 @@ def resolve_targets(
         )
     elif asked is not None:
         reason = f"the linear layers of its blocks are {' '.join(targets.patterns)}"
-    elif all(hits.values()):
+    elif all(found.values()):
         reason = f"those names also hit `{strays[0]}`: the linear layers of its blocks alone are trained"
     else:
         reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
@@ -87,19 +87,19 @@ def name_targets(chosen: Iterable[LinearLayer], *, layers: Iterable[LinearLayer]
     chosen, layers = tuple(chosen), tuple(layers)
     patterns = tuple(dict.fromkeys(layer.leaf for layer in chosen))
     names = {layer.name for layer in chosen}
-    if any(name not in names and matches(name, patterns) for name in modules):
+    if any(name not in names and is_match(name, patterns) for name in modules):
         patterns = tuple(layer.name for layer in chosen)
-    return Targets(patterns=patterns, layers=chosen, hits=count_hits(layers, patterns), decisions=())
+    return Targets(patterns=patterns, layers=chosen, matches=count_matches(layers, patterns), decisions=())
 
 
-def matches(module: str, patterns: Iterable[str]) -> bool:
+def is_match(module: str, patterns: Iterable[str]) -> bool:
     """Whether PEFT takes a module for one of a list of targets: by its whole name, or its end after a dot."""
     return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
 
 
 def _as_asked(layers: tuple[LinearLayer, ...], asked: tuple[str, ...]) -> Targets:
-    hits = count_hits(layers, asked)
-    missed = [pattern for pattern, count in hits.items() if not count]
+    found = count_matches(layers, asked)
+    missed = [pattern for pattern, count in found.items() if not count]
     if missed:
         names = sorted({layer.leaf for layer in layers})
         raise UsageError(
@@ -114,7 +114,7 @@ def _as_asked(layers: tuple[LinearLayer, ...], asked: tuple[str, ...]) -> Target
             f"`--lora_target_modules`: `{stray.leaf}` hits `{stray.name}`, which {where} and was not asked for",
             hint="name the layers in full, with a dot in each name",
         )
-    return Targets(patterns=asked, layers=chosen, hits=hits, decisions=())
+    return Targets(patterns=asked, layers=chosen, matches=found, decisions=())
 
 
 def _is_apart(layer: LinearLayer) -> bool:
@@ -123,15 +123,15 @@ def _is_apart(layer: LinearLayer) -> bool:
 
 
 def _is_named(layer: LinearLayer, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern that hits it says what the layer belongs to: a router's own name, or a path."""
-    return any(matches(layer.name, (pattern,)) and ("." in pattern or pattern in ROUTER_NAMES) for pattern in patterns)
+    """Whether a pattern that matches it says what the layer belongs to: a router's own name, or a path."""
+    return any(is_match(layer.name, (pattern,)) and ("." in pattern or pattern in ROUTER_NAMES) for pattern in patterns)
 
 
-def count_hits(layers: Iterable[LinearLayer], patterns: Iterable[str]) -> dict[str, int]:
+def count_matches(layers: Iterable[LinearLayer], patterns: Iterable[str]) -> dict[str, int]:
     """Pattern to the number of layers that it matches."""
     layers = tuple(layers)
-    return {pattern: sum(matches(layer.name, (pattern,)) for layer in layers) for pattern in patterns}
+    return {pattern: sum(is_match(layer.name, (pattern,)) for layer in layers) for pattern in patterns}
 
 
 def _matching(layers: tuple[LinearLayer, ...], patterns: tuple[str, ...]) -> tuple[LinearLayer, ...]:
-    return tuple(layer for layer in layers if matches(layer.name, patterns))
+    return tuple(layer for layer in layers if is_match(layer.name, patterns))

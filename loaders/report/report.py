@@ -258,7 +258,7 @@ def _adapter(plan: Plan) -> document.Adapter | None:
         return None
     return document.Adapter(
         **plan.adapter.facts(),
-        targets=dict(plan.targets.hits),
+        targets=dict(plan.targets.matches),
         parameters=sum(tensor.parameters for tensor in plan.adapter_tensors()),
         dtype="float32",
         base=adapter_base(plan),

@@ -28,9 +28,9 @@ def check_adapter(context: Context) -> Iterator[str]:
         asked=tuple(expected.targets),
         fused_experts=False,
     )
-    for pattern, hits in expected.targets.items():
-        if targets.hits[pattern] != hits:
-            yield f"`{pattern}` hits {targets.hits[pattern]} layers, the report says {hits}"
+    for pattern, expected_matches in expected.targets.items():
+        if targets.matches[pattern] != expected_matches:
+            yield f"`{pattern}` hits {targets.matches[pattern]} layers, the report says {expected_matches}"
     yield from _check_settings(context, expected, targets)
     yield from _check_tensors(context, expected, targets)
     yield from _check_draws(context)

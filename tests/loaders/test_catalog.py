@@ -38,7 +38,7 @@ LLAMA = [
 def test_the_seven_names_where_the_architecture_has_them() -> None:
     targets = _resolve(LLAMA, asked=None, fused_experts=False)
     assert targets.patterns == REFERENCE_TARGETS
-    assert dict(targets.hits) == dict.fromkeys(REFERENCE_TARGETS, 2)
+    assert dict(targets.matches) == dict.fromkeys(REFERENCE_TARGETS, 2)
     assert targets.layers == tuple(LLAMA)
     assert targets.decisions == ()
 
@@ -72,7 +72,7 @@ def test_whole_names_where_a_short_one_would_hit_what_must_not_be_trained() -> N
     ]
     targets = _resolve(layers, asked=None, fused_experts=False)
     assert targets.patterns == ("model.layers.0.self_attn.proj",)
-    assert dict(targets.hits) == {"model.layers.0.self_attn.proj": 1}
+    assert dict(targets.matches) == {"model.layers.0.self_attn.proj": 1}
     assert targets.layers == (layers[0],)
 
 
@@ -94,7 +94,7 @@ def test_a_mixer_is_trained_where_experts_are_fused_and_no_attention_is_called_s
 
 def test_what_the_user_names_is_taken_and_must_hit() -> None:
     targets = _resolve(LLAMA, asked=("q_proj", "layers.1.mlp.up_proj"), fused_experts=False)
-    assert dict(targets.hits) == {"q_proj": 2, "layers.1.mlp.up_proj": 1}
+    assert dict(targets.matches) == {"q_proj": 2, "layers.1.mlp.up_proj": 1}
     assert [layer.name for layer in targets.layers] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
