@@ -16,6 +16,7 @@ from ftload.loaders.checkpoint.formats.interface import Headers, PackedTensor, R
 from ftload.loaders.checkpoint.tensors import DTYPE_CODES
 from ftload.loaders.errors import CheckpointError
 from ftload.loaders.source.resolve import resolve_source
+from ftload.loaders.steps.plain import Cast
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
@@ -159,6 +160,9 @@ def test_a_new_format_is_planned_and_shown(ftload: Ftload, pair: tuple[Path, Pat
     assert not plans[0].copied_files
     assert plans[1].copied_files
     packed, plain = plans[0].checkpoint, plans[1].checkpoint
+    # one stored tensor by the same name in the dtype of its values would still not be what is written
+    casts = [Cast(source=tensor, name=tensor.name, dtype=tensor.dtype) for tensor in packed.tensors.values()]
+    assert [cast.source for cast in casts if not cast.changes_nothing] == list(packed.packed)
     assert packed.tensors.keys() == plain.tensors.keys() < packed.stored.keys()
     found, expected = (json.loads(ftload("inspect", source, "--json").out) for source in pair)
     assert found["total"]["parameters"] == expected["total"]["parameters"]
