@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from ..conftest import ROWS, Result
@@ -247,7 +248,7 @@ def test_a_model_on_the_hub(llama: Path, tmp_path: Path) -> None:
         adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/model", commit)
         card = (tmp_path / "out" / "README.md").read_text()
-        assert 'base_model: "org/model"' in card
+        assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/model"
         assert f"`org/model` at commit `{commit}`" in card
 
         hub.forget()

@@ -169,11 +169,11 @@ def test_the_padding_of_a_head_is_written_as_the_library_writes_it(tmp_path: Pat
     ],
 )
 def test_whether_statistics_are_found_is_transformers_own_answer(parameter: str, found: bool) -> None:
-    from ftload.loaders.model.tensor_map import _finds_statistics
+    from ftload.loaders.model.transformers_internals import finds_statistics
     from transformers.core_model_loading import Concatenate, WeightConverter, rename_source_key
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    assert _finds_statistics(parameter) is found
+    assert finds_statistics(parameter) is found
     for suffix in ("absmax", "nested_absmax", "quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4"):
         patterns = WeightConverter(Bnb4BitHfQuantizer.serialized_names["weight"], "weight", [Concatenate()])
         assert (rename_source_key(f"{parameter}.{suffix}", [], [patterns])[0] == parameter) is found
