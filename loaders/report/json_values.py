@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Keyword(NamedTuple):
-    """A keyword of JSON Schema that narrows a type. Reading does not look at it: that is the schema's matter."""
+    """A keyword of JSON Schema that narrows a type. Only the schema has it: reading does not check it."""
 
     name: str
     value: Any
@@ -58,11 +58,10 @@ def fields(kind: type) -> tuple[Field, ...]:
 def to_json(value: Any) -> Any:
     """Dataclasses, mappings and sequences as JSON values; what is in them already stays as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {field: getattr(value, field.name) for field in fields(type(value))}
         return {
             field.key: to_json(inner)
-            for field, inner in found.items()
-            if inner is not None or field.absent_before is None
+            for field in fields(type(value))
+            if (inner := getattr(value, field.name)) is not None or field.absent_before is None
         }
     if isinstance(value, Mapping):
         return {key: to_json(inner) for key, inner in value.items()}
@@ -74,8 +73,8 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], value: Mapping[str, Any], problems: list[str]) -> T:
     """A dataclass from a JSON object: missing fields have their defaults, unknown keys are passed over.
 
-    Types are looked at, allowed values and ranges are not. What is missing without a default, or of another type, is
-    told to `problems` and left unset: whoever asks for it gets an `AttributeError`.
+    Types are checked, allowed values and ranges are not. What is missing without a default, or of another type, is
+    reported in `problems` and left unset: whoever asks for it gets an `AttributeError`.
     """
     return _read_object(kind, value, "", problems)
 

@@ -33,7 +33,7 @@ def check_adapter(context: Context) -> Iterator[str]:
             yield f"`{pattern}` hits {targets.matches[pattern]} layers, the report says {expected_matches}"
     yield from _check_settings(context, expected, targets)
     yield from _check_tensors(context, expected, targets)
-    yield from _check_draws(context)
+    yield from _check_initial_values(context)
 
 
 def _described(expected: Adapter) -> PeftLora:
@@ -71,19 +71,19 @@ _ENOUGH_BYTES = 64
 _MOST_BYTES = 16 * 1024
 
 
-def _check_draws(context: Context) -> Iterator[str]:
-    """Whether every lora A begins as something that was drawn, and drawn for it alone: 16 KiB of each are read."""
+def _check_initial_values(context: Context) -> Iterator[str]:
+    """Whether every lora A was initialised at random, and each for itself: the first 16 KiB of each are read."""
     others: dict[bytes, str] = {}
     with context.adapter_file.open("rb") as file:
         for name, tensor in context.adapter.items():
             if not name.endswith(".lora_A.weight") or tensor.nbytes < _ENOUGH_BYTES:
                 continue
             file.seek(tensor.begin)
-            drawn = file.read(min(tensor.nbytes, _MOST_BYTES))
-            if drawn == drawn[:4] * (len(drawn) // 4):
+            values = file.read(min(tensor.nbytes, _MOST_BYTES))
+            if values == values[:4] * (len(values) // 4):
                 yield f"`{name}` was not drawn: its numbers are all the same"
-            elif others.setdefault(drawn, name) != name:
-                yield f"`{name}` was not drawn: it is the same as `{others[drawn]}`"
+            elif others.setdefault(values, name) != name:
+                yield f"`{name}` was not drawn: it is the same as `{others[values]}`"
 
 
 def _check_base(context: Context, adapter: Adapter) -> Iterator[str]:

@@ -118,7 +118,7 @@ class Context:
 
 def check_report(context: Context) -> Iterator[str]:
     """Whether the report is whole and agrees with itself."""
-    yield from dict.fromkeys(_against_schema(context.document))  # each missing field is told once
+    yield from dict.fromkeys(_against_schema(context.document))  # each missing field is reported once
     parameters, adapter = context.report.parameters, context.report.adapter
     total, trainable = parameters.total, parameters.trainable
     context.found = f"{context.report.strategy}, {total:,} parameters, {trainable:,} trainable"

@@ -79,6 +79,7 @@ SPOILT: dict[str, tuple[Callable[[Any], None], str | None]] = {
     "a field of a file is gone": (drop("files", 0, "sha256"), "`files[0].sha256` is missing"),
     "a number is a word": (put("parameters", "total", value="many"), "`parameters.total` is of another type"),
     "a number is true": (put("adapter", "r", value=True), "`adapter.r` is of another type"),
+    "a fraction is true": (put("adapter", "alpha", value=True), "`adapter.alpha` is of another type"),
     "a whole number is broken": (put("adapter", "r", value=8.5), "`adapter.r` is of another type"),
     "a list is an object": (put("files", value={}), "`files` is of another type"),
     "a section is null": (put("embeddings", value=None), "`embeddings` is of another type"),

@@ -209,7 +209,7 @@ def test_a_report_of_a_later_version_passes(outputs: dict[str, Path]) -> None:
         assert list(check_report(context_of(outputs["standard"], put(section, "more", value=1)))) == []
 
 
-def test_each_missing_field_is_told_once(outputs: dict[str, Path]) -> None:
+def test_each_missing_field_is_reported_once(outputs: dict[str, Path]) -> None:
     def change(report: Any) -> None:
         del report["adapter"]["r"], report["adapter"]["alpha"], report["versions"]["python"]
 
