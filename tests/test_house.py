@@ -77,6 +77,13 @@ def test_no_folder_is_crowded() -> None:
     assert {folder: folders.count(folder) for folder in folders if folders.count(folder) > MOST_FILES} == {}
 
 
+def test_a_long_file_has_its_reason() -> None:
+    long = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in FILES}
+    long = {path: lines for path, lines in long.items() if lines > MOST_LINES}
+    words = {path: ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8"))) or "" for path in long}
+    assert {path: lines for path, lines in long.items() if "The file is long because" not in words[path]} == {}
+
+
 def test_no_file_uses_what_another_keeps_to_itself() -> None:
     used = {path: list(private_imports(ast.parse((ROOT / path).read_text(encoding="utf-8")))) for path in FILES}
     assert {path: names for path, names in used.items() if names} == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -80,13 +81,18 @@ def test_a_model_that_can_not_be_had_has_its_own_code(tmp_path: Path, text: str,
     assert f"`{name}`" in done.stderr
 
 
+def rooms() -> dict[str, str]:
+    """The sections of docs/architecture.md that list files, by folder."""
+    sections = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## `")[1:]
+    return {folder: text for folder, _, text in (section.partition("`\n\n") for section in sections)}
+
+
 def test_every_file_has_its_line() -> None:
     """A file of the code that docs/architecture.md does not name, or one that it names and that is gone."""
-    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## `")[1:]
     named = {
-        room.partition("`")[0] + path
-        for room in rooms
-        for path in re.findall(r"^\| `([^`]+\.py)` \|", room, re.MULTILINE)
+        folder + path
+        for folder, text in rooms().items()
+        for path in re.findall(r"^\| `([^`]+\.py)` \|", text, re.MULTILINE)
     }
     files = {
         path.relative_to(ROOT).as_posix()
@@ -95,6 +101,20 @@ def test_every_file_has_its_line() -> None:
         if not path.name.startswith("__")
     }
     assert named == files
+
+
+def test_a_files_line_says_what_the_file_says() -> None:
+    """Folders and files are described by the first paragraph of their docstrings."""
+    for folder, text in rooms().items():
+        assert text.partition("\n")[0] == first_paragraph(ROOT / folder / "__init__.py")
+        lines = re.findall(r"^\| `([^`]+\.py)` \| (.*) \|$", text, re.MULTILINE)
+        assert lines == sorted((path, first_paragraph(ROOT / folder / path)) for path, _ in lines)
+
+
+def first_paragraph(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert text is not None
+    return text.partition("\n\n")[0].replace("\n", " ")
 
 
 def test_the_readme_is_short_and_names_every_package() -> None:
