@@ -1,7 +1,7 @@
-"""What a parameter is for, and which linear layers an adapter trains.
+"""Which linear layers an adapter trains.
 
-Both are decided by what the model's modules are and are called, not by a list of architectures: a new architecture
-needs no entry here as long as it keeps to the field's names.
+It is decided by what the model's modules are and are called, not by a list of architectures: a new architecture needs
+no entry here as long as it keeps to the field's names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The inner loops of NF4 encoding, compiled by numba; `nf4.py` says what they compute.
+"""The inner loops of NF4 encoding, compiled by numba; `encode.py` says what they compute.
 
 bitsandbytes' CPU path scales a block of 64 weights by `s = 1 / max(absmax, 1e-38)` in float32 and counts the 15
 midpoints of the code book that lie below the rounded product. A product grows with its weight, so for bfloat16 each
