@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..decision import Decision
 from ..errors import CheckpointError
 from ..source.file_names import ADAPTER_FILE
 from ..source.source import Source
@@ -13,21 +12,12 @@ from .safetensors_header import read_header
 _READ_BYTES = 4 * 1024 * 1024
 
 
-def leave_adapter(source: Source, *, fresh: bool) -> Decision | None:
-    """That an adapter beside the model is not gone on with; None where there is none, or nothing was trained into it.
+def find_trained_adapter(source: Source) -> str | None:
+    """The adapter_config.json of an adapter beside the model; None where there is none, or nothing was trained into it.
 
-    `fresh` says whether a new adapter is prepared. Of a local adapter, B is read until something in it is not zero; one
-    on a hub counts as trained.
+    Of a local adapter, B is read until something in it is not zero; one on a hub counts as trained.
     """
-    trained = next((config for config in source.adapters if not _is_untrained(source, config)), None)
-    if trained is None:
-        return None
-    return Decision(
-        what="adapter",
-        requested=f"the one in `{source.model}`",
-        effective="a fresh one" if fresh else "none",
-        reason=f"`{trained}` belongs to a trained adapter, which ftload neither merges nor goes on with",
-    )
+    return next((config for config in source.adapters if not _is_untrained(source, config)), None)
 
 
 def _is_untrained(source: Source, config: str) -> bool:

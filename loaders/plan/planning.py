@@ -7,7 +7,6 @@ from itertools import groupby
 
 from ..adapter.interface import Adapter
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.trained_adapter import leave_adapter
 from ..decision import Decision
 from ..errors import ResourceError
 from ..flags.request import Request
@@ -166,9 +165,14 @@ def _source_decisions(request: Request, sources: Sources, adapter: Adapter | Non
             what="model_revision", requested=request.revision, effective="none",
             reason="the model is local: it has no revisions",
         )  # fmt: skip
-    left = leave_adapter(sources.model, fresh=adapter is not None)
-    if left is not None:
-        yield left
+    trained = sources.trained_adapter
+    if trained is not None:
+        yield Decision(
+            what="adapter",
+            requested=f"the one in `{sources.model.model}`",
+            effective="none" if adapter is None else "a fresh one",
+            reason=f"`{trained}` belongs to a trained adapter, which ftload neither merges nor goes on with",
+        )
 
 
 def _check_memory(request: Request, files: Iterable[OutputFile], chunk_bytes: int) -> None:

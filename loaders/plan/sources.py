@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from ..checkpoint.trained_adapter import find_trained_adapter
 from ..errors import OutputError
 from ..flags.request import Request
 from ..source.resolve import resolve_source
@@ -12,7 +14,7 @@ from ..source.source import Source
 from ..tokenizer.tokenizer import resolve_tokenizer_source
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """Where everything comes from."""
 
@@ -22,6 +24,11 @@ class Sources:
     """Of the configuration: the model, or what `--config_name` names."""
     tokenizer_name: str
     warnings: tuple[str, ...]
+
+    @cached_property
+    def trained_adapter(self) -> str | None:
+        """The configuration of a trained adapter beside the model; read once, however many plans are made."""
+        return find_trained_adapter(self.model)
 
     @property
     def all(self) -> tuple[Source, ...]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from ftload.cli.app import run
+from ftload.loaders.checkpoint.trained_adapter import find_trained_adapter
+from ftload.loaders.source.source import Source
 from safetensors.torch import load_file, save_file
 
 from ..parity.models import write_model
@@ -103,3 +105,18 @@ def test_a_trained_one_is_a_decision(
         weights.write_bytes(before)
         for path in moved:
             path.unlink()
+
+
+def test_it_is_looked_for_once_however_many_plans_are_made(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` makes one for each way of training; B of an adapter that is not trained is read to its end."""
+    asked = []
+
+    def find(source: Source) -> str | None:
+        asked.append(source.model)
+        return find_trained_adapter(source)
+
+    monkeypatch.setattr("ftload.loaders.plan.sources.find_trained_adapter", find)
+    assert run(["plan", "--model", str(prepared), "--output_dir", str(tmp_path / "out"), "--quiet"]) == 0
+    assert asked == [str(prepared)]
