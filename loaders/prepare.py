@@ -22,7 +22,6 @@ from .flags.strict import check_strict
 from .model.gguf import dequantise
 from .model.skeleton import build_skeleton
 from .plan.configuration import read_configuration
-from .plan.output_files import REPORT_FILE
 from .plan.plan import Plan
 from .plan.planning import make_plan
 from .plan.sources import Sources, resolve_sources
@@ -34,6 +33,7 @@ from .report.metadata_files import write_report
 from .report.outputs import check_output, find_finished
 from .report.recorded import record, rewrite
 from .report.report import describe_plan
+from .source.file_names import REPORT_FILE
 from .source.source import Source
 from .steps.step import Encoder
 from .strategy import STRATEGIES

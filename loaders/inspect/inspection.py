@@ -18,10 +18,9 @@ from ..checkpoint.json_files import read_json
 from ..checkpoint.safetensors_header import read_header
 from ..errors import CheckpointError
 from ..model.components import component_of
-from ..plan.output_files import REPORT_FILE
 from ..report.document import StoredTotals
 from ..report.json_values import to_json
-from ..source.file_names import ADAPTER_FILE
+from ..source.file_names import ADAPTER_FILE, REPORT_FILE
 from ..source.resolve import resolve_source
 from ..source.source import Source, SourceFile
 from ..steps.coverage import is_matrix, measure_coverage

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.json_files import read_json
-from ..plan.output_files import REPORT_FILE
 from ..report.outputs import as_report
+from ..source.file_names import REPORT_FILE
 from ..source.source import Source
 
 

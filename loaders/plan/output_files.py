@@ -66,6 +66,3 @@ def output_file(path: str, steps: tuple[Step, ...]) -> OutputFile:
     """One file for these steps, laid out."""
     layout = lay_out(output for step in steps for output in step.outputs)
     return OutputFile(path=path, steps=steps, layout=layout, size=layout.size)
-
-
-REPORT_FILE = "ftload_report.json"

@@ -14,16 +14,27 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from ..decision import Decision
 from ..flags.declared import Origin
 from ..model.components import Component
-from ..strategy import STRATEGIES
 from ..system.attention import Attention
 from .json_values import Keyword, absent_before
 
 SCHEMA_VERSION = "1"
 ComponentName: TypeAlias = Annotated[str, Keyword("enum", get_args(Component))]
-StrategyName: TypeAlias = Annotated[str, Keyword("enum", tuple(STRATEGIES))]
-QuantisationTag: TypeAlias = Annotated[
-    str, Keyword("enum", tuple({s.quantisation.tag: None for s in STRATEGIES.values() if s.quantisation is not None}))
-]
+
+
+def _strategies() -> tuple[str, ...]:
+    from ..strategy import STRATEGIES
+
+    return tuple(STRATEGIES)
+
+
+def _quantisation_tags() -> tuple[str, ...]:
+    from ..strategy import STRATEGIES
+
+    return tuple({s.quantisation.tag: None for s in STRATEGIES.values() if s.quantisation is not None})
+
+
+StrategyName: TypeAlias = Annotated[str, Keyword("enum", _strategies)]
+QuantisationTag: TypeAlias = Annotated[str, Keyword("enum", _quantisation_tags)]
 Count: TypeAlias = Annotated[int, Keyword("minimum", 0)]
 AtLeastOne: TypeAlias = Annotated[int, Keyword("minimum", 1)]
 Percent: TypeAlias = Annotated[float, Keyword("minimum", 0), Keyword("maximum", 100)]

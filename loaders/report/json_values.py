@@ -20,6 +20,7 @@ class Keyword(NamedTuple):
 
     name: str
     value: Any
+    """Or a function that gives it, where that takes imports that reading a report does without."""
 
 
 def absent_before(version: str) -> Any:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..plan.output_files import REPORT_FILE
 from ..plan.plan import Plan
+from ..source.file_names import REPORT_FILE
 from ..system.durable import disk_errors, hash_file, sync_file
 from ..system.quiet import quiet_transformers
 from ..tokenizer.tokenizer import save_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
-from ..plan.output_files import REPORT_FILE
+from ..source.file_names import REPORT_FILE
 from ..system.durable import disk_errors, hash_or_none
 from ..system.limits import usable_processors
 from .document import SCHEMA_VERSION, Report

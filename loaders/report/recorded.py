@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..flags.declared import FlatArguments, all_flags
 from ..flags.request import Request, resolve_request
-from ..plan.output_files import REPORT_FILE
+from ..source.file_names import REPORT_FILE
 from ..write.staging import Staging
 from .document import Report, WrittenFile
 from .json_values import to_json

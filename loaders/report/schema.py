@@ -53,7 +53,8 @@ def _without_null(kind: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _of_object(kind)
     if origin is Annotated:
-        return {**_of(arguments[0]), **{keyword.name: keyword.value for keyword in arguments[1:]}}
+        keywords = {keyword.name: keyword.value for keyword in arguments[1:]}
+        return {**_of(arguments[0]), **{name: v() if callable(v) else v for name, v in keywords.items()}}
     if origin is Literal:
         return {"type": _NAMES[type(arguments[0])], "enum": list(arguments)}
     if origin is Mapping:

@@ -15,6 +15,8 @@ TOKENIZER_PATTERNS = (
 )  # fmt: skip
 """What a tokenizer's files are called, in the libraries that save them."""
 
+REPORT_FILE = "ftload_report.json"
+"""Of a prepared directory, written last."""
 ADAPTER_FILE = "adapter_model.safetensors"
 """An adapter's weights, as PEFT calls them."""
 ADAPTER_CONFIGS = ("adapter_config.json", "adapter/adapter_config.json")

@@ -6,14 +6,11 @@ A strategy has one or none. An implementation lies in a package of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..decision import Decision
 from ..model.tensor_map import ModelTensor
 from .step import Encoder, Step
-
-if TYPE_CHECKING:
-    pass
 
 
 class Quantisation(Protocol):

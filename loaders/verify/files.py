@@ -18,10 +18,10 @@ from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
 from ..model.config import load_config, load_generation_config, settings_hash
 from ..model.skeleton import Skeleton, build_skeleton
-from ..plan.output_files import REPORT_FILE
 from ..report.document import Report
 from ..report.json_values import from_json
 from ..report.schema import published_schema
+from ..source.file_names import REPORT_FILE
 from ..source.resolve import resolve_source
 from ..source.source import Source
 from ..system.durable import hash_file
