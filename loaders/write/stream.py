@@ -130,9 +130,11 @@ class _Execution:
         tasks = [*self._copies(), *((self._run, writers[file], steps) for file, steps in work)]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
             try:
-                done, _ = wait([pool.submit(run, *arguments) for run, *arguments in tasks], None, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                futures = [pool.submit(run, *arguments) for run, *arguments in tasks]
+                done, _ = wait(futures, None, FIRST_EXCEPTION)
+                for future in futures:  # until all have stopped, more may fail: the first one tells
+                    if future in done:
+                        future.result()
             finally:
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)

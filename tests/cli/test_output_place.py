@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ALL_COMPLETED
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -280,8 +282,9 @@ def fill(disk: Path, free: int) -> None:
 
 @pytest.fixture
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one worker, files are written in the plan's order."""
+    """With one worker, files are written in the plan's order; that one failed is seen when all later ones have, too."""
     monkeypatch.setattr("ftload.loaders.plan.planning.count_workers", lambda: 1)
+    monkeypatch.setattr("ftload.loaders.write.stream.FIRST_EXCEPTION", ALL_COMPLETED)
 
 
 @pytest.mark.usefixtures("one_worker")
@@ -293,7 +296,8 @@ def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path
     expected = {entry["path"]: entry["sha256"] for entry in json.loads(done.out)["files"]}
     whole = sum(path.stat().st_blocks * 512 for path in out.rglob("*"))
     shutil.rmtree(out)
-    hit, kept = set(), set()
+    hit: list[str] = []
+    kept: set[str] = set()
     for stage, step in (("write", 16384), ("save", 4096)):
         for free in range(0, whole, step):
             try:
@@ -301,7 +305,7 @@ def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path
             except ResourceError as error:
                 assert error.code == 6
                 assert "No space left on device" in error.message, error.message
-                hit.add(error.message.split("`")[1].rpartition("/")[2])
+                hit.append(error.message.split("`")[1].rpartition("/")[2])
                 assert not out.exists()
                 kept |= {path.name for path in small_disk.rglob("*.safetensors")}
             (small_disk / "filler").unlink(missing_ok=True)
@@ -313,7 +317,9 @@ def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path
             assert [path.name for path in small_disk.iterdir()] == ["out"]
             shutil.rmtree(out)
     weights = {Path(name).name for name in expected if name.endswith(".safetensors")}
-    assert weights <= hit, weights - hit
+    assert weights <= set(hit), weights - set(hit)
+    # the more room, the later the file that is told: of several that fail, it is the first
+    assert [name for name, _ in groupby(hit)] == list(dict.fromkeys(hit))
     # each was among the finished ones that stayed, once it was the side files that found no room
     assert kept == weights
 
