@@ -163,7 +163,7 @@ def read_and_plan(
         with watch.stage("dequantise"):
             weights = dequantise(weights, scratch / "gguf")
     with watch.stage("headers"):
-        checkpoint = open_checkpoint(weights, allow_pickle=request.allow_pickle)
+        checkpoint = open_checkpoint(weights, allow_pickle=request.allow_pickle, dequantize=request.dequantize)
     with watch.stage("plan"):
         configuration = configuration or read_configuration(request, sources, weights)
         skeleton = build_skeleton(

@@ -34,7 +34,7 @@ class Standard:
             if tensor.packed is not None:
                 raise CheckpointError(
                     f"the checkpoint is already quantised to 4 bits (tensor `{tensor.name}`)",
-                    hint="prepare it with --use_qlora, or start from the 16-bit model",
+                    hint="prepare it with --use_qlora, or decode it with --dequantize",
                 )
         return plain_step(tensors)
 

@@ -46,6 +46,8 @@ class Checkpoint:
     """Whether the files are `.bin`."""
     loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Tensors of `.bin` files that could not be read at their places, and are in memory."""
+    dequantize: bool = False
+    """Whether what transformers would load packed is decoded."""
 
     @cached_property
     def packed(self) -> tuple[PackedTensor, ...]:
@@ -55,7 +57,7 @@ class Checkpoint:
     @property
     def stays_packed(self) -> bool:
         """Whether transformers loads some of it without decoding it."""
-        return any(tensor.format.stays_packed for tensor in self.packed)
+        return any(tensor.stays_packed for tensor in self.packed)
 
     def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
         """Yield the elements of a tensor in order, flat, at most `elements` at a time, decoded where they are packed.
@@ -107,8 +109,10 @@ class Checkpoint:
         return PlainReader(source=self.source, loaded=self.loaded)
 
 
-def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True) -> Checkpoint:
+def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True, dequantize: bool = False) -> Checkpoint:
     """Find the weight files as transformers would and read their headers.
+
+    With `dequantize`, nothing stays packed.
 
     Raises `CheckpointError` for anything that is not a whole, well-formed checkpoint and, if `strict`, for packed
     tensors that can't be decoded.
@@ -124,7 +128,7 @@ def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True) 
         weight_map = _read_index(source, INDEX_FILE)
         files = tuple(sorted(set(weight_map.values())))
     elif PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
-        return _open_pickles(source, allow_pickle=allow_pickle, strict=strict)
+        return _open_pickles(source, allow_pickle=allow_pickle, strict=strict, dequantize=dequantize)
     else:
         raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
     for name in files:
@@ -137,8 +141,10 @@ def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True) 
             if other is not tensor:
                 raise CheckpointError(f"tensor `{tensor.name}` is both in `{other.file}` and in `{name}`")
     _check_index(weight_map, stored, INDEX_FILE)
-    tensors = logical_tensors(source, stored, strict=strict)
-    return Checkpoint(source=source, tensors=tensors, stored=stored, weight_files=files, warnings=warnings)
+    return Checkpoint(
+        source=source, tensors=logical_tensors(source, stored, strict=strict, dequantize=dequantize), stored=stored,
+        weight_files=files, warnings=warnings, dequantize=dequantize,
+    )  # fmt: skip
 
 
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorMeta], index: str) -> None:
@@ -158,7 +164,7 @@ def _read_index(source: Source, index: str) -> dict[str, str]:
     return weight_map
 
 
-def _open_pickles(source: Source, *, allow_pickle: bool, strict: bool) -> Checkpoint:
+def _open_pickles(source: Source, *, allow_pickle: bool, strict: bool, dequantize: bool) -> Checkpoint:
     names = {file.path: file for file in source.files}
     if not allow_pickle:
         raise CheckpointError(
@@ -202,6 +208,6 @@ def _open_pickles(source: Source, *, allow_pickle: bool, strict: bool) -> Checkp
                 raise CheckpointError(f"tensor `{key}` is both in `{other.file}` and in `{name}`")
     _check_index(weight_map, stored, PICKLE_INDEX_FILE)
     return Checkpoint(
-        source=source, tensors=logical_tensors(source, stored, strict=strict), stored=stored, weight_files=files,
-        pickled=True, loaded=loaded,
+        source=source, tensors=logical_tensors(source, stored, strict=strict, dequantize=dequantize), stored=stored,
+        weight_files=files, pickled=True, loaded=loaded, dequantize=dequantize,
     )  # fmt: skip

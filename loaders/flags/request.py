@@ -30,6 +30,8 @@ class Request:
     config_overrides: Mapping[str, Any]
     trust_remote_code: bool
     allow_pickle: bool
+    dequantize: bool
+    """Whether weights that transformers would load packed are decoded."""
     strategy: str
     """A key of `strategy.STRATEGIES`."""
     lora_rank: int
@@ -123,6 +125,7 @@ def resolve_request(arguments: Arguments) -> Request:
         config_overrides=_overrides(flat.additional_model_arguments),
         trust_remote_code=arguments.tokenizer.trust_remote_code,
         allow_pickle=own.allow_pickle,
+        dequantize=own.dequantize,
         strategy=strategy,
         lora_rank=flat.lora_rank,
         lora_alpha=flat.lora_alpha,

@@ -45,8 +45,9 @@ def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     config = deepcopy(config)
-    if getattr(config, "quantization_config", None) is not None:
-        delattr(config, "quantization_config")
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            delattr(part, "quantization_config")
     return config
 
 

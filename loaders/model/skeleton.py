@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.formats.registry import already_quantised, claimed_format
+from ..checkpoint.formats.registry import claimed_format
 from ..errors import CheckpointError, said_by
 from ..system.quiet import quiet_transformers
 from .components import LinearLayer, component_of
@@ -99,8 +99,12 @@ def build_skeleton(
     if rows_after > rows_before:
         _check_loadable(model, fresh)
     quantisable = quantisable_modules(fresh)
-    if section is not None and quantisable and not checkpoint.packed:
-        raise already_quantised(checkpoint.source, section)
+    if claimed is not None and quantisable and not checkpoint.packed:
+        raise CheckpointError(
+            f"config.json of `{checkpoint.source.model}` says {claimed.name}, but no tensor is stored so: "
+            f"`{min(quantisable)}.weight` is not",
+            hint="config.json and the weights must belong together",
+        )
 
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     head_module = head.removesuffix(".weight") if head else None
@@ -135,7 +139,9 @@ def build_skeleton(
         rows_before=rows_before,
         rows_after=rows_after,
         tied=head is not None and model.get_parameter(head) is model.get_parameter(embedding),
-        stored_quantization=claimed.kept_settings(section) if claimed is not None and section is not None else None,
+        stored_quantization=(
+            claimed.kept_settings(section) if claimed and section and not checkpoint.dequantize else None
+        ),
         left_out=left_out,
         towers=towers,
         warnings=tuple(warnings),
@@ -185,8 +191,11 @@ def _state_to_save(model: PreTrainedModel, *, is_grown: bool) -> dict[str, Tenso
 
 
 def _quantization_section(config: PretrainedConfig) -> dict[str, Any] | None:
-    section: Any = getattr(config, "quantization_config", None)
-    return section if section is None or isinstance(section, dict) else section.to_dict()
+    for part in (config, config.get_text_config()):
+        section: Any = getattr(part, "quantization_config", None)
+        if section is not None:
+            return section if isinstance(section, dict) else section.to_dict()
+    return None
 
 
 def _check_keys(checkpoint: Checkpoint, model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class ModelTensor:
 def kept_packed(sources: Iterable[TensorMeta]) -> PackedTensor | None:
     """The first of some tensors that transformers loads without decoding it."""
     packed = (source for source in sources if isinstance(source, PackedTensor))
-    return next((source for source in packed if source.format.stays_packed), None)
+    return next((source for source in packed if source.stays_packed), None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -439,8 +439,8 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ),
         (
             "--de cuda --qu --de=x",
-            "ambiguous flag `--de`: it could be `--device`, `--debug`; "
-            "ambiguous flag `--de`: it could be `--device`, `--debug`",
+            "ambiguous flag `--de`: it could be `--device`, `--dequantize`, `--debug`; "
+            "ambiguous flag `--de`: it could be `--device`, `--dequantize`, `--debug`",
         ),
         ("--lora_r x", "`--lora_r` (`--lora_rank`) takes an int, not `x`"),
         (

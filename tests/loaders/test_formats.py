@@ -84,7 +84,6 @@ class ByteFormat:
     name: str = "bytes"
     method: str = "bytes"
     kind: str = "byte-wise"
-    stays_packed: bool = False
 
     def find(self, headers: Headers, *, strict: bool) -> Iterator[PackedTensor]:
         for name, scale in headers.tensors.items():
@@ -172,15 +171,18 @@ def test_a_new_format_is_planned_and_shown(ftload: Ftload, pair: tuple[Path, Pat
 def test_config_and_tensors_that_contradict_each_other(pair: tuple[Path, Path], tmp_path: Path) -> None:
     packed, plain = pair
     edit_config(plain, quantization_config={"quant_method": "bytes"})
-    with pytest.raises(CheckpointError, match=r"is already quantised \(`bytes`\)"):
+    with pytest.raises(CheckpointError, match=r"says bytes, but no tensor is stored so: `model\.layers\.0\.mlp\.down"):
         make_plan(plain, tmp_path)
     edit_config(
         packed, quantization_config={"quant_method": "bytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
     )
-    with pytest.raises(CheckpointError, match=r"is already quantised \(`bytes`\)") as raised:
+    with pytest.raises(CheckpointError, match=r"says `bytes`, but tensor `model\.layers\.0.*` is stored as bytes"):
         make_plan(packed, tmp_path)
+    edit_config(packed, quantization_config={"quant_method": "ternary"})
+    with pytest.raises(CheckpointError, match=r"is already quantised \(`ternary`\)") as raised:
+        registry.claimed_format(resolve_source(str(plain), None), {"quant_method": "ternary"}, ())
     assert raised.value.hint is not None
-    assert raised.value.hint.endswith("only bitsandbytes NF4 and bytes can be used")
+    assert raised.value.hint.endswith("of quantised ones, bitsandbytes NF4, bytes can be used")
 
 
 def test_packed_tensors_that_config_does_not_know(
@@ -188,7 +190,9 @@ def test_packed_tensors_that_config_does_not_know(
 ) -> None:
     monkeypatch.setattr(Headers, "section", {"quant_method": "bytes"})
     edit_config(pair[0], quantization_config=None)
-    with pytest.raises(CheckpointError, match=r"holds byte-wise tensors, but its config\.json has no `quant"):
+    with pytest.raises(
+        CheckpointError, match=r"holds byte-wise tensors \(`model\.layers\.0.*`\), but its config\.json has no `quant"
+    ):
         make_plan(pair[0], tmp_path)
 
 

@@ -34,14 +34,18 @@ class Headers:
     source: Source
     tensors: Mapping[str, TensorMeta]
     """The stored tensors, by name."""
+    dequantize: bool = False
+    """Whether to decode what transformers would load packed."""
 
     @cached_property
     def section(self) -> Mapping[str, Any]:
-        """config.json's `quantization_config`; empty where there is none."""
+        """config.json's `quantization_config`, that of a multimodal model's language model too; empty without one."""
         if not any(file.path == "config.json" for file in self.source.files):
             return {}
-        section = read_json(self.source, "config.json").get("quantization_config")
-        return section if isinstance(section, dict) else {}
+        config = read_json(self.source, "config.json")
+        text = config.get("text_config")
+        sections = [part.get("quantization_config") for part in (config, text) if isinstance(part, dict)]
+        return next((section for section in sections if isinstance(section, dict)), {})
 
     def read(self, tensors: Sequence[TensorMeta]) -> list[bytes]:
         """The bytes of small tensors, in their order; of a hub, many are asked for at once."""
@@ -70,6 +74,11 @@ class PackedTensor(TensorMeta, ABC):
     """The dtype that reports count it under."""
     tile: int
     """Elements that are decoded together; the last ones may be fewer."""
+    stays_packed: bool = False
+    """Whether transformers loads it without decoding it, so that training can start from it as it is.
+
+    Everything else of the checkpoint is then loaded in the dtype that it is stored in.
+    """
 
     @abstractmethod
     def values(self, begin: int, end: int, read: Read) -> Tensor:
@@ -118,14 +127,6 @@ class StoredFormat(Protocol):
     @property
     def kind(self) -> str:
         """What messages call its tensors: `4-bit`."""
-        ...
-
-    @property
-    def stays_packed(self) -> bool:
-        """Whether transformers loads such a model without decoding it, so that training can start from it as it is.
-
-        Everything else of the checkpoint is then loaded in the dtype that it is stored in.
-        """
         ...
 
     def find(self, headers: Headers, *, strict: bool) -> Iterator[PackedTensor]:

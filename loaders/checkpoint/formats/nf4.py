@@ -161,7 +161,6 @@ class Bitsandbytes4Bit:
     name: str = "bitsandbytes NF4"
     method: str = "bitsandbytes"
     kind: str = "4-bit"
-    stays_packed: bool = True
 
     def find(self, headers: Headers, *, strict: bool) -> Iterator[Packed4Bit]:
         """4-bit weights. Reads their small JSON states.
@@ -189,7 +188,7 @@ class Bitsandbytes4Bit:
             yield Packed4Bit(
                 name=weight, shape=state.shape, dtype=DTYPE_CODES[state.dtype], file=parts[0].file,
                 begin=parts[0].begin, end=parts[0].end, format=self, parts=(*parts, meta), tag=quant_type,
-                tile=state.block_size * (1 + state.block_size % 2), state=state,
+                tile=state.block_size * (1 + state.block_size % 2), stays_packed=not headers.dequantize, state=state,
             )  # fmt: skip
 
     def claims(self, section: Mapping[str, Any], *, found: bool) -> bool:

@@ -14,12 +14,14 @@ from .nf4 import Bitsandbytes4Bit
 FORMATS: tuple[StoredFormat, ...] = (Bitsandbytes4Bit(),)
 
 
-def logical_tensors(source: Source, stored: Mapping[str, TensorMeta], *, strict: bool) -> dict[str, TensorMeta]:
+def logical_tensors(
+    source: Source, stored: Mapping[str, TensorMeta], *, strict: bool, dequantize: bool = False
+) -> dict[str, TensorMeta]:
     """The tensors that the model knows, by name: what a packed tensor is made of is hidden behind it.
 
     Raises `CheckpointError` as `StoredFormat.find` does.
     """
-    headers = Headers(source=source, tensors=stored)
+    headers = Headers(source=source, tensors=stored, dequantize=dequantize)
     owners: dict[str, PackedTensor] = {}
     for form in FORMATS:
         for tensor in form.find(headers, strict=strict):
@@ -36,24 +38,38 @@ def claimed_format(
     Raises `CheckpointError` where it is not known, or the tensors are stored otherwise: they would only look missing
     and unexpected.
     """
-    found = [form for form in FORMATS if any(tensor.format is form for tensor in packed)]
+    found: dict[StoredFormat, PackedTensor] = {}
+    for tensor in packed:
+        found.setdefault(tensor.format, tensor)
     if section is None:
-        if found:
+        for form, tensor in found.items():
             raise CheckpointError(
-                f"`{source.model}` holds {found[0].kind} tensors, but its config.json has no `quantization_config`"
+                f"`{source.model}` holds {form.kind} tensors (`{tensor.name}`), but its config.json has no "
+                "`quantization_config`"
             )
         return None
     claimed = next((form for form in FORMATS if form.claims(section, found=form in found)), None)
-    if claimed is None or any(form is not claimed for form in found):
+    if claimed is None:
         raise already_quantised(source, section)
+    for form, tensor in found.items():
+        if form is not claimed:
+            raise CheckpointError(
+                f"config.json of `{source.model}` says `{_method(section)}`, but tensor `{tensor.name}` is stored as "
+                f"{form.name}",
+                hint="config.json and the weights must belong together",
+            )
     return claimed
 
 
 def already_quantised(source: Source, section: Mapping[str, Any]) -> CheckpointError:
-    """The error for weights in a format that is not known, whatever config.json calls it."""
-    method = section.get("quant_method")
+    """The error for weights in a format that is not known, by config.json's name for it."""
+    names = [form.name for form in FORMATS]
     return CheckpointError(
-        f"`{source.model}` is already quantised (`{getattr(method, 'value', method)}`)",
-        hint=f"start from the 16-bit model; among quantised ones only {' and '.join(form.name for form in FORMATS)} "
-        "can be used",
+        f"`{source.model}` is already quantised (`{_method(section)}`)",
+        hint=f"start from the 16-bit model; of quantised ones, {', '.join(names)} can be used",
     )
+
+
+def _method(section: Mapping[str, Any]) -> Any:
+    method = section.get("quant_method")
+    return getattr(method, "value", method)  # transformers' enumeration, once it has read it
