@@ -200,11 +200,12 @@ def _quantization_section(config: PretrainedConfig) -> dict[str, Any] | None:
 
 def _check_keys(checkpoint: Checkpoint, model: PreTrainedModel, info: dict[str, Any]) -> None:
     problems = []
+    is_as_linear = any(tensor.as_linear for tensor in checkpoint.packed)
     mismatched = [
         (name, tuple(stored), tuple(expected))
         for name, stored, expected in sorted(info["mismatched_keys"])
         # bitsandbytes stores the weights of GPT-2's Conv1D transposed
-        if not (checkpoint.stays_packed and tuple(stored) == tuple(expected)[::-1])
+        if not (is_as_linear and tuple(stored) == tuple(expected)[::-1])
     ]
     if mismatched:
         name, stored, expected = mismatched[0]

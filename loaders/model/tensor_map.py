@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
+from ..checkpoint.transposed import transposed
 from ..errors import CheckpointError
 from .components import Component, LinearLayer, component_of
 from .transformers_internals import (
     WeightMapping,
+    conv1d,
     finds_statistics,
     is_kept_in_float32,
     is_replaced_when_quantised,
@@ -121,7 +123,8 @@ def map_tensors(
         patterns = [(name, pattern) for name, pattern in found[target] if pattern is not None]
         if not patterns:
             # from_pretrained keeps the first where several names lead to one parameter
-            groups.append(Group(parameters=(target,), sources=metas[:1], conversion=None))
+            source = _as_held(metas[0], model, target)
+            groups.append(Group(parameters=(target,), sources=(source,), conversion=None))
             continue
         conversion = Conversion(
             model=model, converter=weights.by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
@@ -129,6 +132,14 @@ def map_tensors(
         loaded = conversion.load(state)
         groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
     return groups, dropped
+
+
+def _as_held(source: TensorMeta, model: PreTrainedModel, parameter: str) -> TensorMeta:
+    """What is decoded, with the axes of its module: bitsandbytes stores the weight of a `Conv1D` transposed."""
+    if isinstance(source, PackedTensor) and source.as_linear and not source.stays_packed:
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        return transposed(source) if isinstance(module, conv1d()) else source
+    return source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

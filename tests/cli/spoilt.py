@@ -304,9 +304,9 @@ CASES = {
     ),
     "GPTQ": Case(spoil=spoil_gptq, culprit="is already quantised (`gptq`)", hint="16-bit"),
     "FP8": Case(spoil=spoil_fp8, culprit="is already quantised (`fp8`)", hint="16-bit"),
-    "8-bit": Case(spoil=spoil_8_bit, culprit="is already quantised (`bitsandbytes`)", hint="16-bit"),
+    "8-bit": Case(spoil=spoil_8_bit, culprit="is stored in 8 bits (LLM.int8)", hint="--dequantize"),
     "FP4": Case(
-        spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: only NF4 is supported",
+        spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: of 4-bit formats, only NF4",
         hint="16-bit model",
     ),
     "no tokenizer": Case(

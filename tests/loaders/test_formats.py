@@ -32,6 +32,7 @@ def opened(directory: Path) -> Checkpoint:
 # -- 4-bit
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
@@ -39,20 +40,23 @@ def opened(directory: Path) -> Checkpoint:
     [((128, 128), 64), ((600, 512), 64), ((10, 256), 256), ((10, 96), 64), ((7, 33), 64), ((3, 2), 64)],
 )
 def test_4_bit_weights_are_decoded_as_bitsandbytes_does(
-    tmp_path: Path, shape: tuple[int, int], block: int, dtype: torch.dtype, nested: bool
+    tmp_path: Path, shape: tuple[int, int], block: int, dtype: torch.dtype, nested: bool, quant_type: str
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    codes, state = quantize_4bit(weight, blocksize=block, quant_type="nf4", compress_statistics=nested)
+    codes, state = quantize_4bit(weight, blocksize=block, quant_type=quant_type, compress_statistics=nested)
     save_file({"W": codes, **{f"W.{key}": part for key, part in state.as_dict(packed=True).items()}}, tmp_path / FILE)
     # one row: where a block does not end with a row, its kernel for CPUs (0.50) takes the absmax of another block
     state.shape = torch.Size((1, weight.numel()))
     expected = dequantize_4bit(codes, state).reshape(-1)
-    checkpoint = opened(tmp_path)
+    checkpoint = open_checkpoint(
+        resolve_source(str(tmp_path), None), allow_pickle=False, dequantize=quant_type == "fp4"
+    )
     (tensor,) = checkpoint.tensors.values()
     assert (tensor.name, tensor.shape, tensor.dtype) == ("W", shape, DTYPE_CODES[str(dtype).removeprefix("torch.")])
     assert torch.equal(checkpoint.read(tensor), expected.reshape(shape))
+    assert torch.equal(checkpoint.read(tensor).signbit(), expected.reshape(shape).signbit())  # -0 too
     for elements in (1, 63, 64, 100, 640, 10**6):
         if len(expected) < 500 * elements:
             chunks = list(checkpoint.chunks(tensor, elements))
@@ -182,7 +186,8 @@ def test_config_and_tensors_that_contradict_each_other(pair: tuple[Path, Path], 
     with pytest.raises(CheckpointError, match=r"is already quantised \(`ternary`\)") as raised:
         registry.claimed_format(resolve_source(str(plain), None), {"quant_method": "ternary"}, ())
     assert raised.value.hint is not None
-    assert raised.value.hint.endswith("of quantised ones, bitsandbytes NF4, bytes can be used")
+    names = ", ".join(form.name for form in registry.FORMATS)
+    assert raised.value.hint.endswith(f"of quantised ones, {names} can be used")
 
 
 def test_packed_tensors_that_config_does_not_know(

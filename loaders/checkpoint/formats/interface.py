@@ -79,6 +79,8 @@ class PackedTensor(TensorMeta, ABC):
 
     Everything else of the checkpoint is then loaded in the dtype that it is stored in.
     """
+    as_linear: bool = False
+    """Whether even the weight of a `Conv1D` (in, out) is stored as that of a linear layer (out, in)."""
 
     @abstractmethod
     def values(self, begin: int, end: int, read: Read) -> Tensor:

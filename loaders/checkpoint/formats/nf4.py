@@ -1,10 +1,12 @@
 """4-bit weights of bitsandbytes: how they are stored, decoded, and checked.
 
-A weight `W` of n elements is stored as `W` (uint8, (n+1)//2 × 1: two codes a byte, the first in the upper half),
+A weight `W` of n elements is stored as `W` (uint8, (n+1)//2 × 1: two codes a byte, the first in the upper half; with
+`bnb_4bit_quant_storage`, the same bytes under another dtype, as FSDP needs them),
 `.absmax` (one a block: float32, or uint8 codes with double quantisation), `.quant_map` (float32, 16: the code book) and
-`.quant_state.bitsandbytes__nf4` (uint8: JSON); with double quantisation `.nested_absmax` (float32, one for 256 blocks)
-and `.nested_quant_map` (float32, 256) as well. Sources: QLoRA, arXiv:2305.14314, appendix E for the code book and
-section 3 for double quantisation; bitsandbytes' `QuantState.as_dict(packed=True)` for the layout.
+`.quant_state.bitsandbytes__nf4` or `…__fp4` (uint8: JSON); with double quantisation `.nested_absmax` (float32, one for
+256 blocks) and `.nested_quant_map` (float32, 256) as well. Sources: QLoRA, arXiv:2305.14314, appendix E for NF4's code
+book and section 3 for double quantisation; bitsandbytes' `get_4bit_type` for FP4's, `QuantState.as_dict(packed=True)`
+for the layout.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,9 @@ CODE_BOOK = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """The 16 values of NF4 (QLoRA, appendix E)."""
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+_CODE_BOOKS = {"nf4": CODE_BOOK, "fp4": (*_FP4, 0.0, *(-value for value in _FP4[1:]))}
+"""By type. FP4 is a sign, two bits of exponent and one of mantissa, where the largest value is 1."""
 
 
 @cache
@@ -95,8 +100,8 @@ class Packed4Bit(PackedTensor):
         import torch
 
         size, count = self.state.block_size, end - begin
-        codes = read(self.parts[0], begin // 2, (end + 1) // 2).int()
-        values = _pairs().index_select(0, codes).flatten()[:count]
+        codes = _read_codes(self.parts[0], begin // 2, (end + 1) // 2, read)
+        values = _pairs(self.tag).index_select(0, codes).flatten()[:count]
         absmax = self._absmax(begin // size, -(-end // size), read)
         whole = count // size
         values[: whole * size].view(whole, size).mul_(absmax[:whole, None])
@@ -119,7 +124,7 @@ class Packed4Bit(PackedTensor):
         return nested_map.index_select(0, stored.int()).mul_(scales).add_(self.state.nested_offset)
 
     def problems(self, read: Read) -> Iterator[str]:
-        """What is wrong with the two maps and absmax: no hash tells what was never right.
+        """What is wrong with the two maps and absmax of NF4: no hash tells what was never right.
 
         Read are the maps and absmax with its own: a byte in thirty-two of a 4-bit weight.
         """
@@ -156,7 +161,7 @@ class Packed4Bit(PackedTensor):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bitsandbytes4Bit:
-    """NF4, and FP4 to be shown."""
+    """NF4, and FP4 to be shown or decoded: no training starts from that."""
 
     name: str = "bitsandbytes NF4"
     method: str = "bitsandbytes"
@@ -165,15 +170,15 @@ class Bitsandbytes4Bit:
     def find(self, headers: Headers, *, strict: bool) -> Iterator[Packed4Bit]:
         """4-bit weights. Reads their small JSON states.
 
-        Raises `CheckpointError` for states that are malformed and codes of another size; if `strict`, also for FP4, and
-        for statistics that are missing or of another size.
+        Raises `CheckpointError` for states that are malformed and codes of another size; if `strict`, also for FP4 that
+        is not to be decoded, and for statistics that are missing, of another size or dtype.
         """
         states = [tensor for name, tensor in headers.tensors.items() if _ANY_STATE in name]
         for state in states:
-            if strict and not state.name.endswith(STATE_SUFFIX):
+            if strict and not headers.dequantize and not state.name.endswith(STATE_SUFFIX):
                 raise CheckpointError(
-                    f"tensor `{state.name}`: only NF4 is supported among 4-bit formats",
-                    hint="start from the 16-bit model",
+                    f"tensor `{state.name}`: of 4-bit formats, only NF4 is trained on",
+                    hint="decode it with --dequantize, or start from the 16-bit model",
                 )
             if state.nbytes > _MOST_STATE_BYTES:
                 raise CheckpointError(f"tensor `{state.name}` of `{state.file}` is too long to be a bitsandbytes state")
@@ -188,12 +193,14 @@ class Bitsandbytes4Bit:
             yield Packed4Bit(
                 name=weight, shape=state.shape, dtype=DTYPE_CODES[state.dtype], file=parts[0].file,
                 begin=parts[0].begin, end=parts[0].end, format=self, parts=(*parts, meta), tag=quant_type,
-                tile=state.block_size * (1 + state.block_size % 2), stays_packed=not headers.dequantize, state=state,
+                tile=state.block_size * (1 + state.block_size % 2), stays_packed=not headers.dequantize, as_linear=True,
+                state=state,
             )  # fmt: skip
 
     def claims(self, section: Mapping[str, Any], *, found: bool) -> bool:
-        """NF4, which may come without a 4-bit tensor: of an architecture none of whose layers are quantised."""
-        return section.get("bnb_4bit_quant_type") == "nf4" and bool(found or section.get("load_in_4bit"))
+        """4 bits. NF4 may come without a 4-bit tensor: of an architecture none of whose layers are quantised."""
+        is_nf4, is_4_bit = section.get("bnb_4bit_quant_type") == "nf4", bool(section.get("load_in_4bit"))
+        return (is_nf4 or is_4_bit) if found else (is_nf4 and is_4_bit)
 
     def kept_settings(self, section: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, with what transformers takes where an older config.json says nothing."""
@@ -219,7 +226,7 @@ def _parse_state(raw: bytes, quant_type: str) -> State:
         nested_offset=0.0 if values.get("nested_blocksize") is None else values["nested_offset"],
     )
     sizes = [*state.shape, state.block_size]
-    fits = values["quant_type"] == quant_type and state.dtype in ("bfloat16", "float16", "float32")
+    fits = values["quant_type"] == quant_type in _CODE_BOOKS and state.dtype in ("bfloat16", "float16", "float32")
     if state.nested_block_size is not None:
         sizes.append(state.nested_block_size)
         fits = fits and values["nested_dtype"] == "float32" and math.isfinite(state.nested_offset)
@@ -250,18 +257,23 @@ def _find_parts(
                 raise CheckpointError(f"tensor `{weight}{suffix}` of a 4-bit weight is missing")
             continue
         # codes may be stored in any dtype, which takes the same bytes
-        if part.parameters != size if strict else not suffix and part.nbytes != size:
+        if part.nbytes != size if not suffix else strict and part.parameters != size:
             raise CheckpointError(f"tensor `{part.name}` does not have the size that its 4-bit state tells")
         parts.append(part)
     return parts
 
 
+def _read_codes(codes: TensorMeta, begin: int, end: int, read: Read) -> Tensor:
+    """The bytes from `begin` to `end` (exclusive), whatever dtype they are stored under, as indices (int32)."""
+    return read(replace(codes, dtype="U8", shape=(codes.nbytes,)), begin, end).int()
+
+
 @cache
-def _pairs() -> Tensor:
+def _pairs(quant_type: str) -> Tensor:
     """The two values of each byte of codes (float32, 256 × 2)."""
     import torch
 
-    book = torch.tensor(CODE_BOOK, dtype=torch.float32)
+    book = torch.tensor(_CODE_BOOKS[quant_type], dtype=torch.float32)
     return torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)
 
 
@@ -301,6 +313,6 @@ _READ_AT_ONCE = 1024 * 1024
 
 def _all_zero(codes: TensorMeta, read: Read) -> bool:
     return all(
-        bool((read(codes, begin, min(begin + _READ_AT_ONCE, codes.parameters)) == _ZERO_CODES).all())
-        for begin in range(0, codes.parameters, _READ_AT_ONCE)
+        bool((_read_codes(codes, begin, min(begin + _READ_AT_ONCE, codes.nbytes), read) == _ZERO_CODES).all())
+        for begin in range(0, codes.nbytes, _READ_AT_ONCE)
     )

@@ -30,7 +30,7 @@ class PlainReader:
         import torch
 
         if tensor.name in self.loaded:
-            return self.loaded[tensor.name].reshape(-1)[begin:end]
+            return self.loaded[tensor.name].reshape(-1).view(getattr(torch, TORCH_NAMES[tensor.dtype]))[begin:end]
         dtype, size = getattr(torch, TORCH_NAMES[tensor.dtype]), ITEM_BYTES[tensor.dtype]
         if begin >= end:
             return torch.empty(0, dtype=dtype)

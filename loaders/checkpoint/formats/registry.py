@@ -9,9 +9,10 @@ from ...errors import CheckpointError
 from ...source.source import Source
 from ..tensors import TensorMeta
 from .interface import Headers, PackedTensor, StoredFormat
+from .llm_int8 import Bitsandbytes8Bit
 from .nf4 import Bitsandbytes4Bit
 
-FORMATS: tuple[StoredFormat, ...] = (Bitsandbytes4Bit(),)
+FORMATS: tuple[StoredFormat, ...] = (Bitsandbytes4Bit(), Bitsandbytes8Bit())
 
 
 def logical_tensors(
