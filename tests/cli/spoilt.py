@@ -99,7 +99,6 @@ def spoil_fp8(directory: Path) -> None:
     def pack(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("proj.weight")]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
 
     edit_weights(directory, pack)
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -303,7 +302,9 @@ CASES = {
         hint="does not tell",
     ),
     "GPTQ": Case(spoil=spoil_gptq, culprit="is already quantised (`gptq`)", hint="16-bit"),
-    "FP8": Case(spoil=spoil_fp8, culprit="is already quantised (`fp8`)", hint="16-bit"),
+    "FP8 without scales": Case(
+        spoil=spoil_fp8, culprit="_proj.weight_scale_inv`) are missing", hint="the checkpoint is incomplete"
+    ),
     "8-bit": Case(spoil=spoil_8_bit, culprit="is stored in 8 bits (LLM.int8)", hint="--dequantize"),
     "FP4": Case(
         spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: of 4-bit formats, only NF4",

@@ -8,11 +8,16 @@ from typing import Any
 from ...errors import CheckpointError
 from ...source.source import Source
 from ..tensors import TensorMeta
+from .fp8 import FP8
 from .interface import Headers, PackedTensor, StoredFormat
 from .llm_int8 import Bitsandbytes8Bit
 from .nf4 import Bitsandbytes4Bit
 
-FORMATS: tuple[StoredFormat, ...] = (Bitsandbytes4Bit(), Bitsandbytes8Bit())
+FORMATS: tuple[StoredFormat, ...] = (
+    Bitsandbytes4Bit(),
+    Bitsandbytes8Bit(),
+    FP8(),
+)
 
 
 def logical_tensors(

@@ -1,0 +1,259 @@
+"""FP8: what is decoded, against transformers' own dequantisation and, where that fails, an independent computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ftload.loaders.checkpoint.formats.interface import PackedTensor
+from ftload.loaders.source.resolve import resolve_source
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ..conftest import Result
+from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
+from ..parity.models import write_model
+from ..parity.reference import REFERENCE_TARGETS, run_reference
+from ..parity.test_parity import TARGETS
+from ..tokenizers import write_llama
+from .fp8_models import E4M3, E8M0, Stored, pack
+
+Ftload = Callable[..., Result]
+FILE = "model.safetensors"
+VOCABULARY = 128
+
+STORED = {
+    "blocks": Stored(block=(32, 32)),
+    "channels": Stored(block=(1, 64), section={"weight_block_size": None}),
+    "tensors": Stored(
+        block=None, scales=torch.bfloat16, activation="activation_scale", section={"activation_scheme": "static"},
+        scale_shape=lambda scales: scales.reshape(()),
+    ),
+    "powers of two": Stored(block=(32, 32), scales=E8M0, section={"scale_fmt": "ue8m0"}),
+    "MXFP8": Stored(block=(1, 32), scales=torch.uint8, method="mxfp8"),
+    "FP4": Stored(block=(1, 32), scales=E8M0, codes=torch.int8),
+    "DeepSeek-V4's names": Stored(block=(32, 32), suffix="scale"),
+    "Mistral's names": Stored(block=(32, 32), suffix="qscale_weight"),
+}  # fmt: skip
+"""What transformers decodes."""
+
+
+# -- one tensor
+
+
+def opened(directory: Path, tensors: dict[str, torch.Tensor], **section: Any) -> Checkpoint:
+    """A checkpoint of these tensors, whose config.json says FP8."""
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / FILE)
+    config = {"quantization_config": {"quant_method": "fp8", **section}}
+    (directory / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(resolve_source(str(directory), None), allow_pickle=False)
+
+
+def only(checkpoint: Checkpoint) -> PackedTensor:
+    (tensor,) = checkpoint.tensors.values()
+    assert isinstance(tensor, PackedTensor)
+    return tensor
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Bits, but for those of NaN."""
+    both = found.isnan() & expected.isnan()
+    return found.dtype == expected.dtype and bool(
+        ((found.view(torch.int16) == expected.view(torch.int16)) | both).all()
+    )
+
+
+def every_code(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes in an order that repeats in no block, all of them where there is room."""
+    codes = torch.arange(math.prod(shape)) * 167 % 256
+    return codes.to(torch.uint8).reshape(shape).view(dtype)
+
+
+def library(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """transformers' dequantisation."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    return Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
+
+
+SCALE_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, E8M0]
+
+
+def some_scales(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-2
+    if dtype in (torch.uint8, E8M0):
+        return (torch.arange(math.prod(shape)) * 37 % 255).to(torch.uint8).reshape(shape).view(dtype)
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize(
+    ("shape", "grid", "block"),
+    [
+        ((64, 96), (2, 3), (32, 32)),
+        ((64, 96), (4, 6), [128, 128]),
+        ((64, 96), (64, 3), [1, 32]),
+        ((64, 96), (64, 1), None),
+        ((64, 96), (1,), None),
+        ((64, 96), (), [128, 128]),
+        ((3, 16, 64), (3, 2, 4), (8, 16)),
+        ((3, 16, 64), (3, 1, 1), None),
+        ((3, 16, 64), (), None),
+    ],
+)
+def test_weights_are_decoded_as_transformers_does(
+    tmp_path: Path,
+    shape: tuple[int, ...],
+    grid: tuple[int, ...],
+    block: list[int] | None,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+) -> None:
+    stored = (*shape[:-1], shape[-1] // 2) if dtype == torch.int8 else shape
+    codes, scales = every_code(dtype, stored), some_scales(scale_dtype, grid)
+    checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": scales}, weight_block_size=block)
+    tensor = only(checkpoint)
+    assert (tensor.name, tensor.shape, tensor.dtype) == ("W", shape, "BF16")
+    assert tensor.tag == ("fp4" if dtype == torch.int8 else "fp8")
+    assert tensor.stored_bytes == codes.nbytes + scales.nbytes
+    expected = library(codes, scales)
+    assert expected.shape == shape
+    assert same(checkpoint.read(tensor), expected)
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((576, 160), (5, 2)), ((192, 960), (2, 8)), ((2, 192, 136), (2, 2, 2))])
+def test_the_last_block_is_smaller_where_the_grid_says_so(
+    tmp_path: Path, shape: tuple[int, ...], grid: tuple[int, ...]
+) -> None:
+    codes, scales = every_code(E4M3, shape), some_scales(torch.float32, grid)
+    checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": scales}, weight_block_size=[128, 128])
+    wide = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., : shape[-2], : shape[-1]]
+    expected = (codes.float() * wide).bfloat16()
+    assert same(checkpoint.read(only(checkpoint)), expected)
+    # transformers makes blocks of equal size of the grid, or can't
+    if shape[-2] % grid[-2] or shape[-1] % grid[-1]:
+        with pytest.raises(ValueError, match="not divisible by scale grid"):
+            library(codes, scales)
+    else:
+        assert not same(library(codes, scales), expected)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((6, 40), 6), ((3, 8, 16), 3)])
+def test_one_scale_a_channel_or_an_expert(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
+    codes, scales = every_code(E4M3, shape), some_scales(torch.float32, (count,))
+    checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": scales}, weight_block_size=None)
+    expected = (codes.float() * scales.reshape(-1, *[1] * (len(shape) - 1))).bfloat16()
+    assert same(checkpoint.read(only(checkpoint)), expected)
+
+
+def test_every_power_of_two_that_a_byte_stands_for(tmp_path: Path) -> None:
+    scales = torch.arange(255, dtype=torch.uint8).reshape(255, 1)
+    codes = torch.ones(255, 3).to(E4M3)
+    expected = torch.tensor([math.ldexp(1, b - 127) for b in range(255)]).bfloat16()[:, None].expand(255, 3)
+    for dtype in (torch.uint8, E8M0):
+        checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": scales.view(dtype)}, weight_block_size=None)
+        assert same(checkpoint.read(only(checkpoint)), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_range_of_any_weight(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([E4M3, torch.float8_e5m2, torch.int8]))
+    scale_dtype = data.draw(st.sampled_from(SCALE_DTYPES))
+    size = st.integers(1, 20)
+    experts, rows, columns = data.draw(st.integers(1, 3)), data.draw(size), data.draw(size)
+    height, width = data.draw(size), data.draw(size)
+    per_byte = 2 if dtype == torch.int8 else 1
+    grid = (experts, -(-rows // height), -(-columns * per_byte // width))
+    codes, scales = every_code(dtype, (experts, rows, columns)), some_scales(scale_dtype, grid)
+    directory = tmp_path_factory.mktemp("any")
+    checkpoint = opened(directory, {"W": codes, "W_scale_inv": scales}, weight_block_size=[height, width])
+    tensor = only(checkpoint)
+    unpacked = codes.float() if per_byte == 1 else library(codes, torch.ones(())).float()
+    as_floats = torch.exp2(scales.float() - 127) if scale_dtype == torch.uint8 else scales.float()
+    wide = as_floats.repeat_interleave(height, -2).repeat_interleave(width, -1)[:, :rows, : columns * per_byte]
+    expected = (unpacked * wide).bfloat16()
+    assert same(checkpoint.read(tensor), expected)
+    flat = expected.flatten()
+    begin = data.draw(st.integers(0, len(flat)))
+    end = data.draw(st.integers(begin, len(flat)))
+    assert same(checkpoint.values(tensor, begin, end), flat[begin:end])
+    elements = data.draw(st.integers(1, len(flat) + 5))
+    chunks = list(checkpoint.chunks(tensor, elements))
+    assert all(len(chunk) == elements for chunk in chunks[:-1])
+    assert same(torch.cat(chunks), flat)
+
+
+# -- whole models
+
+
+def write_source(directory: Path, architecture: str, stored: Stored, *, rows: int = 128, shards: bool = False) -> None:
+    write_model(directory, architecture, vocab_size=rows, dtype="bfloat16", shards=shards)
+    pack(directory, stored)
+    write_llama(directory, vocab_size=VOCABULARY)
+
+
+def reference(source: Path, output: Path, strategy: str, architecture: str) -> None:
+    """What the libraries make of a source; they quantise no FP8 checkpoint, so of a decoded one."""
+    decode = transformers.FineGrainedFP8Config(dequantize=True)
+    options = {"tokenizer_size": VOCABULARY + 1, "targets": TARGETS.get(architecture, REFERENCE_TARGETS)}
+    if strategy != "qlora":
+        run_reference(source, output, strategy=strategy, quantization_config=decode, **options)
+        return
+    decoded = output.with_name("decoded")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=decode)
+    model.save_pretrained(decoded)
+    run_reference(decoded, output, strategy=strategy, **options)
+
+
+FLAGS = {
+    "standard": ("--no_use_lora",),
+    "lora": ("--use_lora", "--base", "copy"),
+    "qlora": ("--use_qlora", "--min_quantized", "0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "shards", "rows"),
+    [
+        ("llama", "blocks", True, 128),
+        ("llama", "tensors", False, 144),
+        ("llama", "FP4", False, 144),
+        ("llama", "Mistral's names", False, 144),
+        ("qwen3", "channels", False, 128),
+        ("qwen3", "powers of two", True, 144),
+        ("qwen3", "MXFP8", False, 144),
+        ("qwen3_moe", "blocks", True, 128),
+        ("qwen3_moe", "DeepSeek-V4's names", False, 144),
+    ],
+)
+def test_every_strategy_equals_the_reference(
+    ftload: Ftload, tmp_path: Path, architecture: str, kind: str, shards: bool, rows: int
+) -> None:
+    source = tmp_path / "source"
+    write_source(source, architecture, STORED[kind], rows=rows, shards=shards)
+    assert len(list(source.glob("*.safetensors"))) > 1 if shards else (source / FILE).exists()
+    for strategy, flags in FLAGS.items():
+        out = tmp_path / strategy
+        result = ftload(
+            "prepare", "--model", source, "--output_dir", out, "--lora_rank", 8, "--embedding_init", "reference", *flags
+        )
+        assert result.code == 0, result.err
+        theirs = tmp_path / f"reference-{strategy}"
+        reference(source, theirs, strategy, architecture)
+        assert_same_tensors(out, theirs)
+        for name in ("config.json", "generation_config.json"):
+            assert_same_json(out / name, theirs / name, pad_token_id=VOCABULARY)
+        if strategy != "standard":
+            assert_same_tensors(out / "adapter", theirs / "adapter")
+            assert_same_adapter_config(out / "adapter", theirs / "adapter")
