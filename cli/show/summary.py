@@ -134,6 +134,12 @@ def in_training(parameters: Parameters) -> str:
 def details(report: Described) -> list[tuple[str, str]]:
     """What was done to the model, each with its name: of a report or a plan."""
     details = []
+    packed: dict[str, int] = {}
+    for row in report.source.stored or ():
+        if row.format is not None:
+            packed[row.format] = packed.get(row.format, 0) + row.parameters
+    for name, parameters in packed.items():
+        details.append(("source", f"{parameters:,} parameters stored as {name}"))
     rows = report.embeddings
     if rows.resized:
         details.append(("embeddings", f"{rows.rows_before:,} → {rows.rows_after:,} rows ({rows.init})"))

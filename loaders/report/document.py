@@ -53,6 +53,21 @@ class SourceFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceTotals:
+    """How the checkpoint stored the tensors of one component, and what those add up to."""
+
+    component: ComponentName
+    format: str | None
+    """What they were packed in, such as `bitsandbytes 4-bit`; None for what is stored as it is."""
+    dtype: str
+    """As it was stored: torch's name, or the format's own."""
+    tensors: Count
+    """As the model knows them: what one is packed in counts once."""
+    parameters: Count
+    bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """Where the model came from."""
 
@@ -70,6 +85,8 @@ class Source:
     model_type: str
     files: tuple[SourceFile, ...]
     """The files that were used."""
+    stored: tuple[SourceTotals, ...] | None = absent_before("0.2")
+    """How it was stored, by component."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.tensors import DTYPE_CODES
+from ..checkpoint.formats.interface import PackedTensor
+from ..checkpoint.tensors import DTYPE_CODES, TensorMeta
 from ..model.config import settings_hash
 from ..plan.plan import Plan
 from ..source.file_names import config_file_names, tokenizer_file_names
@@ -54,6 +55,7 @@ def describe(plan: Plan) -> Described:
                 for file in sorted(source.files, key=lambda file: file.path)
                 if file.path in used
             ),
+            stored=_source_totals(plan),
         ),
         arguments=reported_arguments(plan.request.arguments),
         base=plan.base,
@@ -210,6 +212,26 @@ def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
     if dtype == tensor.counted_as:
         return tensor
     return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
+
+
+def _source_totals(plan: Plan) -> tuple[document.SourceTotals, ...]:
+    """How the checkpoint stores what the model is made of."""
+    sources = {source.name: (source, tensor.component) for tensor in plan.skeleton.tensors for source in tensor.sources}
+    groups: dict[tuple[str, str | None, str], list[TensorMeta]] = {}
+    for source, component in sources.values():
+        form = source.format.name if isinstance(source, PackedTensor) else None
+        groups.setdefault((component, form, source.counted_as), []).append(source)
+    return tuple(
+        document.SourceTotals(
+            component=component,
+            format=form,
+            dtype=dtype,
+            tensors=len(group),
+            parameters=sum(source.parameters for source in group),
+            bytes=sum(source.stored_bytes for source in group),
+        )
+        for (component, form, dtype), group in sorted(groups.items(), key=lambda item: [*map(str, item[0])])
+    )
 
 
 def _group(tensors: list[OutputTensor]) -> dict[str, document.TensorTotals]:

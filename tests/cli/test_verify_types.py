@@ -57,7 +57,7 @@ def test_what_claims_to_be_4_bit_and_is_not(ftload: Ftload, tmp_path: Path) -> N
     result = ftload("prepare", "--model", model, "--output_dir", tmp_path / "no", "--use_qlora")
     assert result.code == 4
     assert (
-        f"config.json of `{model}` says bitsandbytes NF4, but no tensor is stored so: "
+        f"config.json of `{model}` says bitsandbytes 4-bit, but no tensor is stored so: "
         "`model.layers.0.mlp.down_proj.weight` is not"
     ) in result.err
 

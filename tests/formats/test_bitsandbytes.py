@@ -83,6 +83,13 @@ def test_what_is_decoded_is_what_transformers_dequantises(
     assert result.code == 0, result.err
     found, expected = read_tensors(out), dequantised(model)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    stored = json.loads((out / "ftload_report.json").read_text())["source"]["stored"]
+    names = {"int8": ("bitsandbytes LLM.int8", "int8"), "fp4": ("bitsandbytes 4-bit", "fp4")}
+    packed = {(row["format"], row["dtype"]) for row in stored if row["component"] in ("attention", "mlp")}
+    assert {row for row in packed if row[0]} == {names.get(kind, ("bitsandbytes 4-bit", "nf4"))}
+    assert {row["dtype"] for row in stored if row["format"] is None} == {"bfloat16"}
+    assert sum(row["parameters"] for row in stored) == sum(meta.parameters for meta in opened(model).tensors.values())
+    assert f"parameters stored as {names.get(kind, ('bitsandbytes 4-bit',))[0]}" in result.out
     layers = {name for name, meta in opened(model).tensors.items() if hasattr(meta, "parts")}
     assert len(layers) == (14 if architecture == "llama" else 8)
     for name, value in found.items():

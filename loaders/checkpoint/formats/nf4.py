@@ -163,7 +163,7 @@ class Packed4Bit(PackedTensor):
 class Bitsandbytes4Bit:
     """NF4, and FP4 to be shown or decoded: no training starts from that."""
 
-    name: str = "bitsandbytes NF4"
+    name: str = "bitsandbytes 4-bit"
     method: str = "bitsandbytes"
     kind: str = "4-bit"
 
