@@ -89,19 +89,21 @@ class Checkpoint:
         return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
 
     def _decoded(self, tensor: PackedTensor, elements: int) -> Iterator[Tensor]:
-        """Chunks of `elements`, cut out of whole tiles."""
+        """Chunks of `elements`, cut out of whole tiles: copies, so that no tile is held while the next is decoded."""
         import torch
 
         step = max(tensor.tile, elements // tensor.tile * tensor.tile)
-        rest = None
+        rest = torch.empty(0, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
         for begin in range(0, tensor.parameters, step):
             values = tensor.values(begin, min(begin + step, tensor.parameters), self._reader.values)
-            if rest is not None:
-                values = torch.cat((rest, values))
-            pieces = values.split(elements)
-            rest = pieces[-1] if pieces[-1].numel() < elements else None
-            yield from pieces[:-1] if rest is not None else pieces
-        if rest is not None:
+            taken = 0
+            while (end := taken + elements - rest.numel()) <= values.numel():
+                whole = rest.numel() == 0 and elements == values.numel()
+                yield values if whole else torch.cat((rest, values[taken:end]))
+                taken, rest = end, rest[:0]
+            rest = torch.cat((rest, values[taken:]))
+            del values
+        if rest.numel():
             yield rest
 
     @cached_property

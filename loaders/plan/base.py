@@ -47,6 +47,10 @@ def _changes(request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, qu
         changes.append("its embeddings are resized")
     if checkpoint.source.kind == "gguf":
         changes.append("it is a GGUF file")
+    for tensor in checkpoint.packed:
+        if not tensor.stays_packed:
+            changes.append(f"its weights are stored as {tensor.format.name} (`{tensor.name}`)")
+            break
     if skeleton.left_out is not None:
         changes.append(f"it is a `{skeleton.left_out.whole}`")
     if checkpoint.pickled:

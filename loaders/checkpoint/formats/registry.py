@@ -11,12 +11,14 @@ from ..tensors import TensorMeta
 from .fp8 import FP8
 from .interface import Headers, PackedTensor, StoredFormat
 from .llm_int8 import Bitsandbytes8Bit
+from .mxfp4 import Mxfp4
 from .nf4 import Bitsandbytes4Bit
 
 FORMATS: tuple[StoredFormat, ...] = (
     Bitsandbytes4Bit(),
     Bitsandbytes8Bit(),
     FP8(),
+    Mxfp4(),
 )
 
 
