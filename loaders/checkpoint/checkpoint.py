@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError
 from ..source.source import Source
 from .formats.interface import PackedTensor
-from .formats.plain import PlainReader
 from .formats.registry import logical_tensors
 from .json_files import absent_error, read_json
 from .pickles import Placed, read_pickle
+from .plain import PlainReader
 from .safetensors_header import read_header
 from .tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError, SourceError
-from ...source.source import Source
-from ..tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
+from ..errors import CheckpointError, SourceError
+from ..source.source import Source
+from .tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
