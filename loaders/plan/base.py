@@ -53,6 +53,9 @@ def _changes(request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, qu
             break
     if skeleton.left_out is not None:
         changes.append(f"it is a `{skeleton.left_out.whole}`")
+    decoded = next((tensor for tensor in checkpoint.packed if not tensor.stays_packed), None)
+    if decoded is not None:
+        changes.append(f"its weights are stored as {decoded.format.name}")
     if checkpoint.pickled:
         changes.append("it is pickled")
     if request.config_name is not None or request.config_overrides:

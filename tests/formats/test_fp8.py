@@ -16,7 +16,7 @@ from ftload.loaders.checkpoint.formats.interface import PackedTensor
 from ftload.loaders.source.resolve import resolve_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
@@ -257,3 +257,45 @@ def test_every_strategy_equals_the_reference(
         if strategy != "standard":
             assert_same_tensors(out / "adapter", theirs / "adapter")
             assert_same_adapter_config(out / "adapter", theirs / "adapter")
+
+
+def test_lora_gets_a_decoded_base_of_its_own(ftload: Ftload, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_source(source, "llama", STORED["blocks"], rows=144)
+    words = ["prepare", "--model", source, "--use_lora", "--output_dir"]
+    assert ftload(*words, tmp_path / "out").code == 0
+    report = json.loads((tmp_path / "out" / "ftload_report.json").read_text())
+    assert report["base"] == "copy"
+    assert report["parameters"]["by_dtype"].keys() == {"bfloat16", "float32"}
+    refused = ftload(*words, tmp_path / "other", "--base", "reference")
+    assert refused.code == 2
+    assert "the original can't serve as the base: its weights are stored as FP8" in refused.err
+
+
+@pytest.mark.parametrize("kind", ["blocks", "FP4"])
+def test_plan_and_inspect_count_logical_parameters(ftload: Ftload, tmp_path: Path, kind: str) -> None:
+    source, decoded = tmp_path / "source", tmp_path / "decoded"
+    write_model(decoded, "llama", vocab_size=144, dtype="bfloat16")
+    write_llama(decoded, vocab_size=VOCABULARY)
+    write_source(source, "llama", STORED[kind], rows=144)
+    found, expected = (json.loads(ftload("inspect", model, "--json").out) for model in (source, decoded))
+    assert found["total"]["parameters"] == expected["total"]["parameters"]
+    tag = "fp4" if kind == "FP4" else "fp8"
+    assert found["by_dtype"][tag]["tensors"] == 14
+    assert found["by_dtype"][tag]["parameters"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert found["quantization"]["method"] == "fp8"
+    plans = [json.loads(ftload("plan", "--model", model, "--use_qlora", "--json").out) for model in (source, decoded)]
+    assert plans[0]["parameters"] == plans[1]["parameters"]
+
+
+def test_what_is_not_fp8_stays_as_it_is(ftload: Ftload, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_source(source, "llama", STORED["blocks"], rows=144)
+    before = load_file(source / FILE)
+    assert ftload("prepare", "--model", source, "--output_dir", tmp_path / "out").code == 0
+    after = load_file(tmp_path / "out" / FILE)
+    plain = [name for name, value in before.items() if value.dtype == torch.bfloat16]
+    assert len(plain) == 7
+    assert all(torch.equal(before[name], after[name]) for name in plain)
+    assert after.keys() == {name for name in before if not name.endswith("_scale_inv")}
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

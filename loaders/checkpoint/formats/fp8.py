@@ -182,6 +182,9 @@ _SCALE_NAMES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 _ACTIVATION_NAMES = ("_activation_scale", ".activation_scale", ".input_scale", ".qscale_act")
 """What activations are multiplied by before they meet FP8 weights: of no use with decoded ones."""
 
+_OWNERS = {"_scale_inv": "", "weight_scale": "weight", ".qscale_weight": ".weight"}
+"""How names of scales end, which nothing else has, and their weights' in the place of that."""
+
 
 def _beside(codes: TensorMeta, suffixes: tuple[str, ...], tensors: Mapping[str, TensorMeta]) -> tuple[TensorMeta, ...]:
     """What is stored beside a weight under names with these suffixes."""
@@ -197,10 +200,10 @@ def _beside(codes: TensorMeta, suffixes: tuple[str, ...], tensors: Mapping[str, 
 def _check_orphans(tensors: Mapping[str, TensorMeta], used: set[str]) -> None:
     """Raise `CheckpointError` for scales that no weight has."""
     for scale in tensors.values():
-        if scale.name in used or not scale.name.endswith(("_scale_inv", "weight_scale", ".qscale_weight")):
+        of = next(((end, whose) for end, whose in _OWNERS.items() if scale.name.endswith(end)), None)
+        if of is None or scale.name in used:
             continue
-        stem = scale.name.removesuffix("_inv").removesuffix("_scale").removesuffix(".qscale_weight")
-        weight = stem if stem in tensors else f"{stem}.weight"
+        weight = scale.name.removesuffix(of[0]) + of[1]
         found = f"is {TORCH_NAMES[tensors[weight].dtype]}, not FP8" if weight in tensors else "is missing"
         raise CheckpointError(
             f"tensor `{scale.name}` of `{scale.file}` holds the scales of `{weight}`, which {found}",
