@@ -45,6 +45,12 @@ _LIBRARIES = {
         on_gpu=True,
     ),
     "gguf": _Library(module="gguf", fix="pip install 'ftload[gguf]'", purpose="only .gguf files need it"),
+    "compressed-tensors": _Library(
+        module="compressed_tensors",
+        fix="pip install 'ftload[compressed-tensors]'",
+        imports=("torch", "transformers"),
+        purpose="only checkpoints of compressed-tensors need it",
+    ),
 }
 """What is tried, by distribution; each after those that it imports."""
 

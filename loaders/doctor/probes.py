@@ -176,6 +176,7 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "triton": _import("triton.language"),
     "flash-attn": _flash_attention,
     "gguf": _import("gguf"),
+    "compressed-tensors": _import("compressed_tensors.compressors"),
     "hub": _hub,
 }
 """By distribution."""

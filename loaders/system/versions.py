@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _REPORTED = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "huggingface_hub",
-    "liger-kernel", "flash-attn", "gguf", "numpy",
+    "liger-kernel", "flash-attn", "gguf", "compressed-tensors", "numpy",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...source.source import Source
 from ..tensors import TensorMeta
+from .compressed_tensors import CompressedTensors
 from .fp8 import FP8
 from .interface import Headers, PackedTensor, StoredFormat
 from .llm_int8 import Bitsandbytes8Bit
@@ -17,6 +18,7 @@ from .nf4 import Bitsandbytes4Bit
 FORMATS: tuple[StoredFormat, ...] = (
     Bitsandbytes4Bit(),
     Bitsandbytes8Bit(),
+    CompressedTensors(),
     FP8(),
     Mxfp4(),
 )
