@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from .checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
 from .decision import Decision
 from .flags.request import Request, resolve_request
 from .flags.strict import check_strict
-from .model.gguf import dequantise
+from .model.gguf import open_gguf
 from .model.skeleton import build_skeleton
 from .plan.configuration import read_configuration
 from .plan.plan import Plan
@@ -89,7 +88,7 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
                 return _up_to_date(run, request, finished)
             run.make_scratch()
             with read_ahead(_certain_weights(run, request, sources.model), available_memory_bytes() // 2):
-                plan, encode = _fit_to_machine(run, read_and_plan(request, sources, run.scratch, watch))
+                plan, encode = _fit_to_machine(run, read_and_plan(request, sources, watch))
             if request.strict:
                 check_strict(plan.decisions)
             written = write_weights(run, plan, encode)
@@ -116,37 +115,32 @@ class PlanOutcome:
 def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) -> PlanOutcome:
     """What `prepare` would write, what it takes, and what training takes then.
 
-    Reads headers; of a repository nothing else travels but the configuration and the tokenizer. A GGUF file is
-    dequantised, in a temporary directory, as its tensors are not known otherwise. Raises what `prepare` would.
+    Reads headers; of a repository nothing else travels but the configuration and the tokenizer. Raises what `prepare`
+    would.
     """
     from .memory.estimate import compare_methods
 
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
     sources = resolve_sources(request)
-    with tempfile.TemporaryDirectory(prefix="ftload-plan-") as scratch:
-        plan = read_and_plan(request, sources, Path(scratch), Stopwatch(progress), headers_only=True)
-        if request.strict:
-            check_strict(plan.decisions)
-        progress.stage("training memory")
-        return PlanOutcome(
-            plan=describe_plan(plan),
-            training_memory=compare_methods(plan, arguments.flat, sharding=_sharding(options)),
-        )
+    plan = read_and_plan(request, sources, Stopwatch(progress), headers_only=True)
+    if request.strict:
+        check_strict(plan.decisions)
+    progress.stage("training memory")
+    return PlanOutcome(
+        plan=describe_plan(plan),
+        training_memory=compare_methods(plan, arguments.flat, sharding=_sharding(options)),
+    )
 
 
-def read_and_plan(
-    request: Request, sources: Sources, scratch: Path, watch: Stopwatch, *, headers_only: bool = False
-) -> Plan:
-    """From the sources to the plan; into `scratch` a GGUF file is dequantised.
+def read_and_plan(request: Request, sources: Sources, watch: Stopwatch, *, headers_only: bool = False) -> Plan:
+    """From the sources to the plan.
 
     Reads headers, and weights in one case, unless `headers_only`: of tied parameters that are both stored
     (`model/ties.py`).
     """
-    configuration, weights = None, sources.model
-    if weights.kind != "gguf":
-        with watch.stage("config"):
-            configuration = read_configuration(request, sources, weights)
+    with watch.stage("config"):
+        configuration = read_configuration(request, sources)
     with watch.stage("tokenizer"):
         fetch_tokenizer(sources.tokenizer, trust_remote_code=request.trust_remote_code)
         tokenizer = prepare_tokenizer(
@@ -159,13 +153,14 @@ def read_and_plan(
             name=sources.tokenizer_name,
             gguf_file=sources.tokenizer.gguf_file,
         )
-    if weights.kind == "gguf":
-        with watch.stage("dequantise"):
-            weights = dequantise(weights, scratch / "gguf")
     with watch.stage("headers"):
-        checkpoint = open_checkpoint(weights, allow_pickle=request.allow_pickle, dequantize=request.dequantize)
+        if sources.gguf is not None:
+            checkpoint = open_gguf(sources.gguf)
+        else:
+            checkpoint = open_checkpoint(
+                sources.model, allow_pickle=request.allow_pickle, dequantize=request.dequantize
+            )
     with watch.stage("plan"):
-        configuration = configuration or read_configuration(request, sources, weights)
         skeleton = build_skeleton(
             checkpoint,
             without_impossible_padding(configuration.config, tokenizer.tokenizer),
@@ -228,6 +223,8 @@ def _certain_weights(run: Run, request: Request, source: Source) -> tuple[Path, 
     """
     if run.processes.count > 1 or run.staging.is_begun:
         return ()
+    if source.gguf_file is not None:
+        return (source.root / source.gguf_file,)
     if request.strategy == "lora" and request.base not in ("copy", "link"):
         return ()
     names = [file.path for file in source.files]

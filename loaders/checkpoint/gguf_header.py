@@ -76,7 +76,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            return _Reader(file, min(size, MAX_HEADER_BYTES), path.name).header(size)
+            return _Reader(file, min(size, MAX_HEADER_BYTES), str(path)).header(size)
     except OSError as error:
         raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
 

@@ -31,7 +31,7 @@ def fetch_config(source: Source) -> None:
         size = names[name].bytes
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"`{source.root / name}` is {size} bytes long")
-        _check_sizes(parse_json(source.read(name, 0, size), str(source.root / name)), str(source.root / name))
+        check_sizes(parse_json(source.read(name, 0, size), str(source.root / name)), str(source.root / name))
 
 
 _MOST = {
@@ -44,7 +44,8 @@ _MOST = {
 Without a bound, a number of a few digits makes transformers build modules, or lists of them, until memory runs out."""
 
 
-def _check_sizes(document: Any, file: str) -> None:
+def check_sizes(document: Any, file: str) -> None:
+    """Raise `CheckpointError` where a configuration asks for more than any real model has; `file` is named."""
     waiting = [document]
     while waiting:
         place = waiting.pop()

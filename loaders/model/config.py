@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, FtloadError, said_by
@@ -24,13 +24,35 @@ def load_config(
 
     Raises `CheckpointError` for an unknown or malformed configuration, and for code that was not allowed.
     """
+    from transformers import AutoConfig
+
+    def read() -> PretrainedConfig:
+        return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
+
+    return _made(read, overrides, root / "config.json")
+
+
+def config_of(
+    settings: Mapping[str, Any], *, overrides: Mapping[str, Any], shown: Path
+) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """As `load_config`, of what a `config.json` would hold; `shown` is the file that messages name."""
+    from transformers import CONFIG_MAPPING
+
+    def make() -> PretrainedConfig:
+        return CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings), **overrides)
+
+    return _made(make, overrides, shown)
+
+
+def _made(
+    make: Callable[[], PretrainedConfig], overrides: Mapping[str, Any], shown: Path
+) -> tuple[PretrainedConfig, tuple[str, ...]]:
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, **overrides)
+            config = make()
     except (
         ValueError,
         LookupError,
@@ -45,11 +67,11 @@ def load_config(
         hint = "is it a transformers model, and new enough a transformers?"
         if overrides:
             hint += " Is --additional_model_arguments right?"
-        raise _remote_code_error(error, root) or CheckpointError(
-            f"`{root / 'config.json'}` can't be used: {said_by(error)}", hint=hint
+        raise _remote_code_error(error, shown.parent) or CheckpointError(
+            f"`{shown}` can't be used: {said_by(error)}", hint=hint
         ) from error
     if not isinstance(config.dtype, torch.dtype | None):
-        raise CheckpointError(f"`{root / 'config.json'}`: `dtype` is `{config.dtype}`, which is none")
+        raise CheckpointError(f"`{shown}`: `dtype` is `{config.dtype}`, which is none")
     unknown = [name for name in overrides if not hasattr(config, name)]
     return config, tuple(f"`additional_model_arguments`: the configuration has no `{name}`" for name in unknown)
 
@@ -71,6 +93,14 @@ def load_generation_config(root: Path) -> GenerationConfig:
                 f"`{root / 'generation_config.json'}` can't be used: {said_by(error)}",
                 hint="correct it, or delete it: training does without",
             ) from error
+
+
+def generation_of(config: PretrainedConfig) -> GenerationConfig:
+    """The generation settings of a model that has no file of them: what its configuration says of generation."""
+    from transformers import GenerationConfig
+
+    with quiet_transformers():
+        return GenerationConfig.from_model_config(config)
 
 
 _NO_SETTING = frozenset({"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype"})

@@ -6,8 +6,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, said_by
+from ..source.source import Source
 from .transformers_internals import bare_names, causal_class, causal_names, is_causal, multimodal_class, remote_class
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class LoadedAs:
     """The multimodal model that the checkpoint holds, where only its language model is loaded."""
 
 
-def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool) -> LoadedAs:
+def choose_class(source: Source, config: PretrainedConfig, *, trust_remote_code: bool) -> LoadedAs:
     """The class that `AutoModelForCausalLM` would choose (transformers, models/auto/auto_factory.py).
 
     Where that class is a language model and the configuration that of a multimodal one, it gets the part for text.
@@ -35,11 +35,11 @@ def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
     if "AutoModelForCausalLM" in auto_map and (trust_remote_code or not native):
         if not trust_remote_code:
             raise CheckpointError(
-                f"`{checkpoint.source.model}` needs code of its own",
+                f"`{source.model}` needs code of its own",
                 hint="pass --trust_remote_code if you trust it",
             )
         try:
-            remote = remote_class(auto_map["AutoModelForCausalLM"], checkpoint.source.root)
+            remote = remote_class(auto_map["AutoModelForCausalLM"], source.root)
         except (OSError, ImportError, AttributeError) as error:
             raise CheckpointError(f"the model's own code can't be used: {said_by(error)}") from error
         return LoadedAs(model_class=cast("type[PreTrainedModel]", remote), config=config)
@@ -54,7 +54,7 @@ def choose_class(checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remo
     if model_class is None or (architectures and known.isdisjoint(architectures)):
         what = architectures[0] if architectures else config.model_type
         raise CheckpointError(
-            f"`{checkpoint.source.model}` is a `{what}`, not a causal language model",
+            f"`{source.model}` is a `{what}`, not a causal language model",
             hint="ftload prepares what AutoModelForCausalLM can load",
         )
     return LoadedAs(model_class=model_class, config=config if whole is None else _text_config(config), whole=whole)

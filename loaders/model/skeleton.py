@@ -73,7 +73,7 @@ def build_skeleton(
     Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
     another shape.
     """
-    loaded_as = choose_class(checkpoint, config, trust_remote_code=trust_remote_code)
+    loaded_as = choose_class(checkpoint.source, config, trust_remote_code=trust_remote_code)
     model_class, config = loaded_as.model_class, loaded_as.config
     section = _quantization_section(config)
     claimed = claimed_format(checkpoint.source, section, checkpoint.packed)

@@ -7,7 +7,7 @@ range that ftload was tested with: no bug of ftload, and nothing that a user cou
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -112,8 +112,11 @@ def generation_of_config(root: Path) -> GenerationConfig:
 class WeightMapping:
     """Renaming, merging and splitting on loading, as transformers does it. Without it: no name could be trusted."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        transforms = _find("conversion_mapping", "get_model_conversion_mapping")(model)
+    def __init__(self, model: PreTrainedModel, transforms: Sequence[Any] | None = None) -> None:
+        """With the transformations for safetensors, or with others."""
+        if transforms is None:
+            mapping: list[Any] = _find("conversion_mapping", "get_model_conversion_mapping")(model)
+            transforms = mapping
         converter, renaming = (_find("core_model_loading", name) for name in ("WeightConverter", "WeightRenaming"))
         self._rename = _find("core_model_loading", "rename_source_key")
         self._order = _find("core_model_loading", "dot_natural_key")
@@ -133,12 +136,17 @@ class WeightMapping:
         """
         found = {}
         for name in sorted(names, key=self._order):
-            target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._parameters)
-            if target not in self._parameters and name in self._parameters:
-                target, pattern = self._rename(name, [], [], self._prefix, self._parameters)
+            target, pattern = self.target(name)
             if target in self._parameters:
                 found[name] = target, pattern
         return found
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """The name that one stored name leads to, in the model or not, and the pattern on the way, if any."""
+        target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._parameters)
+        if target not in self._parameters and name in self._parameters:
+            return self._rename(name, [], [], self._prefix, self._parameters)
+        return target, pattern
 
 
 def revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,14 +316,39 @@ def gguf_is_readable() -> bool:
     return _find("utils.import_utils", "is_gguf_available")()
 
 
-def gguf_names(architecture: str, model: PreTrainedModel) -> Mapping[str, str]:
-    """The names that transformers looks for in a GGUF file, and the parameters that they become.
+def gguf_processor(architecture: str, settings: Mapping[str, Any]) -> Any:
+    """What undoes llama.cpp's changes of an architecture's tensors; `settings` are those of the model's configuration.
 
-    Empty for the architectures that it loads as it loads safetensors: there it says itself what does not fit. Without
-    it: surplus tensors, and parts of merged ones that are missing, would go unnoticed.
+    Without it, or `gguf_names`: most GGUF files could not be read.
     """
-    if _find("integrations.gguf.utils", "is_gguf_arch_supported")(architecture):
-        return {}
     module = "modeling_gguf_pytorch_utils"
-    processor = _find(module, "TENSOR_PROCESSORS").get(architecture, _find(module, "TensorProcessor"))
-    return _find(module, "get_gguf_hf_weights_map")(model, processor())
+    return _find(module, "TENSOR_PROCESSORS").get(architecture, _find(module, "TensorProcessor"))(config=settings)
+
+
+def gguf_names(model: PreTrainedModel, processor: Any) -> Mapping[str, str]:
+    """The names that transformers looks for in a GGUF file, and the parameters that they become."""
+    return _find("modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map")(model, processor)
+
+
+def gguf_transforms(architecture: str, config: PretrainedConfig) -> list[Any] | None:
+    """The renamings and conversions of an architecture that is loaded as safetensors are; None for all others.
+
+    Without it: newer architectures could not be read.
+    """
+    if not _find("integrations.gguf.utils", "is_gguf_arch_supported")(architecture):
+        return None
+    return _find("integrations.gguf.utils", "get_gguf_conversion_mapping")(architecture, config)
+
+
+def dequantise_gguf(blocks: Tensor, ggml_type: str) -> Tensor | None:
+    """Blocks (uint8) as those architectures are decoded: straight to bfloat16; None for a type that is refused there.
+
+    Without it: they would be decoded with other roundings.
+    """
+    import torch
+
+    names: dict[int, str] = _find("integrations.gguf.dequant", "GGML_NAME")
+    number = next((number for number, name in names.items() if name == ggml_type), None)
+    if number is None:
+        return None
+    return _find("integrations.gguf.dequant", "dequantize")(blocks, number, torch.bfloat16)

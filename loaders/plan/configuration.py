@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.json_files import fetch_config
 from ..flags.request import Request
-from ..model.config import load_config, load_generation_config
+from ..model.config import generation_of, load_config, load_generation_config
 from ..model.skeleton import Skeleton
-from ..source.source import Source
 from .sources import Sources
 from .vocabulary import Padding, set_padding
 
@@ -28,20 +27,24 @@ class Configuration:
     warnings: tuple[str, ...]
 
 
-def read_configuration(request: Request, sources: Sources, model: Source) -> Configuration:
-    """Read the settings of `model`, or those that `--config_name` names; code of their own comes with them.
+def read_configuration(request: Request, sources: Sources) -> Configuration:
+    """Read the settings of the model, or those that `--config_name` names; code of their own comes with them.
 
     Raises `CheckpointError` for what is malformed or unknown, and for code that was not allowed.
     """
+    model, gguf = sources.model, sources.gguf
     named = model if request.config_name is None else sources.config
-    for source in {model.root: model, named.root: named}.values():
+    for source in {source.root: source for source in (model, named) if source.gguf_file is None}.values():
         fetch_config(source)
         if request.trust_remote_code:
             source.fetch(file.path for file in source.files if file.path.endswith(".py"))
-    generation = load_generation_config(model.root)
-    config, warnings = load_config(
-        named.root, overrides=request.config_overrides, trust_remote_code=request.trust_remote_code
-    )
+    generation = load_generation_config(model.root) if gguf is None else generation_of(gguf.config()[0])
+    if gguf is not None and named is model:
+        config, warnings = gguf.config(request.config_overrides)
+    else:
+        config, warnings = load_config(
+            named.root, overrides=request.config_overrides, trust_remote_code=request.trust_remote_code
+        )
     return Configuration(config=config, generation=generation, warnings=warnings)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.trained_adapter import find_trained_adapter
 from ..errors import OutputError
 from ..flags.request import Request
+from ..model.gguf import GgufModel, read_gguf
 from ..source.resolve import resolve_source
 from ..source.source import Source
 from ..tokenizer.tokenizer import resolve_tokenizer_source
@@ -29,6 +30,11 @@ class Sources:
     def trained_adapter(self) -> str | None:
         """The configuration of a trained adapter beside the model; read once, however many plans are made."""
         return find_trained_adapter(self.model)
+
+    @cached_property
+    def gguf(self) -> GgufModel | None:
+        """The header of the GGUF file that the model is; read once."""
+        return None if self.model.gguf_file is None else read_gguf(self.model)
 
     @property
     def all(self) -> tuple[Source, ...]:

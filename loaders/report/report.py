@@ -137,8 +137,6 @@ def reported_arguments(arguments: Arguments) -> dict[str, document.Argument]:
 
 def _used_files(plan: Plan) -> set[str]:
     source = plan.source
-    if source.gguf_file is not None:
-        return {source.gguf_file}
     return {
         *config_file_names(source.files),
         *plan.checkpoint.weight_files,

@@ -17,4 +17,4 @@ def make_plan(model: Path, work: Path, *flags: str) -> tuple[Plan, FlatArguments
     """The plan for a model, and the training script's arguments that it was asked with."""
     arguments = parse_arguments(["--model", str(model), "--output_dir", str(work / "out"), *flags])
     request = resolve_request(arguments)
-    return read_and_plan(request, resolve_sources(request), work, Stopwatch(Silent())), arguments.flat
+    return read_and_plan(request, resolve_sources(request), Stopwatch(Silent())), arguments.flat
