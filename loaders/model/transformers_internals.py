@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingRequirementError
@@ -327,7 +328,14 @@ def gguf_processor(architecture: str, settings: Mapping[str, Any]) -> Any:
 
 def gguf_names(model: PreTrainedModel, processor: Any) -> Mapping[str, str]:
     """The names that transformers looks for in a GGUF file, and the parameters that they become."""
-    return _find("modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map")(model, processor)
+    import gguf
+
+    find, build = _find("modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map"), gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(build)  # it is asked for the same table at every module of the model
+    try:
+        return find(model, processor)
+    finally:
+        gguf.get_tensor_name_map = build
 
 
 def gguf_transforms(architecture: str, config: PretrainedConfig) -> list[Any] | None:
