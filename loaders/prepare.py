@@ -18,7 +18,7 @@ from .checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
 from .decision import Decision
 from .flags.request import Request, resolve_request
 from .flags.strict import check_strict
-from .model.gguf import open_gguf
+from .model.gguf.checkpoint import open_gguf
 from .model.skeleton import build_skeleton
 from .plan.configuration import read_configuration
 from .plan.plan import Plan

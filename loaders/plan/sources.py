@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint.trained_adapter import find_trained_adapter
 from ..errors import OutputError
 from ..flags.request import Request
-from ..model.gguf import GgufModel, read_gguf
+from ..model.gguf.checkpoint import GgufModel, read_gguf
 from ..source.resolve import resolve_source
 from ..source.source import Source
 from ..tokenizer.tokenizer import resolve_tokenizer_source

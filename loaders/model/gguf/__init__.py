@@ -1,0 +1,1 @@
+"""GGUF files as checkpoints, by what transformers makes of them."""
