@@ -18,6 +18,7 @@ from .checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
 from .decision import Decision
 from .flags.request import Request, resolve_request
 from .flags.strict import check_strict
+from .merge.merge import merge
 from .model.gguf.checkpoint import open_gguf
 from .model.skeleton import build_skeleton
 from .plan.configuration import read_configuration
@@ -158,17 +159,27 @@ def read_and_plan(request: Request, sources: Sources, watch: Stopwatch, *, heade
             checkpoint = open_gguf(sources.gguf)
         else:
             checkpoint = open_checkpoint(
-                sources.model, allow_pickle=request.allow_pickle, dequantize=request.dequantize
+                sources.model,
+                allow_pickle=request.allow_pickle,
+                dequantize=request.dequantize or bool(sources.adapters),
             )
     with watch.stage("plan"):
-        skeleton = build_skeleton(
+        merged = merge(
             checkpoint,
+            configuration.config,
+            sources.adapters,
+            trust_remote_code=request.trust_remote_code,
+            headers_only=headers_only,
+        )
+        configuration = replace(configuration, config=merged.config)
+        skeleton = build_skeleton(
+            merged.checkpoint,
             without_impossible_padding(configuration.config, tokenizer.tokenizer),
             trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"],
             headers_only=headers_only,
         )
-        return make_plan(request, sources, configuration, tokenizer, checkpoint, skeleton)
+        return make_plan(request, sources, configuration, tokenizer, merged, skeleton)
 
 
 def _check_place(request: Request) -> None:

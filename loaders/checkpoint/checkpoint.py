@@ -76,9 +76,7 @@ class Checkpoint:
         """
         if not isinstance(tensor, PackedTensor):
             return self._reader.values(tensor, begin, end)
-        first = begin // tensor.tile * tensor.tile
-        last = min(-(-end // tensor.tile) * tensor.tile, tensor.parameters)
-        return tensor.values(first, last, self._reader.values)[begin - first : end - first]
+        return tensor.part(begin, end, self._reader.values)
 
     def read(self, tensor: TensorMeta) -> Tensor:
         """The whole tensor, in the dtype and shape of its values."""

@@ -213,6 +213,11 @@ class OwnOptions:
     max_shard_size: str = field("5GB", OUTPUT, "Largest weight file, e.g. 500MB or 2GiB")
     max_memory: str = field("2GB", OUTPUT, "Memory for the tensors that are being worked on")
     allow_pickle: bool = field(False, MODEL, "Read .bin files where there is no safetensors file")
+    merge_adapter: list[str] | None = field(
+        None,
+        MODEL,
+        "Trained adapters to merge into the model, one after another; --model defaults to their base",
+    )
     dequantize: bool = field(False, MODEL, "Decode a bitsandbytes checkpoint (NF4, FP4, LLM.int8) to bfloat16")
     quiet: bool = field(False, OUTPUT, "Show no progress and no closing table")
     debug: bool = field(False, OUTPUT, "Show a traceback with errors")

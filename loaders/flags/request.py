@@ -24,7 +24,10 @@ class Request:
     arguments: Arguments
     """All flags as they were given: for the report."""
     tokenizer: TokenizerConfig
-    model: str
+    model: str | None
+    """None for the base of the first adapter that is merged."""
+    merge_adapters: tuple[str, ...]
+    """Trained adapters, as they were named, in the order in which they are merged."""
     revision: str | None
     config_name: str | None
     config_overrides: Mapping[str, Any]
@@ -69,13 +72,17 @@ def resolve_request(arguments: Arguments) -> Request:
     from .training_refusals import training_warnings
 
     flat, own = arguments.flat, arguments.own
-    if not flat.model_name_or_path:
+    adapters = tuple(own.merge_adapter or ())
+    if not flat.model_name_or_path and not adapters:
         raise UsageError("no model is given", hint="pass --model with a hub id, a directory or a .gguf file")
-    for flag, value in (("--model", flat.model_name_or_path), ("--output_dir", flat.output_dir)):
+    texts = [("--model", flat.model_name_or_path or ""), ("--output_dir", flat.output_dir)]
+    for flag, value in (*texts, *(("--merge_adapter", name) for name in adapters)):
         if not value.isascii() and value != value.encode(errors="replace").decode():
             # the report, the configuration and the adapter are UTF-8 and name both
             raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
-    model, revision = repository_of(flat.model_name_or_path, flat.model_revision)
+    model, revision = None, flat.model_revision
+    if flat.model_name_or_path:
+        model, revision = repository_of(flat.model_name_or_path, revision)
     decisions = []
     if flat.use_qlora and not flat.use_lora:
         asked = "true" if arguments.origins["use_lora"] == "default" else "false"
@@ -120,6 +127,7 @@ def resolve_request(arguments: Arguments) -> Request:
         arguments=arguments,
         tokenizer=arguments.tokenizer,
         model=model,
+        merge_adapters=adapters,
         revision=revision,
         config_name=flat.config_name,
         config_overrides=_overrides(flat.additional_model_arguments),

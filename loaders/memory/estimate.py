@@ -102,7 +102,7 @@ def _other_plan(plan: Plan, method: str) -> Plan:
     if name == plan.strategy.name:
         return plan
     request = replace(plan.request, strategy=name, base="copy")
-    return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.checkpoint, plan.skeleton)
+    return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.merged, plan.skeleton)
 
 
 def _length(plan: Plan, flags: FlatArguments) -> tuple[int, str]:

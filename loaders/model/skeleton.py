@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.formats.interface import StoredFormat
 from ..checkpoint.formats.registry import claimed_format
 from ..errors import CheckpointError, said_by
 from ..system.quiet import quiet_transformers
@@ -73,17 +74,10 @@ def build_skeleton(
     Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
     another shape.
     """
-    loaded_as = choose_class(checkpoint.source, config, trust_remote_code=trust_remote_code)
-    model_class, config = loaded_as.model_class, loaded_as.config
-    section = _quantization_section(config)
-    claimed = claimed_format(checkpoint.source, section, checkpoint.packed)
-    most_parts = PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
-    left_out = None
-    if loaded_as.whole is not None:
-        with building(loaded_as.whole.model_class, most_parts):
-            left_out = find_left_out(checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config))
-    model, groups, warnings = _load(checkpoint, loaded_as, left_out, most_parts)
-    warnings += tie_equal_weights(checkpoint, model, groups, headers_only=headers_only)
+    loaded = load_headers(checkpoint, config, trust_remote_code=trust_remote_code, headers_only=headers_only)
+    model, groups, warnings, left_out = loaded.model, loaded.groups, list(loaded.warnings), loaded.left_out
+    model_class, config, most_parts = type(model), loaded.config, _most_parts(checkpoint)
+    section, claimed = loaded.section, loaded.claimed
     if unknown_to_auto(config):
         warnings.append(
             f"AutoModelForCausalLM can't load a `{config.model_type}` by itself: load what is written with "
@@ -93,7 +87,10 @@ def build_skeleton(
     embedding, head = _embedding_names(model)
     shapes_before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     rows_before = shapes_before[embedding][0]
-    rows_after = _grow(model, rows_before, tokenizer_size)
+    rows_after = rows_before
+    if tokenizer_size > rows_before:
+        rows_after = max(rows_before, -(-tokenizer_size // 8) * 8)
+        resize_embeddings(model, rows_after)
     with building(model_class, most_parts):
         fresh = empty_model(model_class, model.config)
     if rows_after > rows_before:
@@ -148,6 +145,58 @@ def build_skeleton(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedHeaders:
+    """A checkpoint's headers, loaded into a model on `meta` as it stands."""
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    """That the class takes."""
+    section: dict[str, Any] | None
+    """Its `quantization_config`."""
+    claimed: StoredFormat | None
+    """The format that this means."""
+    groups: tuple[Group, ...]
+    """What its stored tensors become."""
+    left_out: LeftOut | None
+    warnings: tuple[str, ...]
+
+    @property
+    def embedding(self) -> str:
+        """Name of the input embedding's parameter."""
+        return _embedding_names(self.model)[0]
+
+    @property
+    def head(self) -> str | None:
+        """Name of the output embedding's parameter."""
+        return _embedding_names(self.model)[1]
+
+
+def load_headers(
+    checkpoint: Checkpoint, config: PretrainedConfig, *, trust_remote_code: bool, headers_only: bool = False
+) -> LoadedHeaders:
+    """Load the headers of `checkpoint` into a model, and tie what is equal. Reads and raises as `build_skeleton`."""
+    loaded_as = choose_class(checkpoint.source, config, trust_remote_code=trust_remote_code)
+    section = _quantization_section(loaded_as.config)
+    claimed = claimed_format(checkpoint.source, section, checkpoint.packed)
+    most_parts = _most_parts(checkpoint)
+    left_out = None
+    if loaded_as.whole is not None:
+        with building(loaded_as.whole.model_class, most_parts):
+            left_out = find_left_out(checkpoint, empty_model(loaded_as.whole.model_class, loaded_as.whole.config))
+    model, groups, warnings = _load(checkpoint, loaded_as, left_out, most_parts)
+    warnings += tie_equal_weights(checkpoint, model, groups, headers_only=headers_only)
+    return LoadedHeaders(
+        model=model, config=loaded_as.config, section=section, claimed=claimed, groups=tuple(groups),
+        left_out=left_out, warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def _most_parts(checkpoint: Checkpoint) -> int:
+    """Modules and parameters that the model may have."""
+    return PARTS_A_TENSOR * len(checkpoint.tensors) + LEAST_PARTS
+
+
 def _load(
     checkpoint: Checkpoint, loaded_as: LoadedAs, left_out: LeftOut | None, most_parts: int
 ) -> tuple[PreTrainedModel, list[Group], list[str]]:
@@ -167,15 +216,11 @@ def _load(
     return model, groups, warnings
 
 
-def _grow(model: PreTrainedModel, rows: int, tokenizer_size: int) -> int:
-    """Give the embeddings a row for each token, to a multiple of 8, where they have too few; returns their rows."""
-    if tokenizer_size <= rows:
-        return rows
-    grown = max(rows, -(-tokenizer_size // 8) * 8)
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give the embeddings so many rows, without values."""
     initialise_nothing(model)
     with quiet_transformers():
-        model.resize_token_embeddings(grown, mean_resizing=False)
-    return grown
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _state_to_save(model: PreTrainedModel, *, is_grown: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
+from ..checkpoint.tensors import TensorMeta
 from .tensor_map import Group
 from .transformers_internals import tied_weights
 
@@ -97,9 +97,5 @@ def _elements(pieces: Iterable[tuple[int, int]]) -> int:
 
 
 def _pieces(checkpoint: Checkpoint, tensor: TensorMeta) -> Iterator[Tensor]:
-    import torch
-
-    dtype, size = getattr(torch, TORCH_NAMES[tensor.dtype]), ITEM_BYTES[tensor.dtype]
     for begin, end in _sample(tensor):
-        data = checkpoint.source.read(tensor.file, tensor.begin + begin * size, tensor.begin + end * size)
-        yield torch.frombuffer(bytearray(data), dtype=dtype)
+        yield checkpoint.values(tensor, begin, end)

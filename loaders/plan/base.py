@@ -43,19 +43,17 @@ def _changes(request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, qu
     changes = []
     if quantised:
         changes.append("it is quantised")
+    if request.merge_adapters:
+        changes.append("an adapter is merged into it")
     if skeleton.rows_after != skeleton.rows_before:
         changes.append("its embeddings are resized")
     if checkpoint.source.kind == "gguf":
         changes.append("it is a GGUF file")
-    for tensor in checkpoint.packed:
-        if not tensor.stays_packed:
-            changes.append(f"its weights are stored as {tensor.format.name} (`{tensor.name}`)")
-            break
     if skeleton.left_out is not None:
         changes.append(f"it is a `{skeleton.left_out.whole}`")
     decoded = next((tensor for tensor in checkpoint.packed if not tensor.stays_packed), None)
-    if decoded is not None:
-        changes.append(f"its weights are stored as {decoded.format.name}")
+    if decoded is not None and decoded.format is not None:
+        changes.append(f"its weights are stored as {decoded.format.name} (`{decoded.name}`)")
     if checkpoint.pickled:
         changes.append("it is pickled")
     if request.config_name is not None or request.config_overrides:

@@ -15,6 +15,7 @@ from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..flags.request import Request
 from ..liger import Kernels
+from ..merge.merge import Merge
 from ..model.skeleton import Skeleton
 from ..source.source import Source
 from ..steps.coverage import Coverage
@@ -44,6 +45,8 @@ class Plan:
     configuration: Configuration
     tokenizer: PreparedTokenizer
     checkpoint: Checkpoint
+    merged: Merge
+    """The trained adapters that are in the checkpoint's tensors."""
     skeleton: Skeleton
     steps: tuple[Step, ...]
     """All tensors of the base, whether they are written or not."""

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from ..adapter.interface import Adapter
-from ..checkpoint.checkpoint import Checkpoint
 from ..decision import Decision
 from ..errors import ResourceError
 from ..flags.request import Request
 from ..liger import resolve_kernels
+from ..merge.merge import Merge
 from ..model.skeleton import Skeleton
 from ..model.tensor_map import ModelTensor
 from ..model.transformers_internals import attention_support
@@ -34,18 +34,18 @@ def make_plan(
     sources: Sources,
     configuration: Configuration,
     tokenizer: PreparedTokenizer,
-    checkpoint: Checkpoint,
+    merged: Merge,
     skeleton: Skeleton,
 ) -> Plan:
     """Decide everything. Raises the error that carrying out the plan would run into, before anything is written."""
-    strategy = STRATEGIES[request.strategy]
+    strategy, checkpoint = STRATEGIES[request.strategy], merged.checkpoint
     row_warnings = check_rows(
         tokenizer_size=tokenizer.facts()["size"],
         before=skeleton.rows_before,
         after=skeleton.rows_after,
         tokenizer_is_named=sources.tokenizer is not sources.model,
     )
-    decisions = list(request.decisions)
+    decisions = [*request.decisions, *merged.decisions]
     warnings = [*request.warnings, *checkpoint.warnings, *skeleton.warnings]
     if skeleton.left_out is not None:
         decisions.append(skeleton.left_out.decision(type(skeleton.model).__name__))
@@ -111,6 +111,7 @@ def make_plan(
         configuration=configuration,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
+        merged=merged,
         skeleton=skeleton,
         steps=steps,
         base=base,
@@ -165,7 +166,15 @@ def _source_decisions(request: Request, sources: Sources, adapter: Adapter | Non
             what="model_revision", requested=request.revision, effective="none",
             reason="the model is local: it has no revisions",
         )  # fmt: skip
-    trained = sources.trained_adapter
+    trained = None if sources.adapters else sources.trained_adapter
+    for merged in sources.adapters[:1]:
+        if request.model is not None and merged.base not in (None, request.model, str(sources.model.root)):
+            yield Decision(
+                what="model",
+                requested=merged.base,
+                effective=request.model,
+                reason=f"`{merged.base}` is the base that the adapter `{merged.name}` names; --model takes another",
+            )
     if trained is not None:
         yield Decision(
             what="adapter",

@@ -68,6 +68,25 @@ class SourceTotals:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MergedAdapter:
+    """A trained adapter that was merged into the model."""
+
+    adapter: str
+    """As it was given."""
+    path: str | None
+    """Absolute, of a local one."""
+    commit: Annotated[str, Keyword("pattern", "^[0-9a-f]{40}$")] | None
+    """On a hub."""
+    base: str | None
+    """The model that it names as its base."""
+    base_revision: str | None
+    tensors: Count
+    """Of the model, that it changed or replaced."""
+    file: SourceFile
+    """Its weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """Where the model came from."""
 
@@ -87,6 +106,8 @@ class Source:
     """The files that were used."""
     stored: tuple[SourceTotals, ...] | None = absent_before("0.2")
     """How it was stored, by component."""
+    merged: tuple[MergedAdapter, ...] = ()
+    """Trained adapters that were merged into it, in order. Since 0.2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

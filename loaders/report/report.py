@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TensorMeta
+from ..merge.merge import MergedAdapter
 from ..model.config import settings_hash
 from ..plan.plan import Plan
 from ..source.file_names import config_file_names, tokenizer_file_names
@@ -56,6 +57,7 @@ def describe(plan: Plan) -> Described:
                 if file.path in used
             ),
             stored=_source_totals(plan),
+            merged=tuple(_merged_adapter(merged) for merged in plan.merged.adapters),
         ),
         arguments=reported_arguments(plan.request.arguments),
         base=plan.base,
@@ -133,6 +135,20 @@ def _shared(described: Described) -> dict[str, Any]:
 def reported_arguments(arguments: Arguments) -> dict[str, document.Argument]:
     """Every flag by name, as a report has it."""
     return {name: document.Argument(**flag) for name, flag in arguments.report().items()}
+
+
+def _merged_adapter(merged: MergedAdapter) -> document.MergedAdapter:
+    adapter = merged.adapter
+    (file,) = (file for file in adapter.source.files if file.path == merged.file)
+    return document.MergedAdapter(
+        adapter=adapter.name,
+        path=str(adapter.source.root) if adapter.source.kind != "hub" else None,
+        commit=adapter.source.commit,
+        base=adapter.base,
+        base_revision=adapter.base_revision,
+        tensors=merged.tensors,
+        file=document.SourceFile(path=file.path, bytes=file.bytes, sha256=merged.sha256 or file.sha256),
+    )
 
 
 def _used_files(plan: Plan) -> set[str]:
@@ -217,7 +233,7 @@ def _source_totals(plan: Plan) -> tuple[document.SourceTotals, ...]:
     sources = {source.name: (source, tensor.component) for tensor in plan.skeleton.tensors for source in tensor.sources}
     groups: dict[tuple[str, str | None, str], list[TensorMeta]] = {}
     for source, component in sources.values():
-        form = source.format.name if isinstance(source, PackedTensor) else None
+        form = source.format.name if isinstance(source, PackedTensor) and source.format is not None else None
         groups.setdefault((component, form, source.counted_as), []).append(source)
     return tuple(
         document.SourceTotals(

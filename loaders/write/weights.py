@@ -65,7 +65,13 @@ def _write_share(
                 plan, files, encode, run.staging.stage, run.watch, lambda file, digest: journal.add(file.path, digest)
             )
         except CheckpointError:
-            source.check_unchanged(plan.files_read)  # what was read may be of no state that it ever had
+            _check_unchanged(plan)  # what was read may be of no state that it ever had
             raise
-    source.check_unchanged(plan.files_read)
+    _check_unchanged(plan)
     return written
+
+
+def _check_unchanged(plan: Plan) -> None:
+    plan.checkpoint.source.check_unchanged(plan.files_read)
+    for merged in plan.merged.adapters:
+        merged.adapter.source.check_unchanged([merged.file])

@@ -66,11 +66,12 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("max_shard_size", "str", "5GB", ()),
         ("max_memory", "str", "2GB", ()),
         ("allow_pickle", "bool", False, ()),
+        ("merge_adapter", "list[str] | None", None, ()),
         ("dequantize", "bool", False, ()),
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 101
+    assert len(all_flags()) == 102
 
 
 def test_what_plan_takes_beside_them() -> None:

@@ -67,7 +67,8 @@ class PackedTensor(TensorMeta, ABC):
     Each format has a subclass with what it needs to decode.
     """
 
-    format: StoredFormat
+    format: StoredFormat | None
+    """None where it is in none: a tensor that is stored as it is, and changed when it is read."""
     parts: tuple[TensorMeta, ...]
     """The stored tensors that it is made of, the one with the weights first."""
     tag: str
@@ -88,6 +89,12 @@ class PackedTensor(TensorMeta, ABC):
 
         `begin` is a multiple of `tile`, and so is `end` unless it is the last of all.
         """
+
+    def part(self, begin: int, end: int, read: Read) -> Tensor:
+        """Decode any elements, from `begin` to `end` (exclusive): they are cut out of whole tiles."""
+        first = begin // self.tile * self.tile
+        last = min(-(-end // self.tile) * self.tile, self.parameters)
+        return self.values(first, last, read)[begin - first : end - first]
 
     @abstractmethod
     def reading_bytes(self, elements: int) -> int:

@@ -50,7 +50,8 @@ def claimed_format(
     """
     found: dict[StoredFormat, PackedTensor] = {}
     for tensor in packed:
-        found.setdefault(tensor.format, tensor)
+        if tensor.format is not None:
+            found.setdefault(tensor.format, tensor)
     if section is None:
         for form, tensor in found.items():
             if form.claims({}, found=True):

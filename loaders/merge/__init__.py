@@ -1,0 +1,1 @@
+"""A trained adapter merged into its base while that is read, as PEFT merges it."""
