@@ -185,7 +185,7 @@ def test_for_people(ftload: Ftload) -> None:
     result = ftload("doctor", "--quick")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert f"untried  torch         {version('torch')}" in lines
+    assert f"untried  torch               {version('torch')}" in lines
     assert lines[-5].split() == ["strategy", "prepare", "train"]
     assert [line.split()[:2] for line in lines[-4:]] == [
         ["standard", "yes"], ["liger", "yes"], ["lora", "yes"], ["qlora", "yes"],
@@ -220,7 +220,7 @@ def test_a_hub_that_is_switched_off(tmp_path: Path) -> None:
             [sys.executable, "-m", "ftload.cli", "doctor", "--quick"], env=env, capture_output=True, text=True
         )
         assert hub.requests == []
-    assert "absent   hub           switched off by `HF_HUB_OFFLINE`: the cache alone is used" in done.stdout
+    assert "absent   hub                 switched off by `HF_HUB_OFFLINE`: the cache alone is used" in done.stdout
     assert "                       unset HF_HUB_OFFLINE\n" in done.stdout
 
 

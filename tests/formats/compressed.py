@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ def _extremes(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tenso
     return parts.amin(dims), parts.amax(dims)
 
 
-def compress_checkpoint(directory: Path, groups: Mapping[str, QuantizationScheme], *, shards: int = 1) -> None:
+def compress_checkpoint(
+    directory: Path,
+    groups: Mapping[str, QuantizationScheme],
+    *,
+    shards: int = 1,
+    ignored: Sequence[str] = IGNORED,
+) -> None:
     """Quantise every linear layer of the checkpoint in `directory` by the first group that means it.
 
     Without pattern, a group means all. Tensors of one module may come into different shards.
@@ -71,7 +77,7 @@ def compress_checkpoint(directory: Path, groups: Mapping[str, QuantizationScheme
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        group = _group_of(module, groups)
+        group = None if any(match_name(module, name) for name in ignored) else _group_of(module, groups)
         if part != "weight" or tensor.dim() != 2 or group is None:
             stored[name] = tensor
             continue
@@ -102,8 +108,6 @@ def set_config(directory: Path, groups: Mapping[str, QuantizationScheme]) -> Non
 
 
 def _group_of(module: str, groups: Mapping[str, QuantizationScheme]) -> QuantizationScheme | None:
-    if any(match_name(module, ignored) for ignored in IGNORED):
-        return None
     for group in groups.values():
         if any(match_name(module, target) for target in group.targets):
             return group

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
+from ..hub import LoopbackHub
 from ..loaders.test_activations import measured_peak
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 from ..parity.models import write_model
@@ -155,6 +156,20 @@ def test_every_scheme_is_decoded_as_transformers_does(ftload: Ftload, tmp_path: 
         assert torch.equal(found[name][: value.shape[0]], value), name  # the embeddings have grown
 
 
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+@pytest.mark.parametrize("kind", ["FP8 in blocks", "INT4 in groups"])
+def test_compressed_embeddings_grow(ftload: Ftload, tmp_path: Path, kind: str, architecture: str) -> None:
+    source, plain = tmp_path / "source", tmp_path / "plain"
+    write_model(source, architecture, vocab_size=VOCABULARY, dtype="bfloat16")
+    write_llama(source, vocab_size=VOCABULARY)
+    compress_checkpoint(source, {"group_0": SCHEMES[kind]}, ignored=["re:.*norm"])
+    assert any("embed_tokens.weight_scale" in name for name in load_file(source / FILE))
+    write_plain(source, plain)
+    assert_all_strategies_equal(
+        ftload, source, plain, tmp_path, targets=REFERENCE_TARGETS, strategies=("standard", "qlora")
+    )
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("kind", SCHEMES)
 def test_experts_are_decoded_as_the_package_does(ftload: Ftload, tmp_path: Path, kind: str, architecture: str) -> None:
@@ -204,6 +219,8 @@ def test_any_rows_are_decoded_as_the_package_decodes_all(
     made, rows, columns = case
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) + 0.5
     state = compress(weight.to(dtype), made)
+    if made.weights.symmetric and data.draw(st.booleans()):  # as older releases wrote them, all zero
+        state["weight_zero_point"] = torch.randint_like(state["weight_scale"], -9, 9).to(made.weights.zp_dtype)
     directory = tmp_path_factory.mktemp("compressed")
     save_file({f"X.{name}": part.contiguous() for name, part in state.items()}, directory / FILE)
     (directory / "config.json").write_text("{}")
@@ -324,6 +341,10 @@ def test_each_group_is_decoded_by_its_own_scheme(ftload: Ftload, tmp_path: Path)
         group = "attention" if "self_attn" in name else "the rest"
         group = "one layer" if name == "model.layers.1.self_attn.q_proj.weight" else group
         assert torch.equal(found[name], decompress(compress(weight, GROUPS[group]), GROUPS[group])), name
+    rows = json.loads(result.out)["source"]["stored"]
+    assert {(row["component"], row["dtype"], row["tensors"]) for row in rows if row["format"] is not None} == {
+        ("attention", "fp8", 7), ("attention", "int8", 1), ("mlp", "int4", 6),
+    }  # fmt: skip
     stored = json.loads(ftload("inspect", source, "--json").out)["by_dtype"]
     assert {dtype: row["tensors"] for dtype, row in stored.items()} == {"bfloat16": 7, "fp8": 7, "int4": 6, "int8": 1}
 
@@ -371,6 +392,19 @@ def test_headers_are_shown_without_torch_and_without_the_package(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["by_dtype"]["int4"]["parameters"] == 61_440
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("INT4 in groups", 0), ("INT8 packed, asymmetric", 14)])
+def test_of_a_hub_no_shape_is_asked_for_that_groups_tell(tmp_path: Path, kind: str, asked: int) -> None:
+    write_compressed(tmp_path / "model", kind)
+    with LoopbackHub() as hub:
+        hub.add("org/model", tmp_path / "model")
+        command = [sys.executable, "-m", "ftload.cli", "inspect", "org/model", "--json"]
+        done = subprocess.run(command, env=hub.env(tmp_path / "home"), capture_output=True, check=True)
+        ranges = {request.range for request in hub.requests if request.path.endswith(FILE)} - {None}
+    assert len(ranges) == asked + 1  # that of the header
+    by_dtype = json.loads(done.stdout)["by_dtype"]
+    assert sum(row["parameters"] for dtype, row in by_dtype.items() if dtype.startswith("int")) == 61_440
 
 
 # -- spoilt

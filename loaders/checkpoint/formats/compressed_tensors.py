@@ -26,7 +26,7 @@ from ...errors import CheckpointError, MissingRequirementError
 from ...system.versions import installed_version
 from ..compressed_schemes import Scheme, read_groups, scheme_of
 from ..finite import all_finite
-from ..tensors import ITEM_BYTES, TensorMeta
+from ..tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from .interface import Headers, PackedTensor, Read
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class CompressedWeight(PackedTensor):
         from compressed_tensors.compressors.pack_quantized import unpack_from_int32
         from compressed_tensors.quantization.lifecycle.forward import dequantize
 
+        if begin >= end:
+            return torch.empty(0, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         columns = self.shape[1]
         first, last = begin // columns, -(-end // columns)
         scheme, weight = self.scheme, self.parts[0]
@@ -105,7 +107,7 @@ class CompressedWeight(PackedTensor):
             codes = unpack_from_int32(codes, scheme.bits, torch.Size((last - first, columns)))
         if scheme.block is not None:  # it would pad the rows and columns to whole blocks
             height, width = scheme.block
-            scheme = replace(scheme, block=(min(height, max(1, last - first)), min(width, columns)))
+            scheme = replace(scheme, block=(min(height, last - first), min(width, columns)))
         return dequantize(x_q=codes, scale=scale, zero_point=zero_point, args=_arguments(scheme)).flatten()
 
     def _of_rows(self, part: TensorMeta, first: int, last: int, read: Read) -> Tensor:
