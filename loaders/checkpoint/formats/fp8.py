@@ -11,7 +11,7 @@ E2M1, E8M0 and MXFP8, whose blocks are 32 codes of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ METHODS = ("fp8", "mxfp8")
 _CODES_A_BYTE = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 2}
 """By the dtype of what is stored."""
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The 16 values of FP4 (MX 1.0, section 5.3.3)."""
+_PIECE = 1024 * 1024
+"""Elements that are decoded at a time: what they are read into is used again while the processor's cache holds it."""
 _DEFAULT_BLOCK = (128, 128)
 """That of transformers' `FineGrainedFP8Config`, where config.json says nothing."""
 
@@ -56,8 +56,8 @@ class PackedFP8(PackedTensor):
     blocks: Blocks
 
     def reading_bytes(self, elements: int) -> int:
-        """Codes twice, as they are read (FP4 once more, unpacked), and the scales of each row."""
-        elements = min(max(elements, self.tile), self.parameters)
+        """Of a piece: its codes twice, as they are read, and the scales of each row; FP4 is unpacked too."""
+        elements = min(max(elements, self.tile), self.parameters, _PIECE)
         rows = min(elements // self.blocks.columns + 2, self.parameters // self.blocks.columns)
         a_scale = 2 * ITEM_BYTES[self.parts[1].dtype] + 4 * 4
         return 2 * elements + rows * (self.blocks.scale_columns * a_scale + 64) + 4096
@@ -67,24 +67,27 @@ class PackedFP8(PackedTensor):
 
         Raises `CheckpointError` naming scales that are not finite, and `MissingRequirementError` without numba.
         """
-        import numpy as np
         import torch
 
         out = torch.empty(end - begin, dtype=torch.bfloat16)
-        if begin == end:
-            return out
-        unpack, decode = _kernel()
-        stored = self.parts[0]
-        codes_a_byte = _CODES_A_BYTE[stored.dtype]
-        codes = read(stored, begin // codes_a_byte, end // codes_a_byte).view(torch.uint8).numpy()
-        if codes_a_byte == 2:
-            codes = unpack(codes, np.empty(end - begin, np.uint8))
-        scales = self._scales(begin, end, read)
-        decode(
-            codes, _table(stored.dtype), scales.numpy(), out.view(torch.uint16).numpy(),
-            begin % self.blocks.columns, self.blocks.columns, self.blocks.width,
-        )  # fmt: skip
+        for first in range(begin, end, _PIECE):
+            last = min(first + _PIECE, end)
+            self._decode(first, last, read, out[first - begin : last - begin].view(torch.uint16).numpy())
         return out
+
+    def _decode(self, begin: int, end: int, read: Read, out: Any) -> None:
+        """Decode one piece into `out` (uint16: bits of bfloat16)."""
+        import numpy as np
+        import torch
+
+        kernel, stored = _kernel(), self.parts[0]
+        a_byte = _CODES_A_BYTE[stored.dtype]
+        codes = read(stored, begin // a_byte, end // a_byte).view(torch.uint8).numpy()
+        if a_byte == 2:
+            codes = kernel.unpack(codes, np.empty(end - begin, np.uint8))
+        decode = {"F8_E4M3": kernel.decode_e4m3, "F8_E5M2": kernel.decode_e5m2, "I8": kernel.decode_e2m1}[stored.dtype]
+        columns = self.blocks.columns
+        decode(codes, self._scales(begin, end, read).numpy(), out, begin % columns, columns, self.blocks.width)
 
     def _scales(self, begin: int, end: int, read: Read) -> Tensor:
         """Of each row that the elements from `begin` to `end` (exclusive) lie in (float32, rows × scale columns)."""
@@ -249,23 +252,12 @@ def _blocks(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, i
 
 
 @cache
-def _table(dtype: str) -> Any:
-    """The value of each code (float32: 256, or 16 of FP4)."""
-    import numpy as np
-    import torch
-
-    if dtype == "I8":
-        return np.array(_E2M1, np.float32)
-    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, TORCH_NAMES[dtype])).float().numpy()
-
-
-@cache
-def _kernel() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _kernel() -> Any:
     """The compiled loops. Raises `MissingRequirementError` where numba can't be used."""
     try:
-        from .fp8_kernel import decode, unpack
+        from . import fp8_kernel
     except Exception as error:  # not installed, or no place for its cache
         raise MissingRequirementError(
             f"numba, which decodes FP8, can't be used: {said_by(error)}", hint="`ftload doctor` says how to mend it"
         ) from error
-    return unpack, decode
+    return fp8_kernel
