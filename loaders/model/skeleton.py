@@ -18,7 +18,16 @@ from .components import LinearLayer, component_of
 from .linear_layers import linear_layers, quantisable_modules
 from .model_class import LoadedAs, choose_class, unknown_to_auto
 from .on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
-from .tensor_map import Group, ModelTensor, SavedModel, kept_packed, map_tensors, saved_names, saved_tensors
+from .tensor_map import (
+    Group,
+    ModelTensor,
+    SavedModel,
+    kept_packed,
+    map_tensors,
+    said_of_dropped,
+    saved_names,
+    saved_tensors,
+)
 from .ties import tie_equal_weights
 from .towers import LeftOut, find_left_out, tower_modules
 from .transformers_internals import initialise_nothing, state_to_save
@@ -212,8 +221,7 @@ def _load(
         model, info = load_on_meta(loaded_as.model_class, loaded_as.config, state)
     _check_keys(checkpoint, model, info)
     groups, dropped = map_tensors(checkpoint, model, state)
-    warnings = [f"`{name}` is not part of the model and is left out, as transformers does" for name in dropped]
-    return model, groups, warnings
+    return model, groups, said_of_dropped(dropped)
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:

@@ -6,7 +6,7 @@ write come from the same mapping, reversed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -132,6 +132,15 @@ def map_tensors(
         loaded = conversion.load(state)
         groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
     return groups, dropped
+
+
+def said_of_dropped(names: Sequence[str]) -> list[str]:
+    """One warning for all that is dropped: a layer that predicts further tokens has hundreds of tensors."""
+    if not names:
+        return []
+    if len(names) == 1:
+        return [f"`{names[0]}` is not part of the model and is left out, as transformers does"]
+    return [f"`{names[0]}` and {len(names) - 1} more are not part of the model and are left out, as transformers does"]
 
 
 def _as_held(source: TensorMeta, model: PreTrainedModel, parameter: str) -> TensorMeta:

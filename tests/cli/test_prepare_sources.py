@@ -126,6 +126,15 @@ def test_old_rotary_buffers_are_dropped(model: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_left_out_is_one_warning(model: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
+    edit_weights(model, lambda tensors: {**tensors, **{name: torch.ones(8) for name in names}})
+    report = prepare(model, tmp_path / "out")
+    assert [warning for warning in report["warnings"] if "left out" in warning] == [
+        f"`{names[0]}` and 1 more are not part of the model and are left out, as transformers does"
+    ]
+
+
 @pytest.mark.parametrize("flags", [[], ["--use_qlora"]])
 def test_a_missing_prefix_is_put_before_the_names(llama: Path, model: Path, tmp_path: Path, flags: list[str]) -> None:
     edit_weights(model, lambda tensors: {name.removeprefix("model."): value for name, value in tensors.items()})

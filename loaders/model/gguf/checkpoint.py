@@ -23,6 +23,7 @@ from ...system.quiet import quiet_transformers
 from ..config import config_of
 from ..model_class import choose_class
 from ..on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
+from ..tensor_map import said_of_dropped
 from ..transformers_internals import gguf_is_readable
 from .loading import GgufLoading, gguf_loading, stem
 from .recipes import find_recipe, saved_weights
@@ -107,9 +108,8 @@ def open_gguf(gguf: GgufModel) -> Checkpoint:
     # what a mapping leads to and the model has not is left out by names that the model's class lists
     left_out = [name for name in stored if _COMPUTED.fullmatch(name)]
     left_out += [part.name for name, parts in groups.items() if name not in known for part in parts]
-    notes = [f"`{name}` is not part of the model and is left out, as transformers does" for name in left_out]
     return Checkpoint(
-        source=replace(source, notes=(*source.notes, *notes)),
+        source=replace(source, notes=(*source.notes, *said_of_dropped(left_out))),
         tensors=tensors,
         stored=stored,
         weight_files=(source.gguf_file,),
