@@ -48,41 +48,72 @@ def llama_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def write_sparse(directory: Path, shape: dict[str, int]) -> None:
-    """A checkpoint of zeros: real headers, and data that the file system need not store."""
+    """A Llama checkpoint of zeros in bfloat16."""
     from transformers import LlamaConfig
-
-    from tests.tokenizers import write_llama3
 
     config = LlamaConfig(
         **shape, num_key_value_heads=8, vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"]
     )
+    write_settings(directory, config)
+    write_sparse_tensors(directory, {name: ("BF16", dimensions) for name, dimensions in llama_shapes(config).items()})
+
+
+def write_settings(directory: Path, config: Any, **more: Any) -> None:
+    """A directory with a model's configuration, `more` in its config.json, and a tokenizer."""
+    from tests.tokenizers import write_llama3
+
     directory.mkdir()
     write_llama3(directory, vocab_size=1000)
     config.save_pretrained(directory)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+def write_sparse_tensors(directory: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Zeros, by name their safetensors dtype and shape: real headers, and data that the file system need not store."""
+    from ftload.loaders.checkpoint.tensors import ITEM_BYTES
+
+    shards: list[dict[str, tuple[str, tuple[int, ...], int]]] = [{}]
     size = 0
-    for name, dimensions in llama_shapes(config).items():
-        count = 2 * math.prod(dimensions)
+    for name, (dtype, dimensions) in tensors.items():
+        count = ITEM_BYTES[dtype] * math.prod(dimensions)
         if size + count > SPARSE_SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = dimensions
+        shards[-1][name] = dtype, dimensions, count
         size += count
     weight_map = {}
-    for number, tensors in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
-        for name, dimensions in tensors.items():
-            end = position + 2 * math.prod(dimensions)
-            header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [position, end]}
-            position = end
+        for name, (dtype, dimensions, count) in shard.items():
+            header[name] = {"dtype": dtype, "shape": dimensions, "data_offsets": [position, position + count]}
+            position += count
             weight_map[name] = file
         raw = json.dumps(header).encode()
         with (directory / file).open("wb") as opened:
             opened.write(len(raw).to_bytes(8, "little") + raw)
             opened.truncate(8 + len(raw) + position)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def settle(directory: Path, *, cold: bool = False) -> None:
+    """Let the disk finish with the run before, which may have to do with what was deleted after it; then have all of a
+    directory's files in the page cache, as far as they fit into it, or nothing of them."""
+    os.sync()
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(2**24):
+                    pass
+
+
+def seconds_of_work(report: dict[str, Any]) -> float:
+    """What a run took from the first weight on: beyond imports, while which weights are read ahead, and the plan."""
+    return sum(report["timings"].get(stage, 0.0) for stage in ("fetch", "write", "save", "hash"))
 
 
 def measure(command: list[Any]) -> tuple[float, int, str]:

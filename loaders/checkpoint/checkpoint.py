@@ -87,7 +87,10 @@ class Checkpoint:
         return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
 
     def _decoded(self, tensor: PackedTensor, elements: int) -> Iterator[Tensor]:
-        """Chunks of `elements`, cut out of whole tiles: copies, so that no tile is held while the next is decoded."""
+        """Chunks of `elements`, cut out of whole tiles.
+
+        The last one of a tile is a copy: who still holds it would hold all of the tile while the next is decoded.
+        """
         import torch
 
         step = max(tensor.tile, elements // tensor.tile * tensor.tile)
@@ -96,8 +99,10 @@ class Checkpoint:
             values = tensor.values(begin, min(begin + step, tensor.parameters), self._reader.values)
             taken = 0
             while (end := taken + elements - rest.numel()) <= values.numel():
-                whole = rest.numel() == 0 and elements == values.numel()
-                yield values if whole else torch.cat((rest, values[taken:end]))
+                is_last = end + elements > values.numel() > elements
+                piece = values[taken:end]
+                yield torch.cat((rest, piece)) if rest.numel() or is_last else piece
+                del piece
                 taken, rest = end, rest[:0]
             rest = torch.cat((rest, values[taken:]))
             del values

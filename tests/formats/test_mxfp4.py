@@ -16,6 +16,8 @@ import pytest
 import torch
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ftload.loaders.checkpoint.formats import mxfp4
+from ftload.loaders.checkpoint.formats.interface import Headers
+from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import MissingRequirementError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
@@ -195,7 +197,7 @@ many = settings(max_examples=60, deadline=None)
 def experts(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks and scales of any size, over many or few scales."""
     count, outputs = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 31, 64, 319, 320, 321, 650]))
-    groups = draw(st.integers(1, 4))
+    groups = draw(st.integers(1, 6))
     lowest = draw(st.integers(0, 254))
     highest = draw(st.integers(lowest, 254))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -208,10 +210,11 @@ def experts(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 @many
 def test_any_range_in_any_chunks(packed: tuple[torch.Tensor, torch.Tensor], data: st.DataObject) -> None:
     expected = decoded_by_transformers(*packed)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mxfp4, "_TILE", data.draw(st.sampled_from([1, 2**12, 2**20])))
         checkpoint = write_experts(Path(directory), *packed)
         (tensor,) = checkpoint.packed
-        assert (tensor.name, tensor.shape, tensor.tile) == ("W", tuple(expected.shape), expected[0].numel())
+        assert (tensor.name, tensor.shape) == ("W", tuple(expected.shape))
         assert_same_bits(checkpoint.read(tensor), expected)
         n = expected.numel()
         begin = data.draw(st.integers(0, n - 1))
@@ -223,6 +226,20 @@ def test_any_range_in_any_chunks(packed: tuple[torch.Tensor, torch.Tensor], data
         assert_same_bits(torch.cat(chunks), expected.flatten())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parts"),
+    [(2880, 5760, 3), (2880, 2880, 2), (64, 192, 1), (4096, 8192, 4), (2912, 5760, 1), (16384, 65536, 4)],
+)
+def test_large_experts_are_decoded_in_parts(tmp_path: Path, inputs: int, outputs: int, parts: int) -> None:
+    shape = (1, outputs, inputs // 32)
+    meta = {
+        f"W{suffix}": TensorMeta(name=f"W{suffix}", shape=size, dtype="U8", file=FILE, begin=0, end=0)
+        for suffix, size in (("_blocks", (*shape, 16)), ("_scales", shape))
+    }
+    (tensor,) = mxfp4.Mxfp4().find(Headers(source=resolve_source(str(tmp_path), None), tensors=meta), strict=False)
+    assert tensor.parameters == parts * tensor.tile
+
+
 def test_chunks_stay_what_they_are_when_the_next_are_decoded(tmp_path: Path) -> None:
     blocks, scales = torch.randint(0, 256, (3, 8, 2, 16)).to(torch.uint8), torch.full((3, 8, 2), 127).to(torch.uint8)
     checkpoint = write_experts(tmp_path, blocks, scales)
@@ -232,9 +249,13 @@ def test_chunks_stay_what_they_are_when_the_next_are_decoded(tmp_path: Path) -> 
         assert_same_bits(torch.cat(chunks), decoded_by_transformers(blocks, scales).flatten())
 
 
-@pytest.mark.parametrize("elements", [2**15, 2**18, 10**9])
-def test_reading_takes_the_memory_that_is_told(tmp_path: Path, elements: int) -> None:
-    blocks = torch.zeros((3, 1024, 8, 16), dtype=torch.uint8)
+@pytest.mark.parametrize("elements", [2**15, 2**20, 10**9])
+@pytest.mark.parametrize("most", [2**19, 2**20])
+def test_reading_takes_the_memory_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, elements: int
+) -> None:
+    monkeypatch.setattr(mxfp4, "_TILE", most)
+    blocks = torch.zeros((3, 1024, 32, 16), dtype=torch.uint8)
     checkpoint = write_experts(tmp_path, blocks, blocks[..., 0].clone())
     (tensor,) = checkpoint.packed
     checkpoint.read(tensor)  # compiles

@@ -26,46 +26,62 @@ BLOCK = 32
 """Values that share one scale."""
 _BYTES = BLOCK // 2
 """Of a block."""
+_ROWS = 320
+"""Stored rows that are read and transposed together: so many are fastest, and those of gpt-oss are a multiple of it."""
+_TILE = 6 * 2**20
+"""The most elements that are decoded together, where that takes no more than four parts of an expert."""
 _NAN = 255
 """The scale that means NaN (section 5.4.1)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedExperts(PackedTensor):
-    """The weights of several experts, (E, in, out). One expert is a tile: its rows are columns where it is stored."""
+    """The weights of several experts, (E, in, out).
+
+    A tile is one of a few equal parts of an expert, some of its rows. These are columns where they are stored: for each
+    part all blocks of the expert are read.
+    """
 
     def reading_bytes(self, elements: int) -> int:
-        """Of one expert blocks and scales, twice: as read, and as tensors.
+        """Blocks of some rows and the scales of an expert, twice: as read, and as tensors.
 
         Where values are cut into chunks, all that are decoded together, what is left of those before, and the chunk
         that was handed out last.
         """
-        packed = self.tile // 2 + self.tile // BLOCK
+        _, inputs, outputs = self.shape
+        packed = inputs * outputs // BLOCK + min(_ROWS, outputs) * inputs // 2
         cut = 0 if elements >= self.parameters else max(self.tile, elements) + elements
         return 2 * packed + 2 * cut + 64 * 1024
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
-        """Decode expert after expert. Raises `CheckpointError` for a scale that is NaN."""
+        """Decode part after part. Raises `CheckpointError` for a scale that is NaN."""
         import torch
 
         values = torch.empty(end - begin, dtype=torch.bfloat16)
-        bits = values.view(torch.uint16).numpy().reshape(-1, *self.shape[1:])
-        for place, expert in enumerate(range(begin // self.tile, end // self.tile)):
-            self._decode(expert, bits[place], read)
+        bits = values.view(torch.uint16).numpy().reshape(-1, self.tile // self.shape[2], self.shape[2])
+        for place, part in enumerate(range(begin // self.tile, end // self.tile)):
+            self._decode(part, bits[place], read)
         return values
 
-    def _decode(self, expert: int, bits: Any, read: Read) -> None:
-        """Into the bits of bfloat16 (uint16, in × out)."""
+    def _decode(self, part: int, bits: Any, read: Read) -> None:
+        """Into the bits of bfloat16 (uint16, some rows × out)."""
         blocks, scales = self.parts
-        outputs, count = self.shape[2], self.tile // BLOCK
-        exponents = read(scales, expert * count, (expert + 1) * count).numpy().reshape(outputs, -1)
+        _, inputs, outputs = self.shape
+        groups = inputs // BLOCK
+        expert, row = divmod(part * bits.shape[0], inputs)
+        exponents = read(scales, expert * outputs * groups, (expert + 1) * outputs * groups).numpy()
         if (exponents == _NAN).any():
             raise CheckpointError(
                 f"tensor `{scales.name}` of `{scales.file}` holds a scale that is NaN ({_NAN}), of expert {expert}",
                 hint="the checkpoint is damaged or was saved from a diverged run",
             )
-        codes = read(blocks, expert * count * _BYTES, (expert + 1) * count * _BYTES).numpy()
-        _decoder()(codes.reshape(outputs, -1, _BYTES), exponents, bits)
+        exponents = exponents.reshape(outputs, groups)
+        for first in range(0, outputs, _ROWS):
+            strip = exponents[first : first + _ROWS]
+            begin = (expert * outputs + first) * groups * _BYTES
+            codes = read(blocks, begin, begin + strip.size * _BYTES).numpy()
+            _decoder()(codes.reshape(*strip.shape, _BYTES), strip, bits, row // BLOCK, first)
+            del codes  # before the next are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +112,7 @@ class Mxfp4:
                 shape = (experts, groups * BLOCK, outputs)
                 yield PackedExperts(
                     name=weight, shape=shape, dtype="BF16", file=blocks.file, begin=blocks.begin, end=blocks.end,
-                    format=self, parts=(blocks, scales), tag=self.method, tile=shape[1] * shape[2],
+                    format=self, parts=(blocks, scales), tag=self.method, tile=_tile(groups * BLOCK, outputs),
                 )  # fmt: skip
             elif claimed:  # else the name means nothing
                 raise CheckpointError(problem, hint="the checkpoint is damaged, or not stored as gpt-oss is")
@@ -107,6 +123,13 @@ class Mxfp4:
 
     def kept_settings(self, section: Mapping[str, Any]) -> None:
         """Nothing: transformers finds bfloat16."""
+
+
+def _tile(inputs: int, outputs: int) -> int:
+    """Elements that are decoded together, for experts of (in, out): whole blocks of all columns."""
+    cuts = [cut for cut in (1, 2, 3, 4) if inputs // BLOCK % cut == 0]
+    enough = [cut for cut in cuts if inputs * outputs // cut <= _TILE]
+    return inputs * outputs // (enough[0] if enough else cuts[-1])
 
 
 def _check_experts(tensors: Mapping[str, TensorMeta]) -> None:
@@ -157,7 +180,7 @@ def _decoder() -> Any:
         from .mxfp4_kernel import decode_transposed
 
         one = np.zeros((1, 1, _BYTES), np.uint8)
-        decode_transposed(one, np.zeros((1, 1), np.uint8), np.empty((BLOCK, 1), np.uint16))
+        decode_transposed(one, np.zeros((1, 1), np.uint8), np.empty((BLOCK, 1), np.uint16), 0, 0)
     except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
         raise MissingRequirementError(
             f"MXFP4 is decoded by numba, which can't be used: {said_by(error)}",

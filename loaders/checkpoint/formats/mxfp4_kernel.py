@@ -4,7 +4,7 @@ A code is a sign and a magnitude k of three bits, worth 0, 0.5, 1, 1.5, 2, 3, 4 
 exponent and one of mantissa. Times 2^(scale - 127) the value is exactly a bfloat16, whose bits follow by integer
 arithmetic, 16 or 32 at a time: 64 k + 128 (scale - 1) where that is normal, 32 k where it is not (scale 0, k < 4), and
 infinity where it is too large; for k of 0 and 1, k times the bits of 0.5 · 2^(scale - 127). The matrix is transposed on
-the way, a few hundred rows at a time, so that what is read and written stays in a processor's cache.
+the way, block after block: a column of codes and the two rows that it makes stay in a processor's cache.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-_ROWS = 320
-"""Rows that are transposed together, the fastest number here; those of gpt-oss are a multiple of it."""
 _BYTES = 16
 """Of a block."""
 _EXPONENT = np.uint16(128)
@@ -35,30 +33,28 @@ def _bits(code, exponent, half):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def decode_transposed(blocks, scales, values):
-    """Decode the weight of one expert.
+def decode_transposed(blocks, scales, values, first_group, first):
+    """Decode some rows of an expert, from the block `first_group` on, into as many columns from the column `first` on.
 
-    `blocks` (uint8, out × in/32 × 16), `scales` (uint8, out × in/32, below 255) → `values` (uint16: the bits of
-    bfloat16, in × out).
+    `blocks` (uint8, rows × in/32 × 16), `scales` (uint8, rows × in/32, below 255) → `values` (uint16: the bits of
+    bfloat16, a part of in × out).
     """
-    outputs, groups = scales.shape
-    codes = np.empty((_BYTES, _ROWS), np.uint8)
-    exponents = np.empty(_ROWS, np.uint16)
-    halves = np.empty(_ROWS, np.uint16)
-    for first in range(0, outputs, _ROWS):
-        rows = min(_ROWS, outputs - first)
-        for group in range(groups):
-            for row in range(rows):
-                scale = np.int32(scales[first + row, group])
-                exponents[row] = scale << 7
-                halves[row] = (scale - 1) << 7 if scale > 1 else 32 << scale
-                for byte in range(_BYTES):
-                    codes[byte, row] = blocks[first + row, group, byte]
+    rows = scales.shape[0]
+    codes = np.empty((_BYTES, rows), np.uint8)
+    exponents = np.empty(rows, np.uint16)
+    halves = np.empty(rows, np.uint16)
+    for group in range(values.shape[0] // (2 * _BYTES)):
+        for row in range(rows):
+            scale = np.int32(scales[row, first_group + group])
+            exponents[row] = scale << 7
+            halves[row] = (scale - 1) << 7 if scale > 1 else 32 << scale
             for byte in range(_BYTES):
-                pairs = codes[byte]
-                low = values[2 * (group * _BYTES + byte), first : first + rows]
-                high = values[2 * (group * _BYTES + byte) + 1, first : first + rows]
-                for row in range(rows):
-                    pair = np.uint16(pairs[row])
-                    low[row] = _bits(np.uint16(pair & np.uint16(15)), exponents[row], halves[row])
-                    high[row] = _bits(np.uint16(pair >> np.uint16(4)), exponents[row], halves[row])
+                codes[byte, row] = blocks[row, first_group + group, byte]
+        for byte in range(_BYTES):
+            pairs = codes[byte]
+            low = values[2 * (group * _BYTES + byte), first : first + rows]
+            high = values[2 * (group * _BYTES + byte) + 1, first : first + rows]
+            for row in range(rows):
+                pair = np.uint16(pairs[row])
+                low[row] = _bits(np.uint16(pair & np.uint16(15)), exponents[row], halves[row])
+                high[row] = _bits(np.uint16(pair >> np.uint16(4)), exponents[row], halves[row])
