@@ -104,7 +104,8 @@ def build_skeleton(
         fresh = empty_model(model_class, model.config)
     if rows_after > rows_before:
         _check_loadable(model, fresh)
-    quantisable = quantisable_modules(fresh)
+    kept = claimed.kept_settings(section) if claimed and section and not checkpoint.dequantize else None
+    quantisable = quantisable_modules(fresh, kept)
     if claimed is not None and quantisable and not checkpoint.packed:
         raise CheckpointError(
             f"config.json of `{checkpoint.source.model}` says {claimed.name}, but no tensor is stored so: "
@@ -145,9 +146,7 @@ def build_skeleton(
         rows_before=rows_before,
         rows_after=rows_after,
         tied=head is not None and model.get_parameter(head) is model.get_parameter(embedding),
-        stored_quantization=(
-            claimed.kept_settings(section) if claimed and section and not checkpoint.dequantize else None
-        ),
+        stored_quantization=kept,
         left_out=left_out,
         towers=towers,
         warnings=tuple(warnings),

@@ -240,17 +240,18 @@ def conv1d() -> Any:
     return _find("pytorch_utils", "Conv1D")
 
 
-def quantiser_takes(model: PreTrainedModel) -> Callable[[str], bool]:
+def quantiser_takes(model: PreTrainedModel, skipped: list[str] | None) -> Callable[[str], bool]:
     """Whether transformers' quantisers would replace the linear layer of a name. Without it: wrong layers are 4-bit.
 
-    They decide before weights are tied: `model` must be one that never was.
+    `skipped` are the names and patterns that config.json excepts, None for transformers' own choice. They decide before
+    weights are tied: `model` must be one that never was.
     """
     quantiser = _find("quantizers.base", "HfQuantizer")
     skip = _attribute(quantiser, "get_modules_to_not_convert", "HfQuantizer.get_modules_to_not_convert")
     in_float32 = _attribute(model, "_keep_in_fp32_modules", "PreTrainedModel._keep_in_fp32_modules")
-    skipped = skip(model, None, list(in_float32 or ()))
+    left = skip(model, skipped, list(in_float32 or ()))
     convert = _find("quantizers.quantizers_utils", "should_convert_module")
-    return lambda name: convert(name, skipped)
+    return lambda name: convert(name, left)
 
 
 def is_replaced_when_quantised(module_class: str) -> bool:

@@ -59,7 +59,7 @@ def make_plan(
     if quantisation is not None:
         outputs = (output for step in steps for output in step.outputs)
         coverage = coverage_of(skeleton, outputs, quantisation.tag)
-        check_coverage(request, coverage)
+        check_coverage(request, coverage, found_quantised=checkpoint.stays_packed)
 
     adapter, targets, adapter_weights = strategy.adapter(request), None, None
     base: Base = "copy"

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ..cli.spoilt import edit_json
 from ..conftest import Result
 from ..parity.compare import read_tensors
 from ..parity.models import write_model
@@ -38,13 +39,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_quantised(directory: Path, kind: str, architecture: str = "llama") -> None:
+def write_quantised(directory: Path, kind: str, architecture: str = "llama", **settings: Any) -> None:
     """A tiny model that transformers quantised and saved."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     source = directory.with_name(f"{directory.name} in bfloat16")
     write_model(source, architecture, vocab_size=128, dtype="bfloat16")
-    config = BitsAndBytesConfig(**KINDS[kind])
+    config = BitsAndBytesConfig(**KINDS[kind], **settings)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
     model.save_pretrained(directory)
     write_llama(directory)
@@ -120,6 +121,50 @@ def test_what_was_decoded_is_quantised_anew(ftload: Ftload, tmp_path: Path, kind
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["bnb_4bit_quant_type"], config["bnb_4bit_quant_storage"]) == ("nf4", "uint8")
     assert json.loads(result.out)["quantization"]["coverage_percent"] == 100.0
+
+
+def test_layers_that_config_json_excepts_stay_as_they_are(ftload: Ftload, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    skipped = ["lm_head", "model.layers.1.mlp", "model.layers.0.self_attn"]
+    write_quantised(model, "nf4", llm_int8_skip_modules=skipped)
+    words = ["--model", model, "--use_qlora", "--output_dir", out]
+    refused = ftload("prepare", *words)
+    assert refused.code == 5
+    assert refused.err == (
+        "error: 50.0 % of the weight matrices would be 4-bit, `--min_quantized` asks for 90 %: bitsandbytes leaves "
+        "attention (4 tensors, 24,576 bytes), mlp (3 tensors, 36,864 bytes)\n"
+        "hint: pass --min_quantized 50 to take that, or --dequantize to quantise all anew\n"
+    )
+    result = ftload("prepare", *words, "--min_quantized", "50", "--json")
+    assert result.code == 0, result.err
+    found, stored = read_tensors(out), load_file(model / FILE)
+    assert found.keys() == stored.keys()
+    for name, value in stored.items():
+        if "embed" not in name and "head" not in name:
+            assert torch.equal(found[name], value), name
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == skipped
+    assert json.loads(result.out)["parameters"]["by_dtype"]["nf4"]["tensors"] == 7
+    assert ftload("verify", out).code == 0
+
+    result = ftload("prepare", *words, "--dequantize", "--overwrite", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["quantization"]["coverage_percent"] == 100.0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"] is None
+
+
+@pytest.mark.parametrize("names", ["lm_head", [1], ["("], {"lm_head": 1}])
+def test_exceptions_that_name_no_modules(ftload: Ftload, tmp_path: Path, names: object) -> None:
+    model = tmp_path / "model"
+    write_quantised(model, "nf4")
+    section = json.loads((model / "config.json").read_text())["quantization_config"]
+    edit_json(model / "config.json", quantization_config={**section, "llm_int8_skip_modules": names})
+    result = ftload("plan", "--model", model, "--use_qlora")
+    assert (result.code, result.err) == (
+        4,
+        f"error: `llm_int8_skip_modules` of config.json is {names!r}, not a list of modules\n"
+        "hint: config.json and the weights must belong together\n",
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4 as bfloat16", "nf4 as float32"])
