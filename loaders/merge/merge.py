@@ -16,6 +16,7 @@ from ..model.tensor_map import Group
 from .adapter import AdapterWeights, TrainedAdapter, open_weights
 from .changes import LowRank
 from .merged_tensor import adapter_tensor, merged_tensor
+from .parts import divide
 from .peft_layers import Changed, find_changes
 
 if TYPE_CHECKING:
@@ -97,16 +98,24 @@ def _merge_one(merged: Merge, loaded: LoadedHeaders, weights: AdapterWeights) ->
                 owners[embedding] = shared
                 for source in () if owners.get(head) in (None, shared) else owners[head].sources:
                     tensors.pop(source.name)  # the same once more
+    touched = set()
     for parameter, changed in changes.items():
-        source = _source(adapter, parameter, owners[parameter])
-        tensors[source.name] = _merged(source, changed, *parameters[parameter], weights)
+        shape, dtype = parameters[parameter]
+        if owners[parameter].conversion is None:
+            (source, *_) = owners[parameter].sources
+            tensors[source.name] = _merged(source, changed, shape, dtype, weights)
+            touched.add(source.name)
+        else:
+            for source, change in _parts(adapter, parameter, owners[parameter], changed, shape):
+                tensors[source.name] = merged_tensor(source.name, source, dtype, change)
+                touched.add(source.name)
     for parameter in {embedding, head} - changes.keys() - {None}:
         if parameter in owners and owners[parameter].sources[0].shape != parameters[parameter][0] and not is_tied:
             raise CheckpointError(
                 f"the adapter `{adapter.name}` holds an embedding of {rows} rows, but nothing for `{parameter}`",
                 hint="save it with both: PEFT's `save_pretrained(…, save_embedding_layers=True)`",
             )
-    done = MergedAdapter(adapter=adapter, file=weights.file, tensors=len(changes), sha256=weights.sha256)
+    done = MergedAdapter(adapter=adapter, file=weights.file, tensors=len(touched), sha256=weights.sha256)
     return Merge(
         checkpoint=replace(checkpoint, tensors=tensors),
         config=_with_embeddings(merged.config, rows, untied=untied),
@@ -146,15 +155,20 @@ def _untying(adapter: TrainedAdapter, embedding: str, head: str) -> Decision:
     )
 
 
-def _source(adapter: TrainedAdapter, parameter: str, group: Group) -> TensorMeta:
-    """The stored tensor that becomes a parameter."""
-    if group.conversion is not None:
+def _parts(
+    adapter: TrainedAdapter, parameter: str, group: Group, changed: Changed, shape: tuple[int, ...]
+) -> list[tuple[TensorMeta, LowRank]]:
+    """The stored tensors that become a parameter together, and what becomes of each."""
+    parts = []
+    if changed.replaced_by is None and isinstance(changed.change, LowRank):
+        parts = divide(group, parameter, shape, changed.change)
+    if not parts:
         raise CheckpointError(
             f"the adapter `{adapter.name}` changes `{parameter}`, which is made of several tensors of the checkpoint, "
-            f"`{group.sources[0].name}` among them",
+            f"`{group.sources[0].name}` among them, in a way that ftload can't follow",
             hint="merge it with PEFT itself",
         )
-    return group.sources[0]
+    return parts
 
 
 def _merged(

@@ -20,7 +20,31 @@ SIMPLE = ("--get_tokenizer_fn", "get_tokenizer_simple_v1")
 
 
 def write_base(directory: Path, architecture: str, **options: Any) -> Path:
+    if architecture == "gpt_oss":
+        return write_gpt_oss(directory)
     write_model(directory, architecture, vocab_size=128, **{"dtype": "bfloat16", **options})
+    write_llama(directory)
+    return directory
+
+
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def write_gpt_oss(directory: Path) -> Path:
+    """Experts that lie (in, out), in one tensor."""
+    import transformers
+
+    config = transformers.GptOssConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    model.to(torch.bfloat16).save_pretrained(directory)
     write_llama(directory)
     return directory
 
@@ -63,6 +87,11 @@ FEATURES: dict[str, tuple[str, dict[str, Any], int]] = {
         4,
     ),
     "tied tokens": ("llama_tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 127]}, 3),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}, 26),
+    "many experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}, 26),
+    "some experts": ("olmoe", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}, 8),
+    "a router": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}, 2),
+    "experts, stacked": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}, 6),
 }
 """Architecture, PEFT's settings, and how many tensors change."""
 
