@@ -44,12 +44,30 @@ def merge_by_peft(
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     if dequantize:
-        model.dequantize()
+        decode(model)
     if change is not None:
         change(model)
     for adapter in adapters:
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     model.save_pretrained(output)
+
+
+def decode(model: Any) -> None:
+    """Decode a 4-bit model in place: the layers of a Conv1D become linear ones, (out, in)."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            # one row: where a block does not end with a row, its kernel for CPUs (0.50) takes another block's absmax
+            state: Any = module.weight.quant_state
+            shapes[name] = tuple(state.shape)
+            state.shape = torch.Size((1, state.shape.numel()))
+    model.dequantize()
+    for name, shape in shapes.items():
+        layer = model.get_submodule(name)
+        layer.weight = torch.nn.Parameter(layer.weight.data.reshape(shape))
 
 
 def logits(model: Any) -> Any:
