@@ -17,7 +17,8 @@ from ..loaders.flags.command_line import read_command_line
 from .doctor import doctor
 from .errors import Interrupted
 from .inspect import InspectCommand, inspect
-from .options import FlagsCommand, PlanCommand
+from .merge import merge
+from .options import FlagsCommand, MergeCommand, PlanCommand
 from .plan import plan
 from .prepare import prepare
 from .show.output import Output
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("prepare", cls=FlagsCommand)(prepare)
 app.command("plan", cls=PlanCommand)(plan)
+app.command("merge", cls=MergeCommand)(merge)
 app.command("verify")(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
 app.command("doctor")(doctor)

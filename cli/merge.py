@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import typer
 
+from ..loaders.errors import UsageError
 from ..loaders.flags.command_line import read_command_line
 from .prepare import run_prepare
+from .show.output import Output
 
 
 def merge(ctx: typer.Context) -> None:
-    """Merge trained adapters into their base, in this order, and write the model: `prepare --merge_adapter ADAPTER …`.
+    """Write a base and its trained adapters as one model: `prepare --merge_adapter ADAPTER …` in short.
 
-    The flags are those of `prepare`: with none of them, a plain bfloat16 model is written.
+    Adapters, by directory or hub id, are merged in this order. The base is the one that the first of them names, unless
+    --model names another. All other flags are those of `prepare`; without any, the model is a plain bfloat16 one.
     """
-    words = list(ctx.obj)
-    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    run_prepare(read_command_line(["--merge_adapter", *words] if count else words))
+    words = tuple(ctx.obj)
+    if not any(True for _ in takewhile(lambda word: not word.startswith("-"), words)):
+        with Output.from_flags(read_command_line(words).values):
+            raise UsageError("no adapter is given", hint="ftload merge ADAPTER --output_dir DIRECTORY")
+    run_prepare(("--merge_adapter", *words))

@@ -41,6 +41,9 @@ class FlagsCommand(TyperCommand):
 
     flags: ClassVar[Mapping[str, Flag]] = all_flags()
     panels: ClassVar[tuple[str, ...]] = PANELS
+    usage: ClassVar[str] = USAGE
+    notes: ClassVar[tuple[str, ...]] = NOTES
+    examples: ClassVar[tuple[str, ...]] = EXAMPLES
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep `args` for the command's function, or show the help if it is asked for anywhere among them."""
@@ -52,7 +55,7 @@ class FlagsCommand(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what the usage line shows after the command's name."""
-        return [USAGE]
+        return [self.usage]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print usage, notes, examples and a panel for each group of flags, as wide as the terminal."""
@@ -63,10 +66,10 @@ class FlagsCommand(TyperCommand):
 
         console = Console(highlight=False)
         console.width = min(console.width, WIDEST)
-        usage = Text.assemble(("Usage: ", "yellow"), (f"{ctx.command_path} {USAGE}", "bold"))
+        usage = Text.assemble(("Usage: ", "yellow"), (f"{ctx.command_path} {self.usage}", "bold"))
         paragraphs = [" ".join(paragraph.split()) for paragraph in (self.help or "").split("\n\n")]
-        examples = "\n".join(f"{ctx.command_path} {example}" for example in EXAMPLES)
-        for block in (usage, *paragraphs, *(Text(note, "dim") for note in NOTES), Text(examples, "cyan")):
+        examples = "\n".join(f"{ctx.command_path} {example}" for example in self.examples)
+        for block in (usage, *paragraphs, *(Text(note, "dim") for note in self.notes), Text(examples, "cyan")):
             console.print(Padding(block, (1, 1, 0, 1)), markup=False)
         console.print()
         for title in self.panels:
@@ -79,6 +82,17 @@ class PlanCommand(FlagsCommand):
 
     flags: ClassVar[Mapping[str, Flag]] = {**plan_flags(), **all_flags()}
     panels: ClassVar[tuple[str, ...]] = (PLAN, *PANELS)
+
+
+class MergeCommand(FlagsCommand):
+    """`ftload merge`: adapters come first, then every flag."""
+
+    usage: ClassVar[str] = "ADAPTER [ADAPTER ...] [--FLAG [VALUE ...]] ..."
+    notes: ClassVar[tuple[str, ...]] = NOTES[1:]  # there is no YAML file
+    examples: ClassVar[tuple[str, ...]] = (
+        "runs/checkpoint-500 --output_dir merged",
+        "prepared --output_dir merged --max_shard_size 2GB",
+    )
 
 
 def _table(flags: list[Flag]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from ..loaders.flags.command_line import read_command_line
@@ -10,7 +12,12 @@ from .show.output import Output
 
 def prepare(ctx: typer.Context) -> None:
     """Turn a pretrained causal language model into a directory that training can start from."""
-    given = read_command_line(ctx.obj)
+    run_prepare(ctx.obj)
+
+
+def run_prepare(words: Sequence[str]) -> None:
+    """Prepare what the words of a command line ask for, and show what was done."""
+    given = read_command_line(words)
     with Output.from_flags(given.values) as output:
         arguments = given.arguments()
         from ..loaders.prepare import prepare as run

@@ -155,6 +155,8 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
             value = False
             if given:
                 problems.add(f"`{typed}` takes no value, but `{printable(given[0])}` follows it")
+        if flag.adds and isinstance(value, list):
+            value = [*(values.get(name) or ()), *value]
         if flag.name in ALIASES.values() and isinstance(value, str):
             models[name] = value
         values[flag.name] = value

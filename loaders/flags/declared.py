@@ -40,9 +40,9 @@ Kind: TypeAlias = Literal["bool", "int", "float", "str", "list", "str or list", 
 """How the text of a flag's value is read."""
 
 
-def field(default: Any, panel: str, help: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a flag: a dataclass field whose metadata holds `panel`, `help` and `choices`."""
-    metadata = {"panel": panel, "help": help, "choices": choices}
+def field(default: Any, panel: str, help: str, *, choices: tuple[str, ...] = (), adds: bool = False) -> Any:
+    """Declare a flag: a dataclass field whose metadata holds `panel`, `help`, `choices` and `adds`."""
+    metadata = {"panel": panel, "help": help, "choices": choices, "adds": adds}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -217,6 +217,7 @@ class OwnOptions:
         None,
         MODEL,
         "Trained adapters to merge into the model, one after another; --model defaults to their base",
+        adds=True,
     )
     dequantize: bool = field(False, MODEL, "Decode a bitsandbytes checkpoint (NF4, FP4, LLM.int8) to bfloat16")
     quiet: bool = field(False, OUTPUT, "Show no progress and no closing table")
@@ -259,6 +260,8 @@ class Flag:
     """Whether None is a value."""
     default: Any
     choices: tuple[str, ...]
+    adds: bool
+    """Whether giving it again adds to its list; otherwise the last one counts, as for Open Instruct."""
     help: str
     panel: str
     group: str

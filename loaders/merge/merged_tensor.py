@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..checkpoint.finite import all_finite
 from ..checkpoint.formats.interface import PackedTensor, Read
 from ..checkpoint.plain import PlainReader
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
+from ..errors import CheckpointError
 from .changes import LEAST_ROWS, Change
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ class MergedTensor(PackedTensor):
     change: Change
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
-        """Read the base, in the dtype that the model has it in, and change it."""
+        """Read the base, in the dtype that the model has it in, and change it.
+
+        Raises `CheckpointError` where the adapter is not finite, or makes the base so.
+        """
         import torch
 
         columns, base = _columns(self.shape), self.base
@@ -33,6 +38,12 @@ class MergedTensor(PackedTensor):
         merged = self.change.apply(values, begin // columns, end // columns).reshape(-1)
         if end == self.parameters:
             self.change.factors.forget()
+        if not all_finite(merged) and all_finite(stored):
+            adapter = self.change.factors.reader.source.model
+            raise CheckpointError(
+                f"merging the adapter `{adapter}` into tensor `{self.name}` gives NaN or infinity",
+                hint="the adapter is damaged, or belongs to another model",
+            )
         return merged
 
     def reading_bytes(self, elements: int) -> int:

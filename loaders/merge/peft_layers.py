@@ -6,6 +6,7 @@ may load under another. So PEFT itself wraps the model and loads the adapter's h
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[st
             raise CheckpointError(
                 f"the adapter `{adapter.name}` lacks the tensor `{error.args[0]}`", hint=_INCOMPLETE
             ) from error
-        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError, re.error) as error:
             raise CheckpointError(
                 f"PEFT can't load the adapter `{adapter.name}` into this model: {said_by(error).partition('. ')[0]}",
                 hint="is it the model that the adapter was trained on?",
