@@ -66,7 +66,7 @@ class Checkpoint:
         Raises `CheckpointError` when the file ends early.
         """
         if isinstance(tensor, PackedTensor):
-            return self._decoded(tensor, elements)
+            return self._decoded(tensor, elements, buffer)
         return self._reader.chunks(tensor, elements, buffer)
 
     def values(self, tensor: TensorMeta, begin: int, end: int) -> Tensor:
@@ -86,13 +86,17 @@ class Checkpoint:
             return value.reshape(tensor.shape)
         return torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
 
-    def _decoded(self, tensor: PackedTensor, elements: int) -> Iterator[Tensor]:
+    def _decoded(self, tensor: PackedTensor, elements: int, buffer: bytearray | None) -> Iterator[Tensor]:
         """Chunks of `elements`, cut out of whole tiles.
 
         The last one of a tile is a copy: who still holds it would hold all of the tile while the next is decoded.
         """
         import torch
 
+        if elements % tensor.tile == 0:
+            for begin in range(0, tensor.parameters, elements):
+                yield tensor.chunk(begin, min(begin + elements, tensor.parameters), self._reader.values, buffer)
+            return
         step = max(tensor.tile, elements // tensor.tile * tensor.tile)
         rest = torch.empty(0, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
         for begin in range(0, tensor.parameters, step):

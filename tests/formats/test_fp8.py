@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,17 @@ import pytest
 import torch
 import transformers
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ftload.loaders.checkpoint.formats import fp8
 from ftload.loaders.checkpoint.formats.interface import PackedTensor
+from ftload.loaders.checkpoint.plain import PlainReader
+from ftload.loaders.errors import MissingRequirementError
 from ftload.loaders.source.resolve import resolve_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
+from ..loaders.test_activations import measured_peak
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
 from ..parity.models import write_model
 from ..parity.reference import REFERENCE_TARGETS, run_reference
@@ -192,6 +198,61 @@ def test_any_range_of_any_weight(tmp_path_factory: pytest.TempPathFactory, data:
     chunks = list(checkpoint.chunks(tensor, elements))
     assert all(len(chunk) == elements for chunk in chunks[:-1])
     assert same(torch.cat(chunks), flat)
+    buffer = bytearray(2 * data.draw(st.integers(1, elements)))
+    assert same(torch.cat([chunk.clone() for chunk in checkpoint.chunks(tensor, elements, buffer)]), flat)
+
+
+def test_chunks_lie_in_the_buffer(tmp_path: Path) -> None:
+    codes = every_code(E4M3, (40, 96))
+    checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": torch.ones(())})
+    buffer = bytearray(2 * 960)
+    for chunk in checkpoint.chunks(only(checkpoint), 960, buffer):
+        assert chunk.data_ptr() == torch.frombuffer(buffer, dtype=torch.bfloat16).data_ptr()
+
+
+def test_a_weight_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftload.loaders.checkpoint.formats.fp8._PIECE", 700)
+    for dtype, columns in ((E4M3, 90), (torch.int8, 45)):
+        codes, scales = every_code(dtype, (60, columns)), some_scales(torch.float32, (4, 3))
+        checkpoint = opened(tmp_path, {"W": codes, "W_scale_inv": scales}, weight_block_size=[15, 30])
+        assert same(checkpoint.read(only(checkpoint)), library(codes, scales))
+
+
+@pytest.mark.parametrize("elements", [2**16, 2**20, 2**22])
+@pytest.mark.parametrize(("dtype", "grid"), [(E4M3, (64, 8)), (E4M3, (8192, 32)), (E4M3, ()), (torch.int8, (8192, 32))])
+def test_decoding_takes_the_memory_that_is_told(
+    tmp_path: Path, dtype: torch.dtype, grid: tuple[int, ...], elements: int
+) -> None:
+    codes = torch.zeros(8192, 512, dtype=torch.uint8).view(dtype)
+    tensor = only(opened(tmp_path, {"W": codes, "W_scale_inv": torch.ones(grid)}, weight_block_size=None))
+    read = PlainReader(source=resolve_source(str(tmp_path), None)).values
+
+    def decode() -> None:
+        tensor.values(0, elements, read)
+
+    decode()  # compiles
+    tracemalloc.start()
+    try:
+        # torch's own memory, and what the interpreter's objects hold
+        peak = measured_peak(decode)
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        decode()
+        peak += tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak - 2 * elements <= tensor.reading_bytes(elements) < 1.5 * (peak - 2 * elements) + 2**18
+
+
+def test_decoding_without_numba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = opened(tmp_path, {"W": torch.ones(1, 4).to(E4M3), "W_scale_inv": torch.ones(())})
+    monkeypatch.setitem(sys.modules, "ftload.loaders.checkpoint.formats.fp8_kernel", None)
+    fp8._kernel.cache_clear()
+    try:
+        with pytest.raises(MissingRequirementError, match="FP8 is decoded by numba, which can't be used: import of"):
+            checkpoint.read(only(checkpoint))
+    finally:
+        fp8._kernel.cache_clear()
 
 
 # -- whole models

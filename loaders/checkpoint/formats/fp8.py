@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, MissingRequirementError, said_by
-from ..tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
+from ..tensors import TORCH_NAMES, TensorMeta
 from .interface import Headers, PackedTensor, Read
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _CODES_A_BYTE = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 2}
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _PIECE = 1024 * 1024
 """Elements that are decoded at a time: what they are read into is used again while the processor's cache holds it."""
+_SCALE_BYTES = 13
+"""What one takes at most on its way to float32, as it is stored included."""
 _DEFAULT_BLOCK = (128, 128)
 """That of transformers' `FineGrainedFP8Config`, where config.json says nothing."""
 
@@ -56,20 +58,28 @@ class PackedFP8(PackedTensor):
     blocks: Blocks
 
     def reading_bytes(self, elements: int) -> int:
-        """Of a piece: its codes twice, as they are read, and the scales of each row; FP4 is unpacked too."""
+        """Of a piece: its codes, twice while they are read, then once with the scales of each row and FP4 unpacked."""
         elements = min(max(elements, self.tile), self.parameters, _PIECE)
+        stored = elements // _CODES_A_BYTE[self.parts[0].dtype]
         rows = min(elements // self.blocks.columns + 2, self.parameters // self.blocks.columns)
-        a_scale = 2 * ITEM_BYTES[self.parts[1].dtype] + 4 * 4
-        return 2 * elements + rows * (self.blocks.scale_columns * a_scale + 64) + 4096
+        scales = rows * (self.blocks.scale_columns * _SCALE_BYTES + 48)
+        return max(2 * stored, stored + (elements if stored < elements else 0) + scales) + 16 * 1024
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode as `Fp8Dequantize` does: the code's value times the scale in float32, then bfloat16.
 
         Raises `CheckpointError` naming scales that are not finite, and `MissingRequirementError` without numba.
         """
+        return self.chunk(begin, end, read, None)
+
+    def chunk(self, begin: int, end: int, read: Read, buffer: bytearray | None) -> Tensor:
+        """As `values`, in the buffer if that is large enough."""
         import torch
 
-        out = torch.empty(end - begin, dtype=torch.bfloat16)
+        if buffer is None or len(buffer) < 2 * (end - begin) or begin == end:
+            out = torch.empty(end - begin, dtype=torch.bfloat16)
+        else:
+            out = torch.frombuffer(buffer, dtype=torch.bfloat16, count=end - begin)
         for first in range(begin, end, _PIECE):
             last = min(first + _PIECE, end)
             self._decode(first, last, read, out[first - begin : last - begin].view(torch.uint16).numpy())
@@ -80,33 +90,35 @@ class PackedFP8(PackedTensor):
         import numpy as np
         import torch
 
-        kernel, stored = _kernel(), self.parts[0]
+        decoders, unpack = _kernel()
+        stored = self.parts[0]
         a_byte = _CODES_A_BYTE[stored.dtype]
         codes = read(stored, begin // a_byte, end // a_byte).view(torch.uint8).numpy()
         if a_byte == 2:
-            codes = kernel.unpack(codes, np.empty(end - begin, np.uint8))
-        decode = {"F8_E4M3": kernel.decode_e4m3, "F8_E5M2": kernel.decode_e5m2, "I8": kernel.decode_e2m1}[stored.dtype]
+            codes = unpack(codes, np.empty(end - begin, np.uint8))
         columns = self.blocks.columns
-        decode(codes, self._scales(begin, end, read).numpy(), out, begin % columns, columns, self.blocks.width)
+        decode = decoders[stored.dtype]
+        decode(codes, self._scales(begin, end, read), out, begin % columns, columns, self.blocks.width)
 
-    def _scales(self, begin: int, end: int, read: Read) -> Tensor:
+    def _scales(self, begin: int, end: int, read: Read) -> Any:
         """Of each row that the elements from `begin` to `end` (exclusive) lie in (float32, rows × scale columns)."""
+        import numpy as np
         import torch
 
         blocks, stored = self.blocks, self.parts[1]
-        rows = torch.arange(begin // blocks.columns, -(-end // blocks.columns))
+        rows = np.arange(begin // blocks.columns, -(-end // blocks.columns))
         of_row = rows // blocks.matrix_rows * blocks.scale_rows + rows % blocks.matrix_rows // blocks.height
         first, last = int(of_row[0]), int(of_row[-1]) + 1
-        scales = read(stored, first * blocks.scale_columns, last * blocks.scale_columns)
+        values = read(stored, first * blocks.scale_columns, last * blocks.scale_columns).float()
         if stored.dtype == "U8":
-            scales = torch.exp2(scales.float() - 127)
-        scales = scales.float()
-        if not torch.isfinite(scales).all():
+            values = torch.exp2(values - 127)
+        scales = values.numpy().reshape(-1, blocks.scale_columns)
+        if not np.isfinite(scales).all():
             raise CheckpointError(
                 f"tensor `{stored.name}` of `{stored.file}`, the scales of `{self.name}`, holds NaN or infinity",
                 hint="the checkpoint is damaged or was saved from a diverged run",
             )
-        return scales.reshape(-1, blocks.scale_columns)[of_row - first]
+        return scales[of_row - first]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,12 +264,20 @@ def _blocks(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, i
 
 
 @cache
-def _kernel() -> Any:
-    """The compiled loops. Raises `MissingRequirementError` where numba can't be used."""
+def _kernel() -> tuple[Mapping[str, Any], Any]:
+    """The compiled loops: the decoder of each dtype, and what unpacks FP4.
+
+    Raises `MissingRequirementError` where numba can't be used.
+    """
+    import numpy as np
+
     try:
-        from . import fp8_kernel
-    except Exception as error:  # not installed, or no place for its cache
+        from .fp8_kernel import decode_e2m1, decode_e4m3, decode_e5m2, unpack
+
+        unpack(np.zeros(1, np.uint8), np.empty(2, np.uint8))
+    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
         raise MissingRequirementError(
-            f"numba, which decodes FP8, can't be used: {said_by(error)}", hint="`ftload doctor` says how to mend it"
+            f"FP8 is decoded by numba, which can't be used: {said_by(error)}",
+            hint="`ftload doctor` says how to fix it",
         ) from error
-    return fp8_kernel
+    return {"F8_E4M3": decode_e4m3, "F8_E5M2": decode_e5m2, "I8": decode_e2m1}, unpack

@@ -90,6 +90,10 @@ class PackedTensor(TensorMeta, ABC):
         `begin` is a multiple of `tile`, and so is `end` unless it is the last of all.
         """
 
+    def chunk(self, begin: int, end: int, read: Read, buffer: bytearray | None) -> Tensor:
+        """As `values`; they may lie in the `buffer`, as getting fresh memory can take longer than decoding."""
+        return self.values(begin, end, read)
+
     def part(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode any elements, from `begin` to `end` (exclusive): they are cut out of whole tiles."""
         first = begin // self.tile * self.tile
