@@ -41,9 +41,15 @@ def gguf_tensors(model: Path, architecture: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_gguf(path: Path, architecture: str, tensors: Mapping[str, np.ndarray], **tokens: int) -> None:
-    """Write `tensors` with the metadata of the tiny models; `tokens` are ids of special tokens: `pad=2`."""
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[architecture]])
+def write_gguf(
+    path: Path, architecture: str, tensors: Mapping[str, np.ndarray], *, most_tensors: int = 0, **tokens: int
+) -> None:
+    """Write `tensors` with the metadata of the tiny models; `tokens` are ids of special tokens: `pad=2`.
+
+    With `most_tensors`, they are split into files of so many, as `…-00001-of-00003.gguf`.
+    """
+    name = gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[architecture]]
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=most_tensors)
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(64)

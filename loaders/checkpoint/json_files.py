@@ -22,8 +22,13 @@ def fetch_config(source: Source) -> None:
     names = {file.path: file for file in source.files}
     if "config.json" not in names:
         hint = "a model directory holds config.json, a tokenizer and *.safetensors"
+        gguf = sorted(name for name in names if name.endswith(".gguf") and not name.startswith("mmproj"))
         if "adapter_config.json" in names:
             hint = "this is an adapter: give the model that it was trained on"
+        elif gguf and source.kind == "hub":
+            hint = f"download one of its GGUF files, as `{gguf[0]}`, and give that file"
+        elif gguf:
+            hint = f"give a GGUF file itself: `{gguf[0]}`"
         raise absent_error(source, f"`{source.model}` holds no `config.json`", hint)
     found = config_file_names(source.files)
     source.fetch(found)

@@ -115,6 +115,30 @@ def test_what_is_computed_is_left_out_and_what_is_tied_need_not_be_there(
     assert_equal(tmp_path / "out", originals / "llama", but=frozenset({"lm_head.weight"}))
 
 
+def test_a_part_of_a_split_file(ftload: Ftload, originals: Path, llama: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", gguf_tensors(originals / "llama", "llama"), most_tensors=7)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for part in parts:
+        result = ftload("plan", "--model", part, "--tokenizer_name_or_path", llama)
+        assert (result.code, result.out, result.err) == (
+            4,
+            "",
+            f"error: `{part}` is one of the 3 files that a GGUF file was split into: whole ones are read\n"
+            "hint: join them, by llama.cpp's `llama-gguf-split --merge FIRST_FILE JOINED_FILE`, and give that\n",
+        )
+
+
+def test_a_directory_of_gguf_files(ftload: Ftload, tmp_path: Path) -> None:
+    for name in ("mmproj-F16.gguf", "tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    result = ftload("plan", "--model", tmp_path)
+    assert (result.code, result.err) == (
+        4,
+        f"error: `{tmp_path}` holds no `config.json`\nhint: give a GGUF file itself: `tiny-Q4_K_M.gguf`\n",
+    )
+
+
 def test_experts_that_are_all_there(ftload: Ftload, originals: Path, llama: Path, tmp_path: Path) -> None:
     tensors = gguf_tensors(originals / "qwen3_moe", "qwen3_moe")
     widen_experts(tensors)

@@ -55,7 +55,7 @@ def read_gguf(source: Source) -> GgufModel:
     """Read the header of a `.gguf` file.
 
     Raises `MissingRequirementError` without the `gguf` package, `CheckpointError` for a file that transformers can't
-    use.
+    use, and for a part of one.
     """
     from transformers import PretrainedConfig
 
@@ -63,6 +63,12 @@ def read_gguf(source: Source) -> GgufModel:
         raise MissingRequirementError("reading GGUF files needs the `gguf` package", hint="pip install 'ftload[gguf]'")
     assert source.gguf_file is not None
     header = read_gguf_header(source.root / source.gguf_file)
+    count = header.metadata.get("split.count")
+    if isinstance(count, int) and count > 1:
+        raise CheckpointError(
+            f"`{source.model}` is one of the {count} files that a GGUF file was split into: whole ones are read",
+            hint="join them, by llama.cpp's `llama-gguf-split --merge FIRST_FILE JOINED_FILE`, and give that",
+        )
     with _understanding(source), quiet_transformers():
         settings, _ = PretrainedConfig.get_config_dict(source.root, gguf_file=source.gguf_file)
         if "model_type" not in settings:
