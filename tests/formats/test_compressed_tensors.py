@@ -246,6 +246,8 @@ MEASURED = {
         "float-quantized", num_bits=8, type="float", strategy="block", block_structure=[100, 100]
     ),
     "5 bits": scheme("pack-quantized", num_bits=5, strategy="group", group_size=32, symmetric=False),
+    "INT8 packed in groups": scheme("pack-quantized", num_bits=8, strategy="group", group_size=32),
+    "FP8, asymmetric": scheme("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False),
     "groups of 2": scheme("pack-quantized", num_bits=4, strategy="group", group_size=2, symmetric=False),
 }
 
