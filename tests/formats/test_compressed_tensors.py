@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.utils.match import match_targets
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ftload.loaders.checkpoint.compressed_schemes import read_groups, scheme_of
 from ftload.loaders.checkpoint.formats import compressed_tensors
 from ftload.loaders.source.resolve import resolve_source
 from hypothesis import given, settings
@@ -303,7 +305,8 @@ def test_scales_of_activations_are_left_out(ftload: Ftload, tmp_path: Path) -> N
     for layer in range(2):
         for name in ("q", "k", "v"):
             tensors[f"model.layers.{layer}.self_attn.{name}_scale"] = torch.ones(1)
-    tensors["k_scale"] = torch.ones(1)
+    for name in ("k_scale", "model.layers.0.self_attn.attn.v_scale"):
+        tensors[name] = torch.ones(1)
     save_file(tensors, source / FILE)
     write_plain(source, plain)
     result = ftload("prepare", "--model", source, "--output_dir", out)
@@ -349,6 +352,29 @@ def test_each_group_is_decoded_by_its_own_scheme(ftload: Ftload, tmp_path: Path)
     }  # fmt: skip
     stored = json.loads(ftload("inspect", source, "--json").out)["by_dtype"]
     assert {dtype: row["tensors"] for dtype, row in stored.items()} == {"bfloat16": 7, "fp8": 7, "int4": 6, "int8": 1}
+
+
+TARGETS = [
+    "Linear", "lm_head", "model.layers.0.self_attn.q_proj", "re:.*q_proj", "re:.*self_attn.*", r"re:.*layers\.1\..*",
+    "re:model", "re:proj",
+]  # fmt: skip
+MODULES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    targets=st.permutations(TARGETS).flatmap(lambda all_: st.integers(2, len(all_)).map(lambda n: all_[:n])),
+    module=st.sampled_from([*MODULES, "lm_head"]),
+)
+def test_a_module_belongs_to_the_group_that_the_package_finds(targets: list[str], module: str) -> None:
+    weights = {"num_bits": 4, "strategy": "group"}
+    groups = {
+        f"group_{n}": {"targets": [target], "weights": {**weights, "group_size": n + 1}}
+        for n, target in enumerate(targets)
+    }
+    matched = match_targets(module, torch.nn.Linear(1, 1), targets)
+    found = scheme_of(module, read_groups({"format": "pack-quantized", "config_groups": groups}, "a model"))
+    assert (found and found.group_size) == (targets.index(matched[0]) + 1 if matched else None)
 
 
 def test_plan_and_inspect_count_weights_not_codes(ftload: Ftload, tmp_path: Path) -> None:
