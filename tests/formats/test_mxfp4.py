@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -17,8 +18,8 @@ import torch
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ftload.loaders.checkpoint.formats import mxfp4
 from ftload.loaders.checkpoint.formats.interface import Headers
-from ftload.loaders.checkpoint.tensors import TensorMeta
-from ftload.loaders.errors import MissingRequirementError
+from ftload.loaders.checkpoint.tensors import TORCH_NAMES, TensorMeta
+from ftload.loaders.errors import CheckpointError, MissingRequirementError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
@@ -196,7 +197,7 @@ many = settings(max_examples=60, deadline=None)
 @st.composite
 def experts(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks and scales of any size, over many or few scales."""
-    count, outputs = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 31, 64, 319, 320, 321, 650]))
+    count, outputs = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 31, 32, 33, 64, 97]))
     groups = draw(st.integers(1, 6))
     lowest = draw(st.integers(0, 254))
     highest = draw(st.integers(lowest, 254))
@@ -212,6 +213,7 @@ def test_any_range_in_any_chunks(packed: tuple[torch.Tensor, torch.Tensor], data
     expected = decoded_by_transformers(*packed)
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(mxfp4, "_TILE", data.draw(st.sampled_from([1, 2**12, 2**20])))
+        patch.setattr(mxfp4, "_ROWS", 32)
         checkpoint = write_experts(Path(directory), *packed)
         (tensor,) = checkpoint.packed
         assert (tensor.name, tensor.shape) == ("W", tuple(expected.shape))
@@ -402,6 +404,38 @@ def test_a_damaged_checkpoint(ftload: Ftload, sound: Path, tmp_path: Path, name:
     else:
         assert_one_line(planned, code=4, culprit=case.culprit, hint=case.hint)
     assert ftload("inspect", model).code == 0  # headers can always be looked at
+
+
+sizes = st.lists(st.integers(0, 40), max_size=5).map(tuple)
+dtypes = st.sampled_from(sorted(TORCH_NAMES))
+
+
+@given(
+    blocks=st.tuples(sizes | st.tuples(*[st.integers(0, 40)] * 3, st.just(16)), dtypes | st.just("U8")),
+    scales=st.tuples(st.none() | sizes, dtypes | st.just("U8")),
+    strict=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_headers(
+    sound: Path, blocks: tuple[tuple[int, ...], str], scales: tuple[tuple[int, ...] | None, str], strict: bool
+) -> None:
+    """They can be decoded, or are refused; to be shown they may be anything."""
+    found = {"W_blocks": blocks, "W_scales": (scales[0] or blocks[0][:-1], scales[1])}
+    meta = {
+        name: TensorMeta(name=name, shape=shape, dtype=dtype, file=FILE, begin=0, end=0)
+        for name, (shape, dtype) in found.items()
+    }
+    headers = Headers(source=resolve_source(str(sound), None), tensors=meta)
+    try:
+        packed = list(mxfp4.Mxfp4().find(headers, strict=strict))
+    except CheckpointError as error:
+        assert strict
+        assert re.match(r"tensor `W_(blocks|scales)` of `model.safetensors` (holds|has shape)", error.message)
+        return
+    for tensor in packed:
+        assert meta["W_blocks"].parameters * 2 == tensor.parameters == meta["W_scales"].parameters * 32 > 0
+        assert tensor.parameters % tensor.tile == 0
+    assert packed or not strict
 
 
 def test_names_alone_mean_nothing(tmp_path: Path) -> None:
