@@ -57,15 +57,16 @@ def quantise(weight: torch.Tensor, stored: Stored) -> tuple[torch.Tensor, torch.
     return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8).view(torch.int8), scales
 
 
-def pack(directory: Path, stored: Stored, *, only: str = "proj.weight") -> None:
+def pack(directory: Path, stored: Stored, *, only: str | tuple[str, ...] = "proj.weight") -> None:
     """Store the weights whose names end so in FP8, in the same files."""
     for path in sorted(directory.glob("*.safetensors")):
         tensors = load_file(path)
         for name in [name for name in tensors if name.endswith(only)]:
             codes, scales = quantise(tensors[name].float(), stored)
             tensors[name] = codes
-            stem = name.removesuffix("weight")
-            tensors[stem + stored.suffix] = stored.scale_shape(scales)
+            stem = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
+            suffix = stored.suffix if name.endswith("weight") else stored.suffix.removeprefix("weight_")
+            tensors[stem + suffix] = stored.scale_shape(scales)
             if stored.activation is not None:
                 tensors[stem + stored.activation] = torch.tensor(0.5)
         save_file(tensors, path, metadata={"format": "pt"})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from ..parity.compare import assert_same_adapter_config, assert_same_json, asser
 from ..parity.models import write_model
 from ..parity.reference import REFERENCE_TARGETS, run_reference
 from ..parity.test_parity import TARGETS
+from ..parity.zoo import write_tiny
 from ..tokenizers import write_llama
-from .fp8_models import E4M3, E8M0, Stored, pack
+from .fp8_models import E4M3, E8M0, Stored, pack, quantise
 
 Ftload = Callable[..., Result]
 FILE = "model.safetensors"
@@ -264,17 +267,17 @@ def write_source(directory: Path, architecture: str, stored: Stored, *, rows: in
     write_llama(directory, vocab_size=VOCABULARY)
 
 
-def reference(source: Path, output: Path, strategy: str, architecture: str) -> None:
+def reference(source: Path, output: Path, strategy: str, targets: list[str]) -> None:
     """What the libraries make of a source; they quantise no FP8 checkpoint, so of a decoded one."""
     decode = transformers.FineGrainedFP8Config(dequantize=True)
-    options = {"tokenizer_size": VOCABULARY + 1, "targets": TARGETS.get(architecture, REFERENCE_TARGETS)}
+    run = partial(run_reference, strategy=strategy, tokenizer_size=VOCABULARY + 1, targets=targets)
     if strategy != "qlora":
-        run_reference(source, output, strategy=strategy, quantization_config=decode, **options)
+        run(source, output, quantization_config=decode)
         return
     decoded = output.with_name("decoded")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=decode)
     model.save_pretrained(decoded)
-    run_reference(decoded, output, strategy=strategy, **options)
+    run(decoded, output)
 
 
 FLAGS = {
@@ -311,13 +314,93 @@ def test_every_strategy_equals_the_reference(
         )
         assert result.code == 0, result.err
         theirs = tmp_path / f"reference-{strategy}"
-        reference(source, theirs, strategy, architecture)
+        reference(source, theirs, strategy, TARGETS.get(architecture, REFERENCE_TARGETS))
         assert_same_tensors(out, theirs)
         for name in ("config.json", "generation_config.json"):
             assert_same_json(out / name, theirs / name, pad_token_id=VOCABULARY)
         if strategy != "standard":
             assert_same_tensors(out / "adapter", theirs / "adapter")
             assert_same_adapter_config(out / "adapter", theirs / "adapter")
+
+
+def matrices(directory: Path) -> tuple[str, ...]:
+    """The weights of linear layers of a tiny model that blocks of 8 × 32 divide; routers are never FP8."""
+    stored = load_file(directory / FILE)
+    others = ("norm", "embed", "head", "wte", "wpe", "router", "gate.weight")
+    return tuple(
+        name
+        for name, value in stored.items()
+        if name.endswith("weight") and value.dim() == 2 and not value.shape[0] % 8 and not value.shape[1] % 32
+        if not any(part in name for part in others)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "count"),
+    [("deepseek_v3", 28), ("deepseek_v4", 62), ("minimax_m2", 32), ("glm4_moe", 26), ("ministral3", 14), ("gpt2", 8)],
+)
+def test_types_as_they_are_published(ftload: Ftload, tmp_path: Path, model_type: str, count: int) -> None:
+    source = tmp_path / "source"
+    write_tiny(source, model_type, vocab_size=144)
+    assert len(matrices(source)) == count
+    pack(source, Stored(block=(8, 32)), only=matrices(source))
+    write_llama(source, vocab_size=VOCABULARY)
+    for strategy in ("standard", "qlora") if model_type == "deepseek_v3" else ("standard",):
+        out, theirs = tmp_path / strategy, tmp_path / f"reference-{strategy}"
+        targets = ("--lora_target_modules", "o_proj") if strategy == "qlora" else ()
+        result = ftload("prepare", "--model", source, "--output_dir", out, *FLAGS[strategy], *targets)
+        assert result.code == 0, result.err
+        reference(source, theirs, strategy, ["o_proj"])
+        assert_same_tensors(out, theirs)
+
+
+def test_edges_of_deepseek_as_if_they_were_decoded_before(ftload: Ftload, tmp_path: Path) -> None:
+    """Smaller last blocks, which transformers refuses: 24 or 40 rows in blocks of 16, 96 columns in blocks of 64."""
+    source, decoded = tmp_path / "source", tmp_path / "decoded"
+    write_tiny(decoded, "deepseek_v3", vocab_size=144)
+    write_llama(decoded, vocab_size=VOCABULARY)
+    shutil.copytree(decoded, source)
+    names = tuple(name for name in load_file(source / FILE) if name.endswith(("proj.weight", "_mqa.weight")))
+    pack(source, Stored(block=(16, 64)), only=names)
+    packed = load_file(source / FILE)
+    for name in names:
+        codes, scales = packed[name], packed.pop(f"{name}_scale_inv")
+        rows, columns = codes.shape
+        wide = scales.repeat_interleave(16, 0).repeat_interleave(64, 1)[:rows, :columns]
+        packed[name] = (codes.float() * wide).bfloat16()
+    assert any(packed[name].shape[0] % 16 for name in names)
+    assert any(packed[name].shape[1] % 64 for name in names)
+    save_file(packed, decoded / FILE, metadata={"format": "pt"})
+    flags = ("--use_qlora", "--min_quantized", "0", "--lora_target_modules", "o_proj")
+    for model in (source, decoded):
+        result = ftload("prepare", "--model", model, "--output_dir", tmp_path / f"{model.name} out", *flags)
+        assert result.code == 0, result.err
+    assert_same_tensors(tmp_path / "source out", tmp_path / "decoded out")
+
+
+@pytest.mark.parametrize("block", [(8, 32), (24, 40)])
+def test_fused_experts(ftload: Ftload, tmp_path: Path, block: tuple[int, int]) -> None:
+    """As gpt-oss has them: no checkpoint like this is known, but nothing else could be meant."""
+    source, decoded = tmp_path / "source", tmp_path / "decoded"
+    write_tiny(decoded, "gpt_oss", vocab_size=144)
+    write_llama(decoded, vocab_size=VOCABULARY)
+    shutil.copytree(decoded, source)
+    experts = tuple(name for name, value in load_file(source / FILE).items() if value.dim() == 3)
+    assert len(experts) == 4
+    stored = Stored(block=block)
+    packed = load_file(source / FILE)
+    for name in experts:
+        codes, scales = quantise(packed[name].float(), stored)
+        wide = scales.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
+        packed[name] = (codes.float() * wide[:, : codes.shape[1], : codes.shape[2]]).bfloat16()
+        if not codes.shape[1] % block[0] and not codes.shape[2] % block[1]:
+            assert same(packed[name], library(codes, scales))
+    save_file(packed, decoded / FILE, metadata={"format": "pt"})
+    pack(source, stored, only=experts)
+    for model in (source, decoded):
+        result = ftload("prepare", "--model", model, "--output_dir", tmp_path / f"{model.name} out", *FLAGS["standard"])
+        assert result.code == 0, result.err
+    assert_same_tensors(tmp_path / "source out", tmp_path / "decoded out")
 
 
 def test_lora_gets_a_decoded_base_of_its_own(ftload: Ftload, tmp_path: Path) -> None:
