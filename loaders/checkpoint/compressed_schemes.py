@@ -85,7 +85,8 @@ def read_groups(section: Mapping[str, Any], model: str) -> list[Group]:
             continue
         form = group.get("format") or section.get("format")
         if form not in FORMATS:
-            raise _refused(model, f"the format `{form}`")
+            shown = form if isinstance(form, str) and form.isprintable() else repr(form)
+            raise _refused(model, f"the format `{shown[:60]}`")
         if not isinstance(weights, dict):
             raise _malformed(model, f"config_groups.{name}.weights", weights)
         if not isinstance(targets, list) or not all(map(_is_target, targets)):

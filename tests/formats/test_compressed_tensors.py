@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +18,17 @@ from compressed_tensors.utils.match import match_targets
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ftload.loaders.checkpoint.compressed_schemes import read_groups, scheme_of
 from ftload.loaders.checkpoint.formats import compressed_tensors
+from ftload.loaders.checkpoint.formats.compressed_tensors import CompressedTensors
+from ftload.loaders.checkpoint.formats.interface import Headers
+from ftload.loaders.checkpoint.tensors import TensorMeta
+from ftload.loaders.errors import CheckpointError
 from ftload.loaders.source.resolve import resolve_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
+from ..fuzz.cases import VALUES
 from ..hub import LoopbackHub
 from ..loaders.test_activations import measured_peak
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
@@ -354,6 +360,22 @@ def test_each_group_is_decoded_by_its_own_scheme(ftload: Ftload, tmp_path: Path)
     assert {dtype: row["tensors"] for dtype, row in stored.items()} == {"bfloat16": 7, "fp8": 7, "int4": 6, "int8": 1}
 
 
+def test_experts_and_attention_may_differ(ftload: Ftload, tmp_path: Path) -> None:
+    """As in Kimi K2: this much of a mixture transformers decodes itself."""
+    source, plain = tmp_path / "source", tmp_path / "plain"
+    write_model(source, "qwen3_moe", vocab_size=VOCABULARY, dtype="bfloat16")
+    write_llama(source, vocab_size=VOCABULARY)
+    groups = {
+        "attention": scheme(
+            "float-quantized", targets=("re:.*self_attn.*",), num_bits=8, type="float", strategy="tensor"
+        ),
+        "experts": scheme("pack-quantized", targets=("re:.*experts.*",), num_bits=4, strategy="group", group_size=32),
+    }
+    compress_checkpoint(source, groups, shards=2)
+    write_plain(source, plain)
+    assert_all_strategies_equal(ftload, source, plain, tmp_path, targets=[], strategies=("standard",))
+
+
 TARGETS = [
     "Linear", "lm_head", "model.layers.0.self_attn.q_proj", "re:.*q_proj", "re:.*self_attn.*", r"re:.*layers\.1\..*",
     "re:model", "re:proj",
@@ -525,6 +547,64 @@ def weights(**changes: Any) -> Callable[[dict[str, Any]], object]:
 
 
 OTHER = "is stored by compressed-tensors with"
+PATHS = [
+    ("config_groups",), ("config_groups", "group_0"), ("sparsity_config",), ("transform_config",), ("format",),
+    *(("config_groups", "group_0", key) for key in ("targets", "weights", "format")),
+    *(("config_groups", "group_0", "targets", n) for n in range(2)),
+    *(
+        ("config_groups", "group_0", "weights", key)
+        for key in ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "actorder")
+    ),
+    *(("config_groups", "group_0", "weights", "block_structure", n) for n in range(2)),
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.sampled_from(PATHS), VALUES), min_size=1, max_size=3),
+    strategy=st.sampled_from(["group", "block"]),
+)
+def test_any_settings_are_understood_or_refused(changes: list[tuple[tuple[Any, ...], Any]], strategy: str) -> None:
+    own = {"group_size": 32} if strategy == "group" else {"block_structure": [32, 32]}
+    first = {"targets": ["Linear", "re:.*q_proj"], "weights": {"num_bits": 8, "strategy": strategy, **own}}
+    second = {"targets": ["lm_head"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    section: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    section["config_groups"] = {"group_0": first, "group_1": second}
+    for path, value in changes:
+        *above, last = path
+        place: Any = section
+        try:
+            for key in above:
+                place = place[key]
+            place[last] = value
+        except (TypeError, LookupError):
+            continue
+    parts = {"weight_packed": ("I32", (64, 16)), "weight_shape": ("I64", (2,)), "weight_scale": ("BF16", (2, 2))}
+    tensors = {
+        f"{module}.{part}": TensorMeta(name=f"{module}.{part}", shape=shape, dtype=dtype, file=FILE, begin=0, end=16)
+        for module in ("a.q_proj", "lm_head")
+        for part, (dtype, shape) in parts.items()
+    }
+    headers = Headers(source=NoFiles(), tensors=tensors)
+    headers.__dict__["section"] = section
+    try:
+        for tensor in CompressedTensors().find(headers, strict=True):
+            assert tensor.shape == (64, 64)
+            assert tensor.reading_bytes(1000) > 0
+    except CheckpointError as error:
+        assert "\n" not in error.message
+    list(CompressedTensors().find(headers, strict=False))
+
+
+class NoFiles:
+    """A source of shapes alone: (64, 64)."""
+
+    kind, model, files = "local", "a model", ()
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        return struct.pack("<2q", 64, 64)
+
+
 ODD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "NVFP4": (group(format="nvfp4-pack-quantized"), f"{OTHER} the format `nvfp4-pack-quantized`"),
     "Marlin": (group(format="marlin-24"), f"{OTHER} the format `marlin-24`"),
