@@ -403,6 +403,21 @@ def test_fused_experts(ftload: Ftload, tmp_path: Path, block: tuple[int, int]) -
     assert_same_tensors(tmp_path / "source out", tmp_path / "decoded out")
 
 
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("kv_scale",), ("k_proj.output_scale", "v_proj.v_scale")])
+def test_scales_of_cached_keys_and_values_are_left_out(ftload: Ftload, tmp_path: Path, names: tuple[str, ...]) -> None:
+    source, out, plain = (tmp_path / name for name in ("source", "out", "plain"))
+    stored = Stored(block=None, suffix="weight_scale", activation="input_scale", section={"kv_cache_scheme": "static"})
+    write_source(source, "llama", stored, rows=144)
+    assert ftload("prepare", "--model", source, "--output_dir", plain).code == 0
+    tensors = load_file(source / FILE)
+    for layer in range(2):
+        tensors |= {f"model.layers.{layer}.self_attn.{name}": torch.tensor(0.5) for name in names}
+    save_file(tensors, source / FILE)
+    result = ftload("prepare", "--model", source, "--output_dir", out)
+    assert result.code == 0, result.err
+    assert_same_tensors(out, plain)
+
+
 def test_lora_gets_a_decoded_base_of_its_own(ftload: Ftload, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_source(source, "llama", STORED["blocks"], rows=144)

@@ -151,7 +151,7 @@ class FP8:
                     raise
                 continue
             used.add(scales[0].name)
-            activations = _beside(codes, _ACTIVATION_NAMES, headers.tensors) if claimed else ()
+            activations = _of_activations(codes, headers.tensors) if claimed else ()
             yield replace(tensor, parts=(*tensor.parts, *activations))
         if strict:
             _check_orphans(headers.tensors, used)
@@ -194,8 +194,14 @@ class FP8:
 
 _SCALE_NAMES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 """transformers', AutoFP8's, DeepSeek-V4's and Mistral's; what begins with a point takes the place of `.weight`."""
-_ACTIVATION_NAMES = ("_activation_scale", ".activation_scale", ".input_scale", ".qscale_act")
-"""What activations are multiplied by before they meet FP8 weights: of no use with decoded ones."""
+_ACTIVATION_NAMES = (
+    "_activation_scale", ".activation_scale", ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".qscale_act",
+)  # fmt: skip
+"""What activations are multiplied by before they meet FP8 weights, or are cached: of no use with decoded ones."""
+_CACHE_NAMES = {
+    "k_proj": ("k_scale", "kv_scale"), "v_proj": ("v_scale",), "qkv_proj": ("k_scale", "v_scale", "kv_scale"),
+}  # fmt: skip
+"""Those of cached keys and values lie beside the layers (AutoFP8), whose names are the keys here."""
 
 _OWNERS = {"_scale_inv": "", "weight_scale": "weight", ".qscale_weight": ".weight"}
 """How names of scales end, which nothing else has, and their weights' in the place of that."""
@@ -210,6 +216,13 @@ def _beside(codes: TensorMeta, suffixes: tuple[str, ...], tensors: Mapping[str, 
         if is_weight or not suffix.startswith(".")
     ]
     return tuple(tensors[name] for name in names if name in tensors)
+
+
+def _of_activations(codes: TensorMeta, tensors: Mapping[str, TensorMeta]) -> tuple[TensorMeta, ...]:
+    """The scales of what goes into a layer, or comes out of it."""
+    module, _, layer = codes.name.removesuffix(".weight").rpartition(".")
+    caches = (f"{module}.{name}" for name in _CACHE_NAMES.get(layer, ()))
+    return (*_beside(codes, _ACTIVATION_NAMES, tensors), *(tensors[name] for name in caches if name in tensors))
 
 
 def _check_orphans(tensors: Mapping[str, TensorMeta], used: set[str]) -> None:
