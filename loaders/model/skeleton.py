@@ -30,7 +30,7 @@ from .tensor_map import (
 )
 from .ties import tie_equal_weights
 from .towers import LeftOut, find_left_out, tower_modules
-from .transformers_internals import initialise_nothing, state_to_save
+from .transformers_internals import forget_stored_names, initialise_nothing, state_to_save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,6 +219,8 @@ def _load(
     with building(loaded_as.model_class, most_parts):
         model, info = load_on_meta(loaded_as.model_class, loaded_as.config, state)
     _check_keys(checkpoint, model, info)
+    if any(tensor.format is not None and not tensor.stays_packed for tensor in checkpoint.packed):
+        forget_stored_names(model)
     groups, dropped = map_tensors(checkpoint, model, state)
     return model, groups, said_of_dropped(dropped)
 

@@ -104,6 +104,8 @@ class Group:
     parameters: tuple[str, ...]
     sources: tuple[TensorMeta, ...]
     conversion: Conversion | None
+    renamed: tuple[str, ...] = ()
+    """What the sources of a conversion are called in it."""
 
 
 def map_tensors(
@@ -130,7 +132,8 @@ def map_tensors(
             model=model, converter=weights.by_pattern[patterns[0][1]], parameter=target, sources=tuple(patterns)
         )
         loaded = conversion.load(state)
-        groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion))
+        renamed = tuple(weights.renamed(meta.name) for meta in metas)
+        groups.append(Group(parameters=tuple(loaded), sources=metas, conversion=conversion, renamed=renamed))
     return groups, dropped
 
 
@@ -200,22 +203,23 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
         elements = sum(value.numel() for value in loaded.values())
         outputs = {name: tuple(value.shape) for name, value in revert(saved.model, loaded).items()}
         padding = sum(map(prod, outputs.values())) - elements
-        if padding or outputs != {meta.name: meta.shape for meta in group.sources}:
-            return [
-                ModelTensor(
-                    name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
-                    sources=group.sources, conversion=group.conversion, quantised_problem=quantised_problem,
-                    padding=padding if position == 0 else 0,
-                )
-                for position, (name, shape) in enumerate(outputs.items())
-            ]  # fmt: skip
         # a converter and its reverse cancel out when they give back every name and shape, and nothing is lost between
+        for names in ([meta.name for meta in group.sources], group.renamed):
+            if not padding and outputs == {n: meta.shape for n, meta in zip(names, group.sources, strict=True)}:
+                return [
+                    ModelTensor(
+                        name=name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
+                        component=component, sources=(meta,), quantised_problem=quantised_problem,
+                    )
+                    for name, meta in zip(names, group.sources, strict=True)
+                ]  # fmt: skip
         return [
             ModelTensor(
-                name=meta.name, parameter=parameter, buffer=buffer, shape=meta.shape, dtype=dtype,
-                component=component, sources=(meta,), quantised_problem=quantised_problem,
+                name=name, parameter=parameter, buffer=buffer, shape=shape, dtype=dtype, component=component,
+                sources=group.sources, conversion=group.conversion, quantised_problem=quantised_problem,
+                padding=padding if position == 0 else 0,
             )
-            for meta in group.sources
+            for position, (name, shape) in enumerate(outputs.items())
         ]  # fmt: skip
     shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
     source = group.sources[0]

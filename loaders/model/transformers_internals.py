@@ -142,6 +142,10 @@ class WeightMapping:
                 found[name] = target, pattern
         return found
 
+    def renamed(self, name: str) -> str:
+        """A stored name before what it leads to is merged or split."""
+        return self._rename(name, self._renamings, [])[0]
+
     def target(self, name: str) -> tuple[str, str | None]:
         """The name that one stored name leads to, in the model or not, and the pattern on the way, if any."""
         target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._parameters)
@@ -153,6 +157,12 @@ class WeightMapping:
 def revert(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters as `save_pretrained` names and divides them. Without it: merged weights would be saved merged."""
     return _find("core_model_loading", "revert_weight_conversion")(model, values)
+
+
+def forget_stored_names(model: PreTrainedModel) -> None:
+    """What a quantiser does that has dequantised a model. Without it: prefixes would be put back that it leaves out."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
 
 
 def merges_weights(model_type: str) -> bool:

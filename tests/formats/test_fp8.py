@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
+from ..loaders.plans import make_plan
 from ..loaders.test_activations import measured_peak
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
 from ..parity.models import write_model
+from ..parity.multimodal import write_published
 from ..parity.reference import REFERENCE_TARGETS, run_reference
 from ..parity.test_parity import TARGETS
 from ..parity.zoo import write_tiny
@@ -352,6 +354,27 @@ def test_types_as_they_are_published(ftload: Ftload, tmp_path: Path, model_type:
         assert result.code == 0, result.err
         reference(source, theirs, strategy, ["o_proj"])
         assert_same_tensors(out, theirs)
+
+
+@pytest.mark.parametrize(("model_type", "count"), [("qwen3_5", 11), ("qwen3_5_moe", 35), ("gemma3", 14)])
+def test_multimodal_types_as_they_are_published(ftload: Ftload, tmp_path: Path, model_type: str, count: int) -> None:
+    """Of which transformers loads the language model alone, and gives what it has decoded no prefix."""
+    source = tmp_path / "source"
+    write_published(source, model_type, vocab_size=144)
+    chosen = tuple(name for name in matrices(source) if "language_model" in name and name.endswith("proj.weight"))
+    assert len(chosen) == count
+    pack(source, Stored(block=(8, 32)), only=chosen)
+    write_llama(source, vocab_size=VOCABULARY)
+    for strategy in ("standard", "qlora") if model_type == "qwen3_5_moe" else ("standard",):
+        out, theirs = tmp_path / strategy, tmp_path / f"reference-{strategy}"
+        targets = ("--lora_target_modules", "o_proj") if strategy == "qlora" else ()
+        result = ftload("prepare", "--model", source, "--output_dir", out, *FLAGS[strategy], *targets)
+        assert result.code == 0, result.err
+        reference(source, theirs, strategy, ["o_proj"])
+        assert_same_tensors(out, theirs)
+    plan, _ = make_plan(source, tmp_path)
+    # experts keep their own tensors: no layer's are put together to be divided again
+    assert [step.outputs[0].name for step in plan.steps if len(step.outputs) > 1] == []
 
 
 def test_edges_of_deepseek_as_if_they_were_decoded_before(ftload: Ftload, tmp_path: Path) -> None:
