@@ -39,6 +39,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 
 _STRING, _ARRAY = 8, 9
+_MOST_NUMBERS = 4096
+"""Of an array that is kept: there may be one for each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class GgufHeader:
     """What a GGUF file says of itself."""
 
     metadata: Mapping[str, Any]
-    """Of arrays, the strings alone are kept; other arrays are their lengths, as `int`."""
+    """Arrays are lists; long ones of numbers, such as a token's scores, are their lengths, as `int`."""
     tensors: tuple[GgufTensor, ...]
 
 
@@ -145,8 +147,10 @@ class _Reader:
             return [self._string() for _ in range(count)]
         if item not in _SCALARS:  # arrays of arrays: allowed by the format, used by nobody
             raise self._malformed(f"has an array of type {item}")
-        self._skip(count * struct.calcsize(_SCALARS[item]))
-        return count
+        if count > _MOST_NUMBERS:
+            self._skip(count * struct.calcsize(_SCALARS[item]))
+            return count
+        return [self._scalar(_SCALARS[item]) for _ in range(count)]
 
     def _string(self) -> str:
         return self._take(self._scalar("Q")).decode("utf-8", errors="replace")

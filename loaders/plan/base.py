@@ -47,8 +47,6 @@ def _changes(request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, qu
         changes.append("an adapter is merged into it")
     if skeleton.rows_after != skeleton.rows_before:
         changes.append("its embeddings are resized")
-    if checkpoint.source.kind == "gguf":
-        changes.append("it is a GGUF file")
     if skeleton.left_out is not None:
         changes.append(f"it is a `{skeleton.left_out.whole}`")
     decoded = next((tensor for tensor in checkpoint.packed if not tensor.stays_packed), None)

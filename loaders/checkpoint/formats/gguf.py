@@ -25,8 +25,10 @@ Decode = Callable[["Tensor", str], "Tensor"]
 """Whole blocks (uint8, flat) and their type, to their values: flat, float32, or already in bfloat16."""
 _PIECE = 128 * 1024
 """Elements that are decoded at a time: what decoding makes on the way stays in the processor's cache."""
-_DECODING_BYTES = 64
-"""What the libraries take for an element on the way, at most (float32 and integers of several steps)."""
+_DECODING_BYTES = 28
+"""What the libraries take for an element on the way, at most: float32, and the integers of several steps."""
+_GATHERING_BYTES = 160
+"""What finding rows takes for each, where they are in another order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,28 +64,41 @@ def stored_blocks(tensor: GgufTensor, file: str) -> Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Order:
+    """Which stored rows a tensor consists of."""
+
+    rows: range | np.ndarray
+    """The rows of all parts, counted on from one part to the next."""
+    columns: np.ndarray | None = None
+    """The columns of each row, where they are in another order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GgufWeight(PackedTensor):
     """A tensor of the model that is made from stored ones: of some of their rows, or in another way."""
 
     parts: tuple[Blocks, ...]
     decode: Decode = field(repr=False)
-    rows: range | np.ndarray | None
-    """The stored rows that it consists of, the parts' counted on; None where rows are not just put in order."""
+    order: Order | None
+    """None where it is no matter of rows."""
     transform: Callable[[Mapping[str, Tensor]], Tensor] | None = field(default=None, repr=False)
-    """Makes it from all values of its parts, by their names and in their shapes, where `rows` does not say how."""
+    """Makes it from all values of its parts, by their names and in their shapes, where `order` does not say how."""
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode as `from_pretrained` does: in float32 or bfloat16, by the type and the library; then to bfloat16."""
         import torch
 
-        if self.transform is not None:
+        if self.order is None:
+            assert self.transform is not None
             whole = {part.name: self._whole(part, read) for part in self.parts}
-            return self.transform(whole).reshape(-1)[begin:end].to(torch.bfloat16)
+            return self.transform(whole).to(torch.bfloat16).reshape(-1)[begin:end]
         columns = self.parts[0].columns
         values = torch.empty((end - begin) // columns, columns, dtype=torch.bfloat16)
-        for part, first, places in self._runs(begin // columns, end // columns):
+        for part, first, places in self._runs(self.order.rows[begin // columns : end // columns]):
             for at, piece in self._pieces(part, first, first + len(places), read):
-                where = places[at - first : at - first + len(piece)]
+                where = places[at : at + len(piece)]
+                if self.order.columns is not None:
+                    piece = piece[:, self.order.columns]
                 if isinstance(where, range):
                     values[where.start : where.stop] = piece
                 else:
@@ -91,19 +106,19 @@ class GgufWeight(PackedTensor):
         return values.reshape(-1)
 
     def reading_bytes(self, elements: int) -> int:
-        """A piece, on its way; where a tensor is made as a whole, its parts and what they become, both in float32."""
+        """A piece on its way; where a tensor is made as a whole, its parts and what they become, in float32."""
         columns = self.parts[0].columns
-        piece = max(_PIECE, columns) * _DECODING_BYTES
-        if self.transform is None:
-            return piece + max(1, elements // columns) * 32
-        return piece + self.parameters * 2 + 3 * 4 * sum(part.rows * part.columns for part in self.parts)
+        if self.order is None:
+            stored = sum(part.rows * part.columns for part in self.parts)
+            return min(max(_PIECE, columns), stored) * _DECODING_BYTES + 3 * 4 * stored
+        rows = max(1, min(elements, self.parameters) // columns)
+        gathering = 0 if isinstance(self.order.rows, range) else _GATHERING_BYTES
+        return min(max(_PIECE, columns), rows * columns) * _DECODING_BYTES + rows * gathering
 
-    def _runs(self, first: int, last: int) -> Iterator[tuple[Blocks, int, range | np.ndarray]]:
-        """Rows that lie one after another in the file: the part, the first one, and their places in the result."""
+    def _runs(self, rows: range | np.ndarray) -> Iterator[tuple[Blocks, int, range | np.ndarray]]:
+        """Rows that lie one after another in the file: the part, its first such row, and their places in the result."""
         import numpy as np
 
-        assert self.rows is not None
-        rows = self.rows[first:last]
         before = 0
         for part in self.parts:
             end = before + part.rows
@@ -119,23 +134,28 @@ class GgufWeight(PackedTensor):
             before = end
 
     def _pieces(self, part: Blocks, first: int, last: int, read: Read) -> Iterator[tuple[int, Tensor]]:
-        """The rows from `first` to `last` (exclusive), decoded a few at a time, and the number of each first one."""
+        """The rows from `first` to `last` (exclusive), decoded a few at a time; the number is counted from `first`."""
         step = max(1, _PIECE // part.columns)
         for begin in range(first, last, step):
             end = min(begin + step, last)
             blocks = read(part, begin * part.row_bytes, end * part.row_bytes)
-            yield begin, self.decode(blocks, part.ggml_type).reshape(end - begin, part.columns)
+            yield begin - first, self.decode(blocks, part.ggml_type).reshape(end - begin, part.columns)
 
     def _whole(self, part: Blocks, read: Read) -> Tensor:
         import torch
 
-        pieces = [piece for _, piece in self._pieces(part, 0, part.rows, read)]
-        return torch.cat(pieces).reshape(part.dimensions)
+        whole = None
+        for at, piece in self._pieces(part, 0, part.rows, read):
+            if whole is None:
+                whole = torch.empty(part.rows, part.columns, dtype=piece.dtype)
+            whole[at : at + len(piece)] = piece
+        assert whole is not None
+        return whole.reshape(part.dimensions)
 
     @property
     def stored_bytes(self) -> int:
         """Size of the rows that it is stored in."""
-        if self.rows is None:
+        if self.order is None:
             return sum(part.nbytes for part in self.parts)
         return self.parameters * self.parts[0].row_bytes // self.parts[0].columns
 

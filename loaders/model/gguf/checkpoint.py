@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.formats.gguf import Blocks, stored_blocks
 from ...checkpoint.gguf_header import GGML_TYPES, GgufHeader, read_gguf_header
+from ...checkpoint.gguf_reader import quick_gguf_reader
 from ...checkpoint.json_files import check_sizes
 from ...errors import CheckpointError, MissingRequirementError, said_by
 from ...source.source import Source
@@ -26,7 +27,7 @@ from ..on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_o
 from ..tensor_map import said_of_dropped
 from ..transformers_internals import gguf_is_readable
 from .loading import GgufLoading, gguf_loading, stem
-from .recipes import find_recipe, saved_weights
+from .recipes import find_recipes, saved_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -69,7 +70,7 @@ def read_gguf(source: Source) -> GgufModel:
             f"`{source.model}` is one of the {count} files that a GGUF file was split into: whole ones are read",
             hint="join them, by llama.cpp's `llama-gguf-split --merge FIRST_FILE JOINED_FILE`, and give that",
         )
-    with _understanding(source), quiet_transformers():
+    with _understanding(source), quick_gguf_reader():
         settings, _ = PretrainedConfig.get_config_dict(source.root, gguf_file=source.gguf_file)
         if "model_type" not in settings:
             raise ValueError("its metadata name no model that transformers knows")
@@ -101,7 +102,7 @@ def open_gguf(gguf: GgufModel) -> Checkpoint:
     _check_types(source, stored.values(), loading)
     groups, strays = _grouped(stored, loading)
     with _understanding(source):
-        recipes = {parameter: find_recipe(loading, parameter, parts) for parameter, parts in groups.items()}
+        recipes = find_recipes(loading, groups)
     state = {parameter: torch.empty(recipe.shape, device="meta") for parameter, recipe in recipes.items()}
     with building(loaded_as.model_class, most_parts):
         model, info = load_on_meta(loaded_as.model_class, loaded_as.config, state)
