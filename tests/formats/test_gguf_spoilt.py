@@ -98,7 +98,8 @@ CASES = {
         spoil=without(UP), name="lfm2", said="lacks tensor `model.layers.1.feed_forward.w3.weight`"
     ),
     "no width": Spoilt(
-        spoil=without("embedding_length"), said="`lm_head.weight` has shape [144, 256], the metadata ask for [144, 4096]"
+        spoil=without("embedding_length"),
+        said="`lm_head.weight` has shape [144, 256], the metadata ask for [144, 4096]",
     ),
     "layers without end": Spoilt(
         spoil=says(block_count=10**9), said="`num_hidden_layers` is more than the 2,000 of any real model", hint=None
