@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ NUMBERS = (Type.F32, Type.F16, Type.BF16)
 UNKNOWN = {Type.Q5_0, Type.Q5_1, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.NVFP4}
 """Types that transformers refuses where it decodes them itself."""
 MAPPED = ("lfm2", "qwen35", "qwen35moe")
+
+
+@pytest.fixture(autouse=True)
+def quick_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for the same table of names at every module, which takes seconds."""
+    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
 
 
 # -- one tensor
