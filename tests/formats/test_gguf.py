@@ -207,7 +207,7 @@ FLAGS = {
         ("llama", False, 128),
         ("llama", True, 128),
         ("qwen3_moe", False, 128),
-        ("phi3", True, 144),
+        ("qwen2", False, 144),
         ("qwen35", True, 128),
     ],
 )

@@ -98,6 +98,25 @@ def test_qlora_from_gguf_equals_the_reference(
     assert (out / "chat_template.jinja").read_bytes() == (smollm2 / "chat_template.jinja").read_bytes()
 
 
+@pytest.mark.parametrize("strategy", ["standard", "lora", "qlora"])
+def test_from_gguf_as_from_what_transformers_made_of_it(
+    ftload: Callable[..., Result], prepared: dict[str, Path], smollm2_gguf: Path, tmp_path: Path, strategy: str
+) -> None:
+    """In 64 MB, and nothing is written but the output."""
+    out = tmp_path / "out"
+    words = ["--max_memory", "64MB", "--output_dir", out, *STRATEGIES[strategy]]
+    before = set(smollm2_gguf.parent.iterdir())
+    result = ftload("prepare", "--model", smollm2_gguf, *words)
+    assert result.code == 0, result.err
+    assert list(tmp_path.iterdir()) == [out]
+    assert set(smollm2_gguf.parent.iterdir()) == before
+    assert_same_tensors(out, prepared[strategy])
+    if strategy != "standard":
+        assert_same_tensors(out / "adapter", prepared[strategy] / "adapter")
+    result = ftload("verify", out)
+    assert result.code == 0, result.err
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_report_counts_what_was_written(prepared: dict[str, Path], strategy: str) -> None:
     directory = prepared[strategy]
