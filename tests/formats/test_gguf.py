@@ -229,8 +229,6 @@ def test_every_strategy_equals_the_reference(ftload: Ftload, tmp_path: Path, nam
         if strategy != "standard":
             assert_same_tensors(out / "adapter", theirs / "adapter")
             assert_same_adapter_config(out / "adapter", theirs / "adapter")
-    result = ftload("verify", tmp_path / "qlora")
-    assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("name", ["llama", "stablelm", "gemma4", "minimax_m2"])
