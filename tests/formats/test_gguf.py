@@ -16,8 +16,8 @@ import torch
 from ftload.loaders.checkpoint.checkpoint import Checkpoint
 from ftload.loaders.checkpoint.formats.gguf import Gguf, GgufWeight, Order, decode_blocks, stored_blocks
 from ftload.loaders.checkpoint.gguf_header import GgufTensor, read_gguf_header
-from ftload.loaders.checkpoint.gguf_reader import quick_gguf_reader
 from ftload.loaders.model.gguf.checkpoint import open_gguf, read_gguf
+from ftload.loaders.model.gguf.reader import quick_gguf_reader
 from ftload.loaders.source.resolve import resolve_source
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings

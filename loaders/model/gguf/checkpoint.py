@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.formats.gguf import Blocks, stored_blocks
 from ...checkpoint.gguf_header import GGML_TYPES, GgufHeader, read_gguf_header
-from ...checkpoint.gguf_reader import quick_gguf_reader
 from ...checkpoint.json_files import check_sizes
 from ...errors import CheckpointError, MissingRequirementError, said_by
 from ...source.source import Source
@@ -27,6 +26,7 @@ from ..on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_o
 from ..tensor_map import said_of_dropped
 from ..transformers_internals import gguf_is_readable
 from .loading import GgufLoading, gguf_loading, stem
+from .reader import quick_gguf_reader
 from .recipes import find_recipes, saved_weights
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .gguf_header import GgufTensor, read_gguf_header
+from ...checkpoint.gguf_header import GgufTensor, read_gguf_header
 
 _STRING, _ARRAY = 8, 9
 _TYPES = {bool: 7, int: 11, float: 12, str: _STRING}
