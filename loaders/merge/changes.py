@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..checkpoint.finite import all_finite
@@ -25,23 +25,24 @@ LEAST_ROWS = 64
 """Rows, or columns, that are computed together."""
 
 
+_held = threading.local()
+"""What a thread has read last: the pieces of a tensor, and the experts of a layer, need the same again."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
-    """Tensors of an adapter that are used together: read once by each thread that needs them, as float32."""
+    """Tensors of an adapter that are used together, as float32. A thread holds those that it has read last."""
 
     reader: PlainReader
     tensors: tuple[TensorMeta, ...]
-    _last: threading.local = field(default_factory=threading.local, repr=False)
 
     def read(self) -> tuple[Tensor, ...]:
         """All of them, in their shapes. Raises `CheckpointError` naming one that is not finite."""
-        if not hasattr(self._last, "values"):
-            self._last.values = tuple(read_whole(self.reader, tensor) for tensor in self.tensors)
-        return self._last.values
-
-    def forget(self) -> None:
-        """Free what this thread has read."""
-        self._last.__dict__.pop("values", None)
+        if getattr(_held, "owner", None) is not self:
+            _held.owner = _held.values = None
+            _held.values = tuple(_read_whole(self.reader, tensor) for tensor in self.tensors)
+            _held.owner = self
+        return _held.values
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +50,7 @@ class Factors:
         return 4 * sum(tensor.parameters for tensor in self.tensors) + max(tensor.nbytes for tensor in self.tensors)
 
 
-def read_whole(reader: PlainReader, tensor: TensorMeta) -> Tensor:
+def _read_whole(reader: PlainReader, tensor: TensorMeta) -> Tensor:
     """A tensor of an adapter, in float32 and in its shape. Raises `CheckpointError` where it is not finite."""
     import torch
 

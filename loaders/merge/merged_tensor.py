@@ -36,8 +36,6 @@ class MergedTensor(PackedTensor):
         stored = base.part(begin, end, read) if isinstance(base, PackedTensor) else read(base, begin, end)
         values = stored.to(getattr(torch, TORCH_NAMES[self.dtype])).reshape(-1, columns)
         merged = self.change.apply(values, begin // columns, end // columns).reshape(-1)
-        if end == self.parameters:
-            self.change.factors.forget()
         if not all_finite(merged) and all_finite(stored):
             adapter = self.change.factors.reader.source.model
             raise CheckpointError(

@@ -7,7 +7,6 @@ may load under another. So PEFT itself wraps the model and loads the adapter's h
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -89,10 +88,12 @@ def find_changes(model: PreTrainedModel, weights: AdapterWeights) -> dict[str, C
 
 def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[str, TensorMeta]]:
     """The model as PEFT wraps it, and the tensors of the adapter by the wrapped model's names."""
+    import torch
+    from torch.nn.modules.module import _IncompatibleKeys
+
     try:
-        import torch
-        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-        from torch.nn.modules.module import _IncompatibleKeys
+        with quiet_transformers():
+            from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     except Exception as error:  # a broken build raises whatever it likes
         raise MissingRequirementError(
             f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"
@@ -108,8 +109,7 @@ def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[st
         given.update(tensors)
         return _IncompatibleKeys([], [])
 
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_transformers():
         try:
             config = PeftConfig.from_peft_type(**adapter.config)
             _check_known(adapter, config)
@@ -306,7 +306,7 @@ def _read_parameter(reading: _Reading, key: str, name: str, module: Any) -> None
 
 def _check_rows(adapter: TrainedAdapter, name: str, indices: tuple[int, ...], rows: int) -> None:
     for index in indices:
-        if not -rows <= index < rows:
+        if not 0 <= index < rows:
             raise CheckpointError(
                 f"the adapter `{adapter.name}` has trained token {index}, `{name}` has {rows} rows",
                 hint="save the adapter with its embeddings, or name the base that had grown with --model",
