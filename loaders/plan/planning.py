@@ -180,7 +180,7 @@ def _source_decisions(request: Request, sources: Sources, adapter: Adapter | Non
             what="adapter",
             requested=f"the one in `{sources.model.model}`",
             effective="none" if adapter is None else "a fresh one",
-            reason=f"`{trained}` belongs to a trained adapter, which ftload neither merges nor goes on with",
+            reason=f"`{trained}` belongs to a trained adapter, which only --merge_adapter merges",
         )
 
 

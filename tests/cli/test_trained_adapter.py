@@ -88,7 +88,7 @@ def test_a_trained_one_is_a_decision(
                 (prepared / path.name).write_bytes(path.read_bytes())
             weights.write_bytes(before)
         found = "adapter_config.json" if place == "." else "adapter/adapter_config.json"
-        reason = f"`{found}` belongs to a trained adapter, which ftload neither merges nor goes on with"
+        reason = f"`{found}` belongs to a trained adapter, which only --merge_adapter merges"
         for flags, effective in (([], "none"), (["--use_lora"], "a fresh one")):
             words = ["--model", str(prepared), "--output_dir", str(tmp_path / f"out{len(flags)}"), *flags]
             words += ["--use_flash_attn", "false"]
