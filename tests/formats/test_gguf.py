@@ -124,6 +124,22 @@ def test_rows_of_several_parts_in_any_order(data: st.DataObject, tmp_path_factor
     assert torch.equal(checkpoint.values(tensor, begin, end), expected.flatten()[begin:end])
 
 
+def test_rows_in_another_order_are_read_together(tmp_path: Path) -> None:
+    """A head's rows lie side by side in the file, whatever their order in it: no read for each."""
+    rows = np.arange(128).reshape(2, 32, 2).swapaxes(1, 2).flatten()
+    values = random_blocks(np.random.default_rng(0), Type.Q8_0, (128, 64))
+    checkpoint = weight(tmp_path, [(Type.Q8_0, (128, 64), values)], Order(rows=rows))
+    reads = []
+
+    def read(part: Any, begin: int, end: int) -> torch.Tensor:
+        reads.append((begin, end))
+        return checkpoint._reader.values(part, begin, end)
+
+    found = checkpoint.tensors["W"].values(64 * 64, 128 * 64, read)  # type: ignore[attr-defined]
+    assert reads == [(64 * 68, 128 * 68)]
+    assert torch.equal(found.reshape(64, 64), decoded(Type.Q8_0, values)[torch.from_numpy(rows[64:])])
+
+
 @pytest.mark.parametrize("kind", [Type.Q5_K, Type.BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_reading_takes_the_memory_that_is_told(tmp_path: Path, kind: Type, scattered: bool) -> None:
