@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.cli.runs import prepare
+from tests.formats.fp8_models import Stored, pack
 from tests.merge.adapters import logits, merge_by_peft, write_adapter
 from tests.parity.compare import assert_same_json, assert_same_tensors, read_tensors
 from tests.parity.models import write_model
@@ -190,3 +191,23 @@ def test_one_of_two_tied_embeddings_is_untied(tmp_path: Path) -> None:
     adapted = logits(PeftModel.from_pretrained(plain, str(tmp_path / "adapter")))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.bfloat16))
     assert (merged - adapted).abs().max() < 0.05 * (adapted - before_merge).abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_base_in_fp8_is_decoded_and_merged(tmp_path: Path, architecture: str) -> None:
+    """Against an adapter that PEFT merges into what transformers dequantises; experts are stored one by one."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    base, plain, adapter, ours, theirs = (tmp_path / name for name in ("base", "plain", "adapter", "ours", "theirs"))
+    write_model(base, architecture, vocab_size=128, dtype="bfloat16")
+    write_smollm2(base)
+    pack(base, Stored(block=(32, 32)))
+    AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    ).save_pretrained(plain)
+    write_adapter(plain, adapter, r=8, target_modules="all-linear")
+    merge_by_peft(plain, theirs, adapter)
+    report = prepare(base, ours, "--merge_adapter", adapter, *SIMPLE)
+    assert_same_tensors(ours, theirs)
+    assert {row["format"] for row in report["source"]["stored"]} == {"FP8", None}
+    assert report["source"]["merged"][0]["tensors"] == (14 if architecture == "llama" else 34)
