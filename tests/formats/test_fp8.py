@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
 from ..loaders.plans import make_plan
-from ..loaders.test_activations import measured_peak
 from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
 from ..parity.models import write_model
 from ..parity.multimodal import write_published
@@ -36,6 +34,7 @@ from ..parity.test_parity import TARGETS
 from ..parity.zoo import write_tiny
 from ..tokenizers import write_llama
 from .fp8_models import E4M3, E8M0, Stored, pack, quantise
+from .memory import decoding_peak
 
 Ftload = Callable[..., Result]
 FILE = "model.safetensors"
@@ -236,16 +235,7 @@ def test_decoding_takes_the_memory_that_is_told(
         tensor.values(0, elements, read)
 
     decode()  # compiles
-    tracemalloc.start()
-    try:
-        # torch's own memory, and what the interpreter's objects hold
-        peak = measured_peak(decode)
-        tracemalloc.reset_peak()
-        before, _ = tracemalloc.get_traced_memory()
-        decode()
-        peak += tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
+    peak = decoding_peak(decode)
     assert peak - 2 * elements <= tensor.reading_bytes(elements) < 1.5 * (peak - 2 * elements) + 2**18
 
 
@@ -337,6 +327,16 @@ def matrices(directory: Path) -> tuple[str, ...]:
     )
 
 
+def assert_tensors_equal_the_reference(ftload: Ftload, source: Path, *, qlora_too: bool) -> None:
+    for strategy in ("standard", "qlora") if qlora_too else ("standard",):
+        out, theirs = source.parent / strategy, source.parent / f"reference-{strategy}"
+        targets = ("--lora_target_modules", "o_proj") if strategy == "qlora" else ()
+        result = ftload("prepare", "--model", source, "--output_dir", out, *FLAGS[strategy], *targets)
+        assert result.code == 0, result.err
+        reference(source, theirs, strategy, ["o_proj"])
+        assert_same_tensors(out, theirs)
+
+
 @pytest.mark.parametrize(
     ("model_type", "count"),
     [("deepseek_v3", 28), ("deepseek_v4", 62), ("minimax_m2", 32), ("glm4_moe", 26), ("ministral3", 14), ("gpt2", 8)],
@@ -347,13 +347,7 @@ def test_types_as_they_are_published(ftload: Ftload, tmp_path: Path, model_type:
     assert len(matrices(source)) == count
     pack(source, Stored(block=(8, 32)), only=matrices(source))
     write_llama(source, vocab_size=VOCABULARY)
-    for strategy in ("standard", "qlora") if model_type == "deepseek_v3" else ("standard",):
-        out, theirs = tmp_path / strategy, tmp_path / f"reference-{strategy}"
-        targets = ("--lora_target_modules", "o_proj") if strategy == "qlora" else ()
-        result = ftload("prepare", "--model", source, "--output_dir", out, *FLAGS[strategy], *targets)
-        assert result.code == 0, result.err
-        reference(source, theirs, strategy, ["o_proj"])
-        assert_same_tensors(out, theirs)
+    assert_tensors_equal_the_reference(ftload, source, qlora_too=model_type == "deepseek_v3")
 
 
 @pytest.mark.parametrize(("model_type", "count"), [("qwen3_5", 11), ("qwen3_5_moe", 35), ("gemma3", 14)])
@@ -365,13 +359,7 @@ def test_multimodal_types_as_they_are_published(ftload: Ftload, tmp_path: Path, 
     assert len(chosen) == count
     pack(source, Stored(block=(8, 32)), only=chosen)
     write_llama(source, vocab_size=VOCABULARY)
-    for strategy in ("standard", "qlora") if model_type == "qwen3_5_moe" else ("standard",):
-        out, theirs = tmp_path / strategy, tmp_path / f"reference-{strategy}"
-        targets = ("--lora_target_modules", "o_proj") if strategy == "qlora" else ()
-        result = ftload("prepare", "--model", source, "--output_dir", out, *FLAGS[strategy], *targets)
-        assert result.code == 0, result.err
-        reference(source, theirs, strategy, ["o_proj"])
-        assert_same_tensors(out, theirs)
+    assert_tensors_equal_the_reference(ftload, source, qlora_too=model_type == "qwen3_5_moe")
     plan, _ = make_plan(source, tmp_path)
     # experts keep their own tensors: no layer's are put together to be divided again
     assert [step.outputs[0].name for step in plan.steps if len(step.outputs) > 1] == []

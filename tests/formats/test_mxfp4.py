@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import tempfile
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,10 @@ from safetensors.torch import save_file
 from ..cli.spoilt import FILE, Case, edit_json, edit_weights
 from ..cli.test_bad_input import assert_one_line, assert_refused
 from ..conftest import Result
-from ..loaders.test_activations import measured_peak
-from ..parity.compare import assert_same_adapter_config, assert_same_json, assert_same_tensors
+from ..parity.compare import assert_same_output
 from ..parity.reference import run_reference
 from ..tokenizers import write_llama
+from .memory import decoding_peak
 
 Ftload = Callable[..., Result]
 Tensors = dict[str, torch.Tensor]
@@ -135,13 +134,7 @@ def test_every_strategy_equals_the_reference(tmp_path: Path, rows: int, shards: 
             **({} if strategy == "qlora" else {"quantization_config": dequantised}),
         )
         assert report["embeddings"]["rows_after"] == (136 if rows == VOCABULARY else rows)
-        assert_same_tensors(out, reference)
-        for name in ("config.json", "generation_config.json"):
-            assert_same_json(out / name, reference / name, pad_token_id=VOCABULARY)
-        assert ("quantization_config" in json.loads((out / "config.json").read_text())) == (strategy == "qlora")
-        if strategy != "standard":
-            assert_same_tensors(out / "adapter", reference / "adapter")
-            assert_same_adapter_config(out / "adapter", reference / "adapter")
+        assert_same_output(out, reference, strategy, pad_token_id=VOCABULARY)
 
 
 def prepared(source: Path, output: Path, *flags: str) -> dict[str, Any]:
@@ -267,16 +260,7 @@ def test_reading_takes_the_memory_that_is_told(
         for chunk in checkpoint.chunks(tensor, wanted):
             chunk.sum()
 
-    tracemalloc.start()
-    try:
-        # torch's own memory, and what the interpreter's objects hold
-        peak = measured_peak(read)
-        tracemalloc.reset_peak()
-        before, _ = tracemalloc.get_traced_memory()
-        read()
-        peak += tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
+    peak = decoding_peak(read)
     told = 2 * wanted + tensor.reading_bytes(wanted)
     assert 0.6 * told < peak < told
 

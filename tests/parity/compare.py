@@ -32,6 +32,17 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
         assert same, f"bytes of {name}"
 
 
+def assert_same_output(ours: Path, theirs: Path, strategy: str, *, pad_token_id: int) -> None:
+    """All of a directory that was prepared from decoded weights: the padding aside, as the reference writes it."""
+    assert_same_tensors(ours, theirs)
+    for name in ("config.json", "generation_config.json"):
+        assert_same_json(ours / name, theirs / name, pad_token_id=pad_token_id)
+    assert ("quantization_config" in json.loads((ours / "config.json").read_text())) == (strategy == "qlora")
+    if strategy != "standard":
+        assert_same_tensors(ours / "adapter", theirs / "adapter")
+        assert_same_adapter_config(ours / "adapter", theirs / "adapter")
+
+
 def assert_same_json(ours: Path, theirs: Path, **changed: Any) -> None:
     """Equal as JSON, transformers' version aside, but for what ftload changes on purpose."""
     found, expected = json.loads(ours.read_text()), json.loads(theirs.read_text())

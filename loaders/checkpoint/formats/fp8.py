@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError, MissingRequirementError, said_by
+from ...errors import CheckpointError
 from ..tensors import TORCH_NAMES, TensorMeta
-from .interface import Headers, PackedTensor, Read
+from .interface import Headers, PackedTensor, Read, decoded_by_numba
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -284,13 +284,8 @@ def _kernel() -> tuple[Mapping[str, Any], Any]:
     """
     import numpy as np
 
-    try:
+    with decoded_by_numba("FP8"):
         from .fp8_kernel import decode_e2m1, decode_e4m3, decode_e5m2, unpack
 
         unpack(np.zeros(1, np.uint8), np.empty(2, np.uint8))
-    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
-        raise MissingRequirementError(
-            f"FP8 is decoded by numba, which can't be used: {said_by(error)}",
-            hint="`ftload doctor` says how to fix it",
-        ) from error
     return {"F8_E4M3": decode_e4m3, "F8_E5M2": decode_e5m2, "I8": decode_e2m1}, unpack

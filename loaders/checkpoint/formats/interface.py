@@ -10,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...errors import MissingRequirementError, said_by
 from ...source.source import Source
 from ..json_files import read_json
 from ..tensors import TensorMeta
@@ -122,6 +124,18 @@ class PackedTensor(TensorMeta, ABC):
     def counted_as(self) -> str:
         """The dtype that reports count it under: the format's tag."""
         return self.tag
+
+
+@contextmanager
+def decoded_by_numba(format_name: str) -> Iterator[None]:
+    """Compile a format's loops within: `MissingRequirementError` where numba can't be used."""
+    try:
+        yield
+    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
+        raise MissingRequirementError(
+            f"{format_name} is decoded by numba, which can't be used: {said_by(error)}",
+            hint="`ftload doctor` says how to fix it",
+        ) from error
 
 
 class StoredFormat(Protocol):

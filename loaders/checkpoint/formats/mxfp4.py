@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError, MissingRequirementError, said_by
+from ...errors import CheckpointError
 from ..tensors import TORCH_NAMES, TensorMeta
-from .interface import Headers, PackedTensor, Read
+from .interface import Headers, PackedTensor, Read, decoded_by_numba
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,14 +176,9 @@ def _decoder() -> Any:
     """The compiled loop. Raises `MissingRequirementError` where numba can't be used."""
     import numpy as np
 
-    try:
+    with decoded_by_numba("MXFP4"):
         from .mxfp4_kernel import decode_transposed
 
         one = np.zeros((1, 1, _BYTES), np.uint8)
         decode_transposed(one, np.zeros((1, 1), np.uint8), np.empty((BLOCK, 1), np.uint16), 0, 0)
-    except Exception as error:  # not installed, no place for its cache, no compiler for this processor: all alike here
-        raise MissingRequirementError(
-            f"MXFP4 is decoded by numba, which can't be used: {said_by(error)}",
-            hint="`ftload doctor` says how to fix it",
-        ) from error
     return decode_transposed
