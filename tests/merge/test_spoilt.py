@@ -20,6 +20,7 @@ Ftload = Callable[..., Result]
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+NAME = "base_model.model.lm_head.modules_to_save.default.weight"
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,10 @@ CASES = {
         spoil=config(base_model_name_or_path="/gone/model"),
         says="the base of the adapter `ADAPTER`: `/gone/model` does not exist",
         code=3,
+    ),
+    "a tensor under two names": Case(
+        spoil=tensors(lambda found: found.update({NAME: torch.zeros_like(found["base_model.model.lm_head.weight"])})),
+        says=f"tensor `{NAME}` of the adapter `ADAPTER` belongs to no layer",
     ),
     "no configuration": Case(spoil=without("adapter_config.json"), says="holds no `adapter_config.json`"),
     "a configuration that is no JSON": Case(
