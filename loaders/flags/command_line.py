@@ -261,6 +261,9 @@ def _check_ranges(values: Mapping[str, Any], problems: Problems) -> None:
     rank, alpha, dropout, seed = (values.get(f) for f in ("lora_rank", "lora_alpha", "lora_dropout", "seed"))
     if rank is not None and rank < 1:
         problems.add(f"`lora_rank` must be at least 1, not {rank}")
+    of_experts = values.get("lora_experts")
+    if of_experts is not None and of_experts < 1:
+        problems.add(f"`lora_experts` must be at least 1, not {of_experts}")
     if alpha is not None and not math.isfinite(alpha):
         problems.add(f"`lora_alpha` must be a finite number, not {alpha}")
     if dropout is not None and not 0 <= dropout < 1:

@@ -204,6 +204,12 @@ class OwnOptions:
     min_quantized: float = field(
         90.0, QUANTISATION, "Least percentage of the weight matrices outside embeddings and head that must become 4-bit"
     )
+    quantize_experts: bool = field(
+        True, QUANTISATION, "Quantise fused experts too; false leaves them 16-bit, as transformers does"
+    )
+    lora_experts: int | None = field(
+        None, ADAPTER, "Train the experts of a mixture too, each by an adapter of this rank; unset leaves them"
+    )
     device: str = field(
         "cpu",
         QUANTISATION,

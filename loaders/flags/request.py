@@ -42,6 +42,9 @@ class Request:
     lora_dropout: float
     lora_targets: tuple[str, ...] | None
     """None asks for the reference's seven names."""
+    lora_experts: int | None
+    """Rank of the adapters of experts; None leaves them untrained."""
+    quantize_experts: bool
     use_liger_kernel: bool
     use_flash_attn: bool
     gradient_checkpointing: bool
@@ -111,6 +114,7 @@ def resolve_request(arguments: Arguments) -> Request:
         name
         for name, given in (
             ("lora_target_modules", own.lora_target_modules is not None),
+            ("lora_experts", own.lora_experts is not None),
             ("base", own.base == "reference"),
         )
         if given
@@ -139,6 +143,8 @@ def resolve_request(arguments: Arguments) -> Request:
         lora_alpha=flat.lora_alpha,
         lora_dropout=flat.lora_dropout,
         lora_targets=tuple(own.lora_target_modules) if own.lora_target_modules is not None else None,
+        lora_experts=own.lora_experts,
+        quantize_experts=own.quantize_experts,
         use_liger_kernel=flat.use_liger_kernel,
         use_flash_attn=flat.use_flash_attn,
         gradient_checkpointing=flat.gradient_checkpointing,

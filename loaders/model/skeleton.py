@@ -15,6 +15,7 @@ from ..checkpoint.formats.registry import claimed_format
 from ..errors import CheckpointError, said_by
 from ..system.quiet import quiet_transformers
 from .components import LinearLayer, component_of
+from .experts.fused import FusedExperts, find_experts
 from .linear_layers import linear_layers, quantisable_modules
 from .model_class import LoadedAs, choose_class, unknown_to_auto
 from .on_meta import LEAST_PARTS, PARTS_A_TENSOR, building, empty_model, load_on_meta
@@ -47,6 +48,8 @@ class Skeleton:
     """Every linear layer, in module order."""
     fused_experts: tuple[str, ...]
     """Parameters of three dimensions that hold the weights of many experts."""
+    experts: tuple[FusedExperts, ...]
+    """Those of them that can be 4-bit, and adapted expert by expert."""
     never_trained: tuple[str, ...]
     """Parameters that the model's class makes without a gradient, such as the biases that balance experts."""
     embedding: str
@@ -140,6 +143,7 @@ def build_skeleton(
             for name, parameter in model.named_parameters()
             if parameter.dim() == 3 and component_of(name, classes, head=head_module) == "experts"
         ),
+        experts=find_experts(model),
         never_trained=tuple(name for name, parameter in fresh.named_parameters() if not parameter.requires_grad),
         embedding=embedding,
         head=head,

@@ -2,6 +2,8 @@
 
 A release may rename or drop any of them. What is gone is `MissingRequirementError`, with the installed version and the
 range that ftload was tested with: no bug of ftload, and nothing that a user could have done wrong.
+
+The file is long because every such name is in it: what a new release changed is looked for in one place.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +243,37 @@ def set_after_loading(model: PreTrainedModel, name: str) -> Tensor | None:
     with quiet_transformers(), torch.no_grad(), _find("initialization", "guard_torch_init_functions")():
         initialise(module)
     return None if probe.isnan().all() else probe
+
+
+# -- experts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsLayout:
+    """How a module holds the weights of many experts."""
+
+    parameters: tuple[str, str]
+    """The first projection and the second."""
+    transposed: bool
+    """Whether each is (experts, in, out) rather than (experts, out, in)."""
+
+
+def experts_layout(module: Any) -> ExpertsLayout | None:
+    """The layout of a module whose forward pass is an exchangeable function (`use_experts_implementation`).
+
+    None for all other modules. The decorator notes on its modules what such a function has to know. Without it: fused
+    experts would stay 16-bit.
+    """
+    import torch
+
+    settings = {name: getattr(module, name, None) for name in ("has_gate", "is_transposed", "has_bias")}
+    if not all(isinstance(value, bool) for value in settings.values()):
+        return None
+    first = "gate_up_proj" if settings["has_gate"] else "up_proj"
+    weights = [getattr(module, name, None) for name in (first, "down_proj")]
+    if not all(isinstance(weight, torch.nn.Parameter) and weight.dim() == 3 for weight in weights):
+        return None
+    return ExpertsLayout(parameters=(first, "down_proj"), transposed=bool(settings["is_transposed"]))
 
 
 # -- what bitsandbytes replaces, and what can be loaded after that

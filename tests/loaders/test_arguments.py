@@ -62,6 +62,8 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("embedding_init", "str", "mean", ("mean", "reference")),
         ("lora_target_modules", "list[str] | None", None, ()),
         ("min_quantized", "float", 90.0, ()),
+        ("quantize_experts", "bool", True, ()),
+        ("lora_experts", "int | None", None, ()),
         ("device", "str", "cpu", ("cpu", "cuda")),
         ("max_shard_size", "str", "5GB", ()),
         ("max_memory", "str", "2GB", ()),
@@ -71,7 +73,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 102
+    assert len(all_flags()) == 104
 
 
 def test_what_plan_takes_beside_them() -> None:

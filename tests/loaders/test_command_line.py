@@ -360,7 +360,7 @@ def test_yaml_files_mean_what_they_mean_to_hf_argument_parser(text: str, tmp_pat
         ("--seq 2 --verb", {"sequence_parallel_size": 2, "verbose": True}),
         ("--max_s 8 --ou x", {"max_seq_length": 8, "output_dir": "x"}),
         ("--max_sh 1GB --max-mem 2GB", {"max_shard_size": "1GB", "max_memory": "2GB"}),
-        ("--emb reference --js --qu", {"embedding_init": "reference", "json": True, "quiet": True}),
+        ("--emb reference --js --qui", {"embedding_init": "reference", "json": True, "quiet": True}),
         ("--no_add_s", {"add_seed_and_date_to_exp_name": False}),
         ("--no_a", {"add_seed_and_date_to_exp_name": False}),
         ("--no_use_lo", {"use_lora": False}),
@@ -411,6 +411,7 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ),
         ("--model a --model_name_or_path b", "`--model a` and `--model_name_or_path b` name different models"),
         ("--lora_rank 0", "`lora_rank` must be at least 1, not 0"),
+        ("--lora_experts 0", "`lora_experts` must be at least 1, not 0"),
         ("--lora_dropout 1", "`lora_dropout` must be at least 0 and below 1, not 1.0"),
         ("--min_quantized 100.5", "`min_quantized` is a percentage, 0 to 100, not 100.5"),
         ("--min_quantized nan", "`min_quantized` is a percentage, 0 to 100, not nan"),
@@ -697,6 +698,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "max_shard_size": st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["KB", "MiB", "GB"])),
     "max_memory": st.sampled_from(["64MB", "2GB"]),
     "min_quantized": st.floats(0, 100),
+    "lora_experts": st.integers(1, 64),
 }
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
