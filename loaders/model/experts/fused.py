@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_BLOCK = 64
+"""Values that share one absmax where experts are 4-bit."""
+_NESTED_BLOCK = 256
+"""Of these absmax, those that are quantised together."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedExperts:
     """One projection of all experts of a layer, fused in one parameter."""
@@ -42,6 +48,16 @@ class FusedExperts:
         """Of the parameter."""
         matrix = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
         return (self.experts, *matrix)
+
+    @property
+    def rows_in_blocks(self) -> bool:
+        """Whether an expert is (out, in), of rows that are whole blocks: as bitsandbytes takes it."""
+        return not self.transposed and self.in_features % _BLOCK == 0
+
+    @property
+    def nested_in_slices(self) -> bool:
+        """Whether such an expert's double-quantised absmax are a slice of all; else all are float32 once loaded."""
+        return self.rows_in_blocks and self.in_features * self.out_features % (_BLOCK * _NESTED_BLOCK) == 0
 
     def layer(self, expert: int) -> LinearLayer:
         """One expert's projection, as a linear layer: what stands in the parameter's place where it is 4-bit."""
