@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+from .experts.registration import register_experts
 from .liger import apply_liger, liger_problem
 from .model.model_class import native_class, unknown_to_auto
 from .model.transformers_internals import attention_support, checkpoint_activations, remote_class
@@ -53,6 +54,8 @@ def load_prepared(
             )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     checkpointing = report.gradient_checkpointing
+    if report.quantization is not None:
+        register_experts()
     with quiet_transformers():
         config = AutoConfig.from_pretrained(**base, trust_remote_code=trust_remote_code)
         pad = report.embeddings.pad_token_id

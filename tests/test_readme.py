@@ -119,12 +119,15 @@ def first_paragraph(path: Path) -> str:
 
 def test_the_readme_is_short_and_names_every_package() -> None:
     assert len(README.splitlines()) < 250
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = setup["package-dir"]
     rows = re.findall(r"^\| `([^`]+/)` \| (.*) \|$", README.partition("\n## The code\n")[2], re.MULTILINE)
     # a package within another than loaders is named in the outer one's row
     named = {folder for folder, _ in rows}
     named |= {folder + inner for folder, what in rows for inner in re.findall(r"`([^`]+/)`", what)}
-    assert named == {package.removeprefix("ftload.").replace(".", "/") + "/" for package in packages}
+    assert named == {
+        places.get(package, package.removeprefix("ftload.").replace(".", "/")) + "/" for package in setup["packages"]
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -276,6 +276,47 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
     return ExpertsLayout(parameters=(first, "down_proj"), transposed=bool(settings["is_transposed"]))
 
 
+def apply_gate(module: Any, x: Tensor) -> Tensor:
+    """The activation of experts with a gate: (…, 2 · intermediate) to (…, intermediate). Without it: no expert runs."""
+    return _attribute(module, "_apply_gate", "use_experts_implementation: _apply_gate")(x)
+
+
+def register_experts_function(name: str, function: Callable[..., Tensor]) -> None:
+    """Add a forward pass that modules of experts may run. Without it: 4-bit experts could not be run."""
+    _find("integrations.moe", "ALL_EXPERTS_FUNCTIONS")[name] = function
+
+
+def experts_run_by(module: Any, function: str) -> PretrainedConfig:
+    """Let one module of experts run a registered function, whatever the rest of the model runs.
+
+    It gets a configuration of its own; the one that it had is returned.
+    """
+    before = module.config
+    module.config = deepcopy(before)
+    module.config._experts_implementation = function
+    return before
+
+
+def four_bit_quantizer() -> type[Any]:
+    """transformers' quantizer for bitsandbytes' 4 bits. Without it: 4-bit experts could not be loaded."""
+    return _find("quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer")
+
+
+def replace_four_bit_quantizer(quantizer: type[Any]) -> None:
+    """Let `from_pretrained` use another in its place. Without it: 4-bit experts could not be loaded."""
+    _find("quantizers.auto", "AUTO_QUANTIZER_MAPPING")["bitsandbytes_4bit"] = quantizer
+
+
+def conversion_base() -> type[Any]:
+    """The class of an operation on stored tensors. Without it: 4-bit experts could not be loaded."""
+    return _find("core_model_loading", "ConversionOps")
+
+
+def conversion(patterns: list[str], target: str, operation: Any) -> Any:
+    """The conversion of the stored tensors of several patterns to one parameter, by one operation."""
+    return _find("core_model_loading", "WeightConverter")(patterns, target, [operation])
+
+
 # -- what bitsandbytes replaces, and what can be loaded after that
 
 

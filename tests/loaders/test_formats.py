@@ -204,7 +204,7 @@ def test_packed_tensors_that_config_does_not_know(
 # -- where 4 bits are known
 
 
-WHERE = ("loaders/nf4/", "loaders/qlora.py", "loaders/checkpoint/formats/nf4.py")
+WHERE = ("loaders/nf4/", "loaders/experts/", "loaders/qlora.py", "loaders/checkpoint/formats/nf4.py")
 
 
 def test_one_format_one_package_and_one_strategy_know_of_4_bits() -> None:

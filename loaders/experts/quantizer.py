@@ -1,0 +1,193 @@
+"""transformers' quantizer for bitsandbytes' 4 bits, which also loads experts that are stored so.
+
+Without 4-bit experts in the checkpoint's files it is transformers' own. With them, the fused parameters are loaded
+packed, and in the end each expert gets linear layers of its own, made from slices (`layers.py`).
+
+Imported only where it is registered: torch, transformers and bitsandbytes are imported here.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.nn.modules import Params4bit
+from torch import Tensor, nn
+
+from ..checkpoint.formats.nf4 import Packed4Bit
+from ..checkpoint.tensors import TORCH_NAMES
+from ..errors import CheckpointError, UsageError
+from ..model.experts.fused import FusedExperts, find_experts
+from ..model.transformers_internals import (
+    conversion,
+    conversion_base,
+    experts_run_by,
+    four_bit_quantizer,
+)
+from .layers import dequantize_layer, expert_layers
+from .stored import stored_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FUNCTION = "ftload_experts"
+"""The name under which the experts' forward pass is registered."""
+_Quantizer: Any = four_bit_quantizer()
+_Operation: Any = conversion_base()
+
+
+class ExpertsQuantizer(_Quantizer):
+    """`Bnb4BitHfQuantizer`, and experts."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.experts: tuple[FusedExperts, ...] = ()
+        """Those of the model that are stored in 4 bits."""
+        self.stored: Mapping[str, Packed4Bit] = {}
+        """What is stored of them, by the model's names."""
+        self._before: dict[str, Any] = {}
+        """The configuration of each module of experts, as it was."""
+
+    # -- before loading
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        device_map: Any = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put a parameter of the packed size in the place of each that is stored in 4 bits."""
+        super()._process_model_before_weight_loading(
+            model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
+        )
+        experts = find_experts(model)
+        if not experts or not checkpoint_files:
+            return
+        self.stored = stored_experts(checkpoint_files, experts)
+        self.experts = tuple(one for one in experts if one.parameter in self.stored)
+        for one in self.experts:
+            codes = self.stored[one.parameter].parts[0]
+            if not self.pre_quantized:
+                raise CheckpointError(
+                    f"`{codes.name}` of `{codes.file}` is 4-bit, but config.json has no `quantization_config`",
+                    hint="prepare the model again",
+                )
+            packed = torch.empty(codes.shape, dtype=getattr(torch, TORCH_NAMES[codes.dtype]), device="meta")
+            _set(model, one.parameter, nn.Parameter(packed, requires_grad=False))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The conversions that put codes and statistics together, before any of the model's own could take them."""
+        ours = []
+        for one in self.experts:
+            packed = self.stored[one.parameter]
+            names = [one.parameter + part.name.removeprefix(packed.name) for part in packed.parts]
+            # a stored name may have a prefix more; the whole of the rest has to fit: a bias only begins like its weight
+            patterns = [rf"(?<!\w){re.escape(name)}$" for name in names]
+            ours.append(conversion(patterns, one.parameter, LoadExperts(self, one.parameter)))
+        return [*ours, *super().update_weight_conversions(weight_conversions, model)]
+
+    # -- after loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """Take the experts apart."""
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        layers: dict[str, dict[str, list[nn.Linear]]] = {}
+        for one in self.experts:
+            packed: Any = model.get_parameter(one.parameter)
+            state = getattr(packed, "quant_state", None)
+            if state is None or packed.device.type == "meta":
+                raise CheckpointError(
+                    f"the experts `{one.parameter}` were not loaded as the 4-bit ones that are stored"
+                )
+            layers.setdefault(one.module, {})[one.projection] = expert_layers(
+                one, packed.data, state, compute_dtype=self.quantization_config.bnb_4bit_compute_dtype
+            )
+            delattr(model.get_submodule(one.module), one.parameter.rpartition(".")[2])
+        for name, projections in layers.items():
+            module = model.get_submodule(name)
+            for expert, parts in enumerate(zip(*projections.values(), strict=True)):
+                module.add_module(str(expert), nn.ModuleDict(dict(zip(projections, parts, strict=True))))
+            module.train(module.training)
+            self._before[name] = experts_run_by(module, FUNCTION)
+        return model
+
+    # -- saving, and back to 16 bits
+
+    def is_serializable(self) -> bool:
+        """Not with 4-bit experts: saved one by one, they would be loaded as fused ones with random weights."""
+        if self.experts:
+            warnings.warn(
+                "a model with 4-bit experts can't be saved: the directory that it was loaded from holds it already; "
+                "save its adapter, or `model.dequantize()` first",
+                stacklevel=3,
+            )
+            return False
+        return super().is_serializable()
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        """Make the fused parameters again, in `dtype`, and let transformers go on with all other layers."""
+        for one in self.experts:
+            module = model.get_submodule(one.module)
+            layers = [module.get_submodule(f"{expert}.{one.projection}") for expert in range(one.experts)]
+            fused: Tensor | None = None
+            for expert, layer in enumerate(layers):
+                weight = dequantize_layer(layer)
+                if weight is None:
+                    raise UsageError(
+                        f"`{one.layer(expert).name}` has an adapter: `dequantize` the model before it gets one"
+                    )
+                weight = weight.t() if one.transposed else weight
+                if fused is None:
+                    fused = torch.empty(one.shape, dtype=dtype or weight.dtype, device=weight.device)
+                fused[expert] = weight
+            assert fused is not None
+            _set(model, one.parameter, nn.Parameter(fused, requires_grad=False))
+        for name, config in self._before.items():
+            module: Any = model.get_submodule(name)
+            for expert in range(module.num_experts):
+                delattr(module, str(expert))
+            module.config = config
+        self.experts = ()
+        return super()._dequantize(model, dtype=dtype)
+
+
+class LoadExperts(_Operation):
+    """The codes of a fused parameter and their statistics, put together to a `Params4bit`."""
+
+    def __init__(self, quantizer: ExpertsQuantizer, parameter: str) -> None:
+        self.hf_quantizer = quantizer  # transformers casts nothing for an operation that has one
+        self.parameter = parameter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadExperts:
+        """It has no state, and is copied for each stored tensor."""
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, source_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Stored tensors, by the pattern that each matched, to the parameter.
+
+        Raises `ValueError` where there are others: that transformers collects, to raise it with the parameter's name.
+        """
+        if sorted(input_dict) != sorted(source_patterns) or any(len(parts) != 1 for parts in input_dict.values()):
+            raise ValueError(f"`{self.parameter}` is stored in 4 bits, and in another way as well")
+        suffixes = [part.name.removeprefix(self.stored.name) for part in self.stored.parts]
+        parts = {suffix: input_dict[pattern][0] for suffix, pattern in zip(suffixes, source_patterns, strict=True)}
+        codes = parts.pop("")
+        statistics = {suffix.removeprefix("."): part for suffix, part in parts.items()}
+        return {full_layer_name: Params4bit.from_prequantized(codes, statistics, device=codes.device)}
+
+    @property
+    def stored(self) -> Packed4Bit:
+        """What is stored of the parameter."""
+        return self.hf_quantizer.stored[self.parameter]
+
+
+def _set(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of a name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
