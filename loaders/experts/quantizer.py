@@ -22,10 +22,10 @@ from ..checkpoint.tensors import TORCH_NAMES
 from ..errors import CheckpointError, UsageError
 from ..model.experts.fused import FusedExperts, find_experts
 from ..model.transformers_internals import (
+    bitsandbytes_quantizer,
     conversion,
     conversion_base,
     experts_run_by,
-    four_bit_quantizer,
 )
 from .layers import dequantize_layer, expert_layers
 from .stored import stored_experts
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FUNCTION = "ftload_experts"
 """The name under which the experts' forward pass is registered."""
-_Quantizer: Any = four_bit_quantizer()
+_Quantizer: Any = bitsandbytes_quantizer()
 _Operation: Any = conversion_base()
 
 

@@ -8,9 +8,9 @@ def register_experts() -> None:
 
     It may be called more than once. torch, transformers and bitsandbytes are imported.
     """
-    from ..model.transformers_internals import register_experts_function, replace_four_bit_quantizer
+    from ..model.transformers_internals import register_experts_function, replace_bitsandbytes_quantizer
     from .forward import experts_forward
     from .quantizer import FUNCTION, ExpertsQuantizer
 
     register_experts_function(FUNCTION, experts_forward)
-    replace_four_bit_quantizer(ExpertsQuantizer)
+    replace_bitsandbytes_quantizer(ExpertsQuantizer)

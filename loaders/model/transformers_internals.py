@@ -297,12 +297,12 @@ def experts_run_by(module: Any, function: str) -> PretrainedConfig:
     return before
 
 
-def four_bit_quantizer() -> type[Any]:
+def bitsandbytes_quantizer() -> type[Any]:
     """transformers' quantizer for bitsandbytes' 4 bits. Without it: 4-bit experts could not be loaded."""
     return _find("quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer")
 
 
-def replace_four_bit_quantizer(quantizer: type[Any]) -> None:
+def replace_bitsandbytes_quantizer(quantizer: type[Any]) -> None:
     """Let `from_pretrained` use another in its place. Without it: 4-bit experts could not be loaded."""
     _find("quantizers.auto", "AUTO_QUANTIZER_MAPPING")["bitsandbytes_4bit"] = quantizer
 
