@@ -43,12 +43,23 @@ sys.path.insert(0, {str(tmp_path / "site")!r})
 site.addsitedir({site_packages()!r})
 import ftload.cli.app
 print(ftload.cli.app.__file__)
-ftload.cli.app.main()
+if sys.argv[1] == "register":
+    import ftload.register
+    print(ftload.register.__file__)
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    print(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__)
+else:
+    ftload.cli.app.main()
 """
-    command = [sys.executable, "-S", "-c", program, "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(tmp_path / "site/ftload/cli/app.py"), "ftload 0.1.0"]
+    app, register = (str(tmp_path / "site/ftload" / name) for name in ("cli/app.py", "register/__init__.py"))
+    for word, expected_lines in (
+        ("--version", [app, "ftload 0.1.0"]),
+        ("register", [app, register, "ftload.loaders.experts.quantizer"]),
+    ):
+        command = [sys.executable, "-S", "-c", program, word]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == expected_lines
 
 
 def installed(path: Path) -> str:

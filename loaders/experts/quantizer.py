@@ -22,6 +22,7 @@ from ..checkpoint.tensors import TORCH_NAMES
 from ..errors import CheckpointError, UsageError
 from ..model.experts.fused import FusedExperts, find_experts
 from ..model.transformers_internals import (
+    WeightMapping,
     bitsandbytes_quantizer,
     conversion,
     conversion_base,
@@ -67,7 +68,8 @@ class ExpertsQuantizer(_Quantizer):
         experts = find_experts(model)
         if not experts or not checkpoint_files:
             return
-        self.stored = stored_experts(checkpoint_files, experts)
+        mapping = WeightMapping(model)
+        self.stored = stored_experts(checkpoint_files, experts, lambda name: mapping.target(name)[0])
         self.experts = tuple(one for one in experts if one.parameter in self.stored)
         for one in self.experts:
             codes = self.stored[one.parameter].parts[0]
@@ -79,8 +81,11 @@ class ExpertsQuantizer(_Quantizer):
             packed = torch.empty(codes.shape, dtype=getattr(torch, TORCH_NAMES[codes.dtype]), device="meta")
             _set(model, one.parameter, nn.Parameter(packed, requires_grad=False))
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The conversions that put codes and statistics together, before any of the model's own could take them."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """The conversions that put codes and statistics together, before any of the model's own could take them.
+
+        Older releases of transformers do not pass the model.
+        """
         ours = []
         for one in self.experts:
             packed = self.stored[one.parameter]
@@ -88,7 +93,7 @@ class ExpertsQuantizer(_Quantizer):
             # a stored name may have a prefix more; the whole of the rest has to fit: a bias only begins like its weight
             patterns = [rf"(?<!\w){re.escape(name)}$" for name in names]
             ours.append(conversion(patterns, one.parameter, LoadExperts(self, one.parameter)))
-        return [*ours, *super().update_weight_conversions(weight_conversions, model)]
+        return [*ours, *super().update_weight_conversions(weight_conversions, *model)]
 
     # -- after loading
 
@@ -119,7 +124,7 @@ class ExpertsQuantizer(_Quantizer):
 
     def is_serializable(self) -> bool:
         """Not with 4-bit experts: saved one by one, they would be loaded as fused ones with random weights."""
-        if self.experts:
+        if self._before:
             warnings.warn(
                 "a model with 4-bit experts can't be saved: the directory that it was loaded from holds it already; "
                 "save its adapter, or `model.dequantize()` first",
@@ -151,7 +156,7 @@ class ExpertsQuantizer(_Quantizer):
             for expert in range(module.num_experts):
                 delattr(module, str(expert))
             module.config = config
-        self.experts = ()
+        self.experts, self._before = (), {}
         return super()._dequantize(model, dtype=dtype)
 
 
@@ -169,12 +174,7 @@ class LoadExperts(_Operation):
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, source_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Stored tensors, by the pattern that each matched, to the parameter.
-
-        Raises `ValueError` where there are others: that transformers collects, to raise it with the parameter's name.
-        """
-        if sorted(input_dict) != sorted(source_patterns) or any(len(parts) != 1 for parts in input_dict.values()):
-            raise ValueError(f"`{self.parameter}` is stored in 4 bits, and in another way as well")
+        """Stored tensors, by the pattern that each matched, to the parameter."""
         suffixes = [part.name.removeprefix(self.stored.name) for part in self.stored.parts]
         parts = {suffix: input_dict[pattern][0] for suffix, pattern in zip(suffixes, source_patterns, strict=True)}
         codes = parts.pop("")

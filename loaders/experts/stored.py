@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.formats.interface import Headers
@@ -14,10 +14,15 @@ from ..model.experts.fused import FusedExperts
 from ..source.source import Source
 
 
-def stored_experts(files: Iterable[str | Path], experts: Sequence[FusedExperts]) -> dict[str, Packed4Bit]:
+def stored_experts(
+    files: Iterable[str | Path], experts: Sequence[FusedExperts], leads_to: Callable[[str], str]
+) -> dict[str, Packed4Bit]:
     """The fused parameters that are stored in 4 bits, by the model's name of each.
 
-    Raises `CheckpointError` for one that is not as the model needs it, and for a layer that is 4-bit in part.
+    `leads_to` gives the parameter that a stored name leads to by transformers' own conversions.
+
+    Raises `CheckpointError` for one that is not as the model needs it, for one that is stored in another way as well,
+    and for a layer that is 4-bit in part.
     """
     by_directory: dict[Path, dict[str, TensorMeta]] = {}
     for file in map(Path, files):
@@ -25,7 +30,12 @@ def stored_experts(files: Iterable[str | Path], experts: Sequence[FusedExperts])
             by_directory.setdefault(file.parent, {}).update(_tensors_of(file))
     found = {}
     for directory, tensors in by_directory.items():
-        found |= _find(directory, tensors, experts)
+        here = _find(directory, tensors, experts)
+        parts = {part.name for packed in here.values() for part in packed.parts}
+        for name in tensors if here else ():
+            if name not in parts and (parameter := leads_to(name)) in here:
+                raise CheckpointError(f"`{parameter}` is stored in 4 bits, and `{name}` is a part of it as well")
+        found |= here
     for one in experts:
         halves = [other for other in experts if other.module == one.module]
         if one.parameter in found and not all(other.parameter in found for other in halves):
