@@ -113,6 +113,8 @@ def load_prepared(
         with warnings.catch_warnings():
             # PEFT asks for `is_gradient_checkpointing`, which transformers renames: nothing that a user could change
             warnings.simplefilter("ignore", FutureWarning)
+            # it looks for the ranks of parameters among the layers alone, and uses them all the same
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
     model.train()
     return model, tokenizer

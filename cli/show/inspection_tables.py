@@ -151,10 +151,11 @@ def _adapter(adapter: AdapterFacts) -> str:
     parts = (
         adapter.type,
         "" if adapter.r is None else f"rank {adapter.r}",
+        *(f"{rank} on {pattern}" for pattern, rank in adapter.ranks.items()),
         "" if adapter.alpha is None else f"alpha {adapter.alpha:g}",
         "" if adapter.dropout is None else f"dropout {adapter.dropout:g}",
     )
-    return ", ".join(filter(None, parts)) + f": {' '.join(adapter.targets) or 'no targets'}"
+    return ", ".join(filter(None, parts)) + f": {' '.join((*adapter.targets, *adapter.parameters)) or 'no targets'}"
 
 
 def _architecture(found: Architecture) -> str:

@@ -154,8 +154,10 @@ def details(report: Described) -> list[tuple[str, str]]:
         )
     adapter = report.adapter
     if adapter:
-        targets = ", ".join(f"{name} ×{layers}" for name, layers in adapter.targets.items())
-        details.append(("adapter", f"rank {adapter.r}, alpha {adapter.alpha:g}: {targets}"))
+        hits = [*adapter.targets.items(), *adapter.target_parameters.items()]
+        targets = ", ".join(f"{name} ×{layers}" for name, layers in hits)
+        experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
+        details.append(("adapter", f"rank {adapter.r}{experts}, alpha {adapter.alpha:g}: {targets}"))
         at = f" @ {adapter.revision}" if adapter.revision else ""
         scanned = " (left where it is, its values not scanned)" if report.base_scanned is False else ""
         details.append(("base", f"{adapter.base}{at}{scanned}"))

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..model.components import LinearLayer
+from ..decision import Decision
 from ..model.tensor_map import ModelTensor
 from ..steps.step import Step
-from .targets import Targets
+from .targets import Target, Targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -17,19 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptedLayer:
-    """A layer that gets an adapter, as PEFT finds it when it wraps it."""
+    """A layer that gets an adapter, or a parameter, as PEFT finds it when it wraps it."""
 
-    layer: LinearLayer
+    layer: Target
     dtype: str
     """safetensors code of its weight, or of what it computes in where the weight is quantised."""
     weight: ModelTensor | None
-    """The weight as the base holds it; None where it is merged from several tensors."""
+    """The weight as the base holds it; None where it is merged from several tensors, and for experts."""
 
 
 class Adapter(Protocol):
     """An adapter with all of its settings."""
 
-    def tensors(self, layer: LinearLayer) -> Mapping[str, tuple[int, ...]]:
+    def fitted(self, targets: Targets) -> tuple[Adapter, tuple[Decision, ...]]:
+        """The adapter as PEFT can make it for such targets, and what is otherwise than asked."""
+        ...
+
+    def tensors(self, layer: Target) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of what is stored for a layer, all of it float32."""
         ...
 
@@ -37,8 +41,8 @@ class Adapter(Protocol):
         """How its tensors are initialised, one step a layer, in the order in which PEFT draws random numbers."""
         ...
 
-    def peft_config(self, patterns: Iterable[str]) -> PeftConfig:
-        """PEFT's configuration for layers that match these patterns."""
+    def peft_config(self, targets: Targets) -> PeftConfig:
+        """PEFT's configuration for these targets."""
         ...
 
     def config(self, targets: Targets, *, base: str, revision: str | None) -> dict[str, Any]:

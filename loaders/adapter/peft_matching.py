@@ -16,6 +16,7 @@ from ..errors import MissingRequirementError, UsageError, said_by
 from ..model.components import LinearLayer
 from ..model.transformers_internals import merges_weights
 from ..system.quiet import quiet_transformers
+from .experts import Experts
 from .interface import Adapter
 from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, is_match, name_targets
 
@@ -29,6 +30,8 @@ class Peft:
 
     model: PreTrainedModel
     adapter: Adapter
+    experts: Experts
+    """The fused experts of the model; the first of those in 4 bits stands for all: the others are called as it is."""
 
     def confirm(self, targets: Targets, *, asked: bool, layers: tuple[LinearLayer, ...]) -> Targets:
         """`targets` if PEFT adapts just these layers, under the names that it keeps; else those that it takes, and why.
@@ -44,7 +47,7 @@ class Peft:
                 f"`--lora_target_modules`: PEFT can't adapt these layers: {answer.problem}",
                 hint="name others, or leave it out: ftload takes what PEFT can adapt",
             )
-        modules = tuple(name for name, _ in self.model.named_modules())
+        modules = self.experts.modules(name for name, _ in self.model.named_modules())
         by_leaf: dict[str, list[LinearLayer]] = {}
         for layer in targets.layers:
             by_leaf.setdefault(layer.leaf, []).append(layer)
@@ -64,6 +67,35 @@ class Peft:
             hint="name some with --lora_target_modules",
         )
 
+    def confirm_experts(self, targets: Targets) -> Targets:
+        """`targets`, experts among them, under the names that PEFT keeps. Raises `UsageError` where it refuses."""
+        answer = self._ask(targets)
+        if answer.problem is not None:
+            raise UsageError(f"`--lora_experts`: PEFT can't adapt the experts: {answer.problem}", hint="leave it out")
+        if answer.patterns == targets.patterns:
+            return targets
+        of_experts = [layer for layer in targets.layers if layer.fused]
+        return replace(
+            targets,
+            patterns=answer.patterns,
+            matches=count_matches(targets.layers, answer.patterns),
+            of_experts=tuple(name for name, found in count_matches(of_experts, answer.patterns).items() if found),
+        )
+
+    def _model(self) -> PreTrainedModel:
+        """A copy of the model as it is in memory, one expert of each layer where they are 4-bit."""
+        import torch
+
+        model = deepcopy(self.model)
+        for fused in self.experts.packed:
+            module = model.get_submodule(fused.module)
+            delattr(module, fused.parameter.rpartition(".")[2])
+            if "0" not in module._modules:
+                module.add_module("0", torch.nn.ModuleDict())
+            first: Any = module.get_submodule("0")
+            first[fused.projection] = torch.nn.Linear(fused.in_features, fused.out_features, bias=False, device="meta")
+        return model
+
     def _ask(self, targets: Targets) -> _Answer:
         """Adapt a copy of the model, and load the adapter's own tensor names into it again."""
         if self._is_certain(targets):
@@ -75,10 +107,10 @@ class Peft:
             raise MissingRequirementError(
                 f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"
             ) from error
-        config: Any = self.adapter.peft_config(targets.patterns)
+        config: Any = self.adapter.peft_config(targets)
         with quiet_transformers():
             try:
-                adapted: Any = get_peft_model(deepcopy(self.model), config, low_cpu_mem_usage=True)
+                adapted: Any = get_peft_model(self._model(), config, low_cpu_mem_usage=True)
                 # what it calls the tensors when it saves them, it must find again when it loads them
                 tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
                 loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
@@ -87,7 +119,8 @@ class Peft:
                 return _Answer(problem=said_by(error).partition(". ")[0])
         modules = adapted.base_model.model.named_modules()
         found = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
-        wanted = {layer.name for layer in targets.layers}
+        others = {fused.layer(number).name for fused in self.experts.packed for number in range(1, fused.experts)}
+        wanted = {layer.name for layer in targets.layers} - others | {fused.name for fused in targets.fused}
         if found != wanted:
             name = min(found ^ wanted)
             what = f"does not adapt `{name}`" if name in wanted else f"adapts `{name}` as well"
@@ -95,6 +128,8 @@ class Peft:
         lost = sorted(name for name in loaded.missing_keys if ".lora_" in name) + sorted(loaded.unexpected_keys)
         if lost:
             return _Answer(problem=f"it does not find `{lost[0]}` again")
+        if set(config.target_parameters or ()) != set(targets.parameters):
+            return _Answer(problem=f"it adapts `{' '.join(sorted(config.target_parameters or ()))}` as parameters")
         kept = set(config.target_modules or ())
         return _Answer(patterns=targets.patterns if kept == set(targets.patterns) else tuple(sorted(kept)))
 
@@ -105,7 +140,8 @@ class Peft:
         wanted = {layer.name for layer in targets.layers}
         found = {name: module for name, module in self.model.named_modules() if is_match(name, targets.patterns)}
         return (
-            set(targets.patterns) <= set(REFERENCE_TARGETS)
+            not targets.fused
+            and set(targets.patterns) <= set(REFERENCE_TARGETS)
             and found.keys() == wanted
             and all(type(module) is torch.nn.Linear for module in found.values())
             and not merges_weights(self.model.config.model_type)

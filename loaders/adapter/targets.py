@@ -7,11 +7,13 @@ no entry here as long as it keeps to the field's names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from ..decision import Decision
 from ..errors import UsageError
 from ..model.components import ROUTER_NAMES, LinearLayer
+from ..model.experts.fused import FusedExperts
 
 REFERENCE_TARGETS = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 """The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
@@ -21,13 +23,39 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FusedTarget:
+    """Fused experts that are adapted as one parameter."""
+
+    experts: FusedExperts
+    wrapped: int
+    """Parameters of the same module that PEFT wraps after this one."""
+
+    @property
+    def name(self) -> str:
+        """The name under which PEFT stores what it adds."""
+        return self.experts.module + ".base_layer" * self.wrapped
+
+
+Target: TypeAlias = LinearLayer | FusedTarget
+"""What gets an adapter of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
     """The layers that get an adapter, in the model's module order, and how they were found."""
 
     patterns: tuple[str, ...]
+    """Names of layers: PEFT's `target_modules`."""
     layers: tuple[LinearLayer, ...]
     matches: Mapping[str, int]
+    """Pattern to the number of layers that it matches."""
     decisions: tuple[Decision, ...]
+    of_experts: tuple[str, ...] = ()
+    """Those of the patterns that name the layers of 4-bit experts."""
+    fused: tuple[FusedTarget, ...] = ()
+    """Experts that are adapted as parameters, after all layers, in the order in which PEFT wraps them."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Their patterns, PEFT's `target_parameters`, to the number of parameters that each matches."""
 
 
 def resolve_targets(
@@ -37,8 +65,8 @@ def resolve_targets(
 
     Names that the user asked for are taken as they are; each must match. Otherwise the reference's seven names are
     used where the architecture has them all. Where it lacks some, or for `all-linear`, every linear layer of the
-    language model's blocks is a target, except routers; where experts are fused into 3-D parameters, which LoRA's
-    linear adapters can't reach, the attention layers alone.
+    language model's blocks is a target, except routers; where experts are fused into 3-D parameters, which are no
+    layers, the attention layers alone: `experts.py` adds the experts.
     Raises `UsageError` when a name that was asked for, or everything, matches nothing, and when one matches a router or
     a layer outside the blocks without naming it as such.
     """
@@ -65,7 +93,8 @@ def resolve_targets(
     if fused_experts:
         what = "attention" if eligible[0].component == "attention" else "the rest"
         reason = (
-            f"the experts are fused into 3-D parameters, which linear adapters can't reach: {what} alone is trained"
+            "the experts are fused into 3-D parameters, which no layer's name reaches: by name, "
+            f"{what} alone is trained"
         )
     elif asked is not None:
         reason = f"the linear layers of its blocks are {' '.join(targets.patterns)}"

@@ -12,6 +12,7 @@ _PASS = {
     "attention": "--use_flash_attn false",
     "base": "--base {effective}",
     "base_dtype": "--base copy",
+    "lora_dropout": "--lora_dropout {effective}",
     "lora_targets": "--lora_target_modules {effective}",
     "use_fast": "--use_fast true",
     "use_liger_kernel": "--use_liger_kernel false",

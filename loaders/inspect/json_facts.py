@@ -40,6 +40,10 @@ class AdapterFacts:
     alpha: float | None
     dropout: float | None
     targets: tuple[str, ...]
+    parameters: tuple[str, ...]
+    """What is adapted of parameters that are no layer's weight: fused experts."""
+    ranks: Mapping[str, int]
+    """Ranks other than `r`, by pattern."""
     base: str | None
     revision: str | None
 
@@ -98,18 +102,23 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 def adapter_facts(config: Mapping[str, Any]) -> AdapterFacts:
     """The facts of an adapter_config.json."""
-    found = config.get("target_modules")
-    targets = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    ranks = config.get("rank_pattern")
     alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout")
     return AdapterFacts(
         type=_text(config, "peft_type"),
         r=_number(config, "r"),
         alpha=alpha if isinstance(alpha, int | float) else None,
         dropout=dropout if isinstance(dropout, int | float) else None,
-        targets=tuple(map(str, targets)),
+        targets=_texts(config.get("target_modules")),
+        parameters=_texts(config.get("target_parameters")),
+        ranks={name: rank for name, rank in (ranks if isinstance(ranks, dict) else {}).items() if type(rank) is int},
         base=_text(config, "base_model_name_or_path"),
         revision=_text(config, "revision"),
     )
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    return tuple(map(str, [found] if isinstance(found, str) else found if isinstance(found, list) else []))
 
 
 def read_prepared(source: Source) -> Prepared:

@@ -66,6 +66,8 @@ class LinearLayer:
     transposed: bool
     in_blocks: bool
     """Whether it lies in a list of layers that text passes through: the language model's blocks."""
+    fused: bool = False
+    """Whether its weight is one expert's part of a fused parameter: a layer of its own only where that is 4-bit."""
 
     @property
     def leaf(self) -> str:

@@ -125,6 +125,11 @@ class Plan:
         """The names of the linear layers whose weights are quantised."""
         return quantised_layers(self.strategy, self.skeleton, self.steps)
 
+    @property
+    def quantised_experts(self) -> frozenset[str]:
+        """The fused parameters of experts that are quantised."""
+        return quantised_experts(self.strategy, self.skeleton, self.steps)
+
     def loaded_tensors(self) -> Iterator[OutputTensor]:
         """The base's tensors in the dtypes that they are loaded with."""
         for step in self.steps:
@@ -151,10 +156,21 @@ class Plan:
 
 def quantised_layers(strategy: Strategy, skeleton: Skeleton, steps: tuple[Step, ...]) -> frozenset[str]:
     """The names of the linear layers whose weights these steps quantise, or find quantised."""
-    if strategy.quantisation is None:
-        return frozenset()
-    tag = strategy.quantisation.tag
-    weights = {output.name for step in steps for output in step.outputs if output.counted_as == tag}
+    weights = _quantised(strategy, steps)
     return frozenset(
         tensor.linear.name for tensor in skeleton.tensors if tensor.linear is not None and tensor.name in weights
     )
+
+
+def quantised_experts(strategy: Strategy, skeleton: Skeleton, steps: tuple[Step, ...]) -> frozenset[str]:
+    """The fused parameters of experts that these steps quantise, or find quantised."""
+    weights = _quantised(strategy, steps)
+    return frozenset(fused.parameter for fused in skeleton.experts if fused.parameter in weights)
+
+
+def _quantised(strategy: Strategy, steps: tuple[Step, ...]) -> frozenset[str]:
+    """The names of the tensors that these steps write quantised."""
+    if strategy.quantisation is None:
+        return frozenset()
+    tag = strategy.quantisation.tag
+    return frozenset(output.name for step in steps for output in step.outputs if output.counted_as == tag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from ..adapter.experts import Experts
 from ..adapter.interface import Adapter
 from ..decision import Decision
 from ..errors import ResourceError
@@ -24,7 +25,7 @@ from .base import Base, choose_base
 from .configuration import Configuration, final_config, final_generation_config
 from .coverage import check_coverage, coverage_of
 from .output_files import OutputFile, divide, unchanged_files
-from .plan import Plan, quantised_layers
+from .plan import Plan, quantised_experts, quantised_layers
 from .sources import Sources
 from .vocabulary import check_rows, check_turns, follow_tokenizer
 
@@ -67,11 +68,13 @@ def make_plan(
         base, base_decisions = choose_base(request, checkpoint, skeleton, quantised=quantisation is not None)
         decisions += base_decisions
         quantised = quantised_layers(strategy, skeleton, steps)
-        targets = choose_targets(request, skeleton, adapter, quantised)
+        packed = quantised_experts(strategy, skeleton, steps)
+        experts = Experts.of(skeleton.experts, packed)
+        adapter, targets = choose_targets(request, skeleton, adapter, quantised=quantised, experts=experts)
         decisions += targets.decisions
         computed_in = {}
         if quantisation is not None and quantization_config is not None:
-            computed_in = dict.fromkeys(quantised, quantisation.compute_dtype(quantization_config))
+            computed_in = dict.fromkeys((*quantised, *packed), quantisation.compute_dtype(quantization_config))
         adapter_weights = adapter_file(strategy, skeleton, adapter, targets, computed_in=computed_in)
 
     attention = resolve_attention(attention_support(type(skeleton.model)), use_flash_attn=request.use_flash_attn)

@@ -211,6 +211,10 @@ class Adapter:
     dropout: Annotated[float, Keyword("minimum", 0), Keyword("exclusiveMaximum", 1)]
     targets: Mapping[str, AtLeastOne]
     """Target pattern to the number of linear layers that it matches."""
+    experts_r: AtLeastOne | None = None
+    """Rank of the adapters of fused experts; null where they are not trained. Since 0.2."""
+    target_parameters: Mapping[str, AtLeastOne] = field(default_factory=dict)
+    """Pattern of fused parameters, which are adapted as a whole, to the number that it matches. Since 0.2."""
     parameters: Count
     dtype: str
     base: str

@@ -52,8 +52,9 @@ def model_card(report: Report) -> str:
     ]
     if adapter:
         where = "this directory" if report.base == "copy" else f"`{_plain(adapter.base)}`, which is not copied here"
+        experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
         lines += [
-            f"The LoRA adapter (rank {adapter.r}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
+            f"The LoRA adapter (rank {adapter.r}{experts}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
             f"`adapter/`; its base is {where}.",
             "",
         ]

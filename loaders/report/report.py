@@ -295,6 +295,7 @@ def _adapter(plan: Plan) -> document.Adapter | None:
     return document.Adapter(
         **plan.adapter.facts(),
         targets=dict(plan.targets.matches),
+        target_parameters=dict(plan.targets.parameters),
         parameters=sum(tensor.parameters for tensor in plan.adapter_tensors()),
         dtype="float32",
         base=adapter_base(plan),

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from ..adapter.experts import Experts
 from ..adapter.peft_lora import PeftLora
-from ..adapter.targets import Targets, resolve_targets
+from ..adapter.targets import Targets, is_match, resolve_targets
 from ..report.document import Adapter
 from ..source.resolve import resolve_source
 from .files import Context
@@ -19,25 +20,40 @@ def check_adapter(context: Context) -> Iterator[str]:
     if expected is None:
         context.found = "none"
         return
-    context.found = f"rank {expected.r} on {sum(expected.targets.values())} layers"
+    parameters = sum(expected.target_parameters.values())
+    experts = "" if expected.experts_r is None else f", of experts {expected.experts_r},"
+    context.found = f"rank {expected.r}{experts} on {sum(expected.targets.values())} layers" + (
+        f" and {parameters} parameters" if parameters else ""
+    )
     if context.report.base == "reference":
         yield from _check_base(context, expected)
-    targets = resolve_targets(
-        context.skeleton.layers,
-        modules=(name for name, _ in context.skeleton.model.named_modules()),
-        asked=tuple(expected.targets),
-        fused_experts=False,
-    )
+    targets = _targets(context, expected)
     for pattern, expected_matches in expected.targets.items():
-        if targets.matches[pattern] != expected_matches:
-            yield f"`{pattern}` hits {targets.matches[pattern]} layers, the report says {expected_matches}"
+        if targets.matches.get(pattern, 0) != expected_matches:
+            yield f"`{pattern}` hits {targets.matches.get(pattern, 0)} layers, the report says {expected_matches}"
+    for pattern, expected_matches in expected.target_parameters.items():
+        if targets.parameters.get(pattern, 0) != expected_matches:
+            found = targets.parameters.get(pattern, 0)
+            yield f"`{pattern}` hits {found} parameters, the report says {expected_matches}"
     yield from _check_settings(context, expected, targets)
     yield from _check_tensors(context, expected, targets)
     yield from _check_initial_values(context)
 
 
+def _targets(context: Context, expected: Adapter) -> Targets:
+    """What is adapted of the base, experts in 4 bits as the layers that they become."""
+    skeleton = context.skeleton
+    packed = {tensor.parameter for tensor in skeleton.tensors if tensor.packed is not None}
+    experts = Experts.of(skeleton.experts, packed)
+    modules = tuple(name for name, _ in skeleton.model.named_modules())
+    of_experts = experts.layers() if expected.experts_r is not None else ()
+    by_name = tuple(name for name in expected.targets if not any(is_match(layer.name, (name,)) for layer in of_experts))
+    targets = resolve_targets(skeleton.layers, modules=modules, asked=by_name, fused_experts=False)
+    return targets if expected.experts_r is None else experts.added_to(targets, modules=modules)
+
+
 def _described(expected: Adapter) -> PeftLora:
-    return PeftLora(rank=expected.r, alpha=expected.alpha, dropout=expected.dropout)
+    return PeftLora(rank=expected.r, experts_rank=expected.experts_r, alpha=expected.alpha, dropout=expected.dropout)
 
 
 def _check_settings(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
@@ -54,7 +70,8 @@ def _check_settings(context: Context, expected: Adapter, targets: Targets) -> It
 def _check_tensors(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
     """Whether there are the adapter's tensors for every layer that is a target, and no others."""
     adapter = _described(expected)
-    shapes = {name: shape for layer in targets.layers for name, shape in adapter.tensors(layer).items()}
+    adapted = (*targets.layers, *targets.fused)
+    shapes = {name: shape for layer in adapted for name, shape in adapter.tensors(layer).items()}
     for name in sorted(shapes.keys() - context.adapter.keys()):
         yield f"`{name}` is missing"
     for name in sorted(context.adapter.keys() - shapes.keys()):

@@ -62,7 +62,9 @@ def test_attention_alone_where_experts_are_fused() -> None:
     targets = _resolve(LLAMA, asked=None, fused_experts=True)
     assert targets.patterns == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert len(targets.layers) == 8
-    assert "attention alone" in targets.decisions[0].reason
+    assert targets.decisions[0].reason == (
+        "the experts are fused into 3-D parameters, which no layer's name reaches: by name, attention alone is trained"
+    )
 
 
 def test_whole_names_where_a_short_one_would_hit_what_must_not_be_trained() -> None:

@@ -68,6 +68,7 @@ class FusedExperts:
             component="experts",
             transposed=False,
             in_blocks=True,
+            fused=True,
         )
 
 
