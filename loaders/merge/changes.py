@@ -9,8 +9,8 @@ as long as it has some rows and columns: a single one would be another routine o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from ..checkpoint.finite import all_finite
@@ -88,6 +88,18 @@ class Change(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changed:
+    """What becomes of one parameter."""
+
+    replaced_by: TensorMeta | None = None
+    """The tensor of the adapter that takes its place."""
+    copy: int | None = None
+    """Which copy of the module that tensor is for, where PEFT trained one (`modules_to_save`): equal for tied ones."""
+    change: Change | None = None
+    """What is then added to it."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LowRank:
     """LoRA: the base plus `scaling · B A`, for a matrix, for a stack of experts, or for one of them.
@@ -115,7 +127,12 @@ class LowRank:
     @property
     def whole(self) -> bool:
         """DoRA measures columns where the tensor is transposed."""
-        return len(self.factors.tensors) == 3 and self.transposed
+        return self.dora and self.transposed
+
+    @property
+    def dora(self) -> bool:
+        """Whether lengths were learnt too."""
+        return len(self.factors.tensors) == 3
 
     def apply(self, base: Tensor, first: int, last: int) -> Tensor:
         """Add the delta, expert by expert."""
@@ -123,24 +140,22 @@ class LowRank:
 
         pieces = [
             self._apply(base[begin - first : end - first], expert, begin - start, end - start)
-            for expert, start, begin, end in self._by_expert(first, last)
+            for expert, start, begin, end in _by_expert(self._rows, first, last)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def memory(self, elements: int) -> int:
         """The delta and the base in its dtype; for DoRA the sum, its squares and the scaled sum too."""
-        return elements * (20 if len(self.factors.tensors) == 3 else 8)
+        return elements * (20 if self.dora else 8)
+
+    def of_expert(self, expert: int | None) -> LowRank:
+        """The change of one expert's matrix; None where there is one matrix alone."""
+        return replace(self, expert=expert)
 
     @property
     def _rows(self) -> int:
         """Rows of a matrix."""
         return self.ins if self.transposed else self.outs
-
-    def _by_expert(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-        """Whose rows of a stack those are: an expert, where its rows start, and which of the given ones they are."""
-        for expert in range(first // self._rows, -(-last // self._rows)):
-            start = expert * self._rows
-            yield expert, start, max(first, start), min(last, start + self._rows)
 
     def _apply(self, base: Tensor, expert: int, first: int, last: int) -> Tensor:
         """Rows of one expert's matrix."""
@@ -166,6 +181,13 @@ class LowRank:
         return product[first - begin : last - begin].mul_(self.scaling)
 
 
+def _by_expert(rows: int, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Whose rows of a stack those are: an expert, where its rows start, and which of the given ones they are."""
+    for expert in range(first // rows, -(-last // rows)):
+        start = expert * rows
+        yield expert, start, max(first, start), min(last, start + rows)
+
+
 def _scaled(base: Tensor, delta: Tensor, magnitudes: Tensor, *, transposed: bool) -> Tensor:
     """DoRA (arXiv:2402.09353, equation 5): each output's weights, scaled to the length that was learnt."""
     import torch
@@ -173,6 +195,42 @@ def _scaled(base: Tensor, delta: Tensor, magnitudes: Tensor, *, transposed: bool
     outputs = base.T + delta.T if transposed else base + delta
     factors = (magnitudes / torch.linalg.norm(outputs, dim=1)).view(-1, 1)
     return ((factors.T if transposed else factors) * (base + delta)).to(base.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertLayers:
+    """A stack of experts, each of which was adapted as a linear layer of its own, or not at all."""
+
+    layers: Mapping[int, LowRank]
+    """By the expert; at least one."""
+    rows: int
+    """Of an expert's matrix."""
+    transposed: bool
+    """Whether that is (in, out); without DoRA then."""
+    whole: bool = False
+
+    @property
+    def factors(self) -> Factors:
+        """The largest of those that it reads, one after another."""
+        return max((layer.factors for layer in self.layers.values()), key=lambda factors: factors.nbytes)
+
+    def apply(self, base: Tensor, first: int, last: int) -> Tensor:
+        """Change the rows of each expert by its own layer."""
+        import torch
+
+        pieces = []
+        for expert, start, begin, end in _by_expert(self.rows, first, last):
+            piece, layer = base[begin - first : end - first], self.layers.get(expert)
+            pieces.append(piece if layer is None else layer.apply(piece, begin - start, end - start))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def of_expert(self, expert: int | None) -> LowRank | None:
+        """The change of one expert's matrix; None for an expert that was not adapted."""
+        return None if expert is None else self.layers.get(expert)
+
+    def memory(self, elements: int) -> int:
+        """What the layers take, one after another."""
+        return max(layer.memory(elements) for layer in self.layers.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,10 +14,10 @@ from ..errors import CheckpointError
 from ..model.skeleton import LoadedHeaders, load_headers, resize_embeddings
 from ..model.tensor_map import Group
 from .adapter import AdapterWeights, TrainedAdapter, open_weights
-from .changes import LowRank
+from .changes import Changed, ExpertLayers, LowRank
 from .merged_tensor import adapter_tensor, merged_tensor
 from .parts import divide
-from .peft_layers import Changed, find_changes
+from .peft_layers import find_changes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -160,7 +160,7 @@ def _parts(
 ) -> list[tuple[TensorMeta, LowRank]]:
     """The stored tensors that become a parameter together, and what becomes of each."""
     parts = []
-    if changed.replaced_by is None and isinstance(changed.change, LowRank):
+    if changed.replaced_by is None and isinstance(changed.change, LowRank | ExpertLayers):
         parts = divide(group, parameter, shape, changed.change)
     if not parts:
         raise CheckpointError(

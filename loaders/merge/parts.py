@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.tensors import TensorMeta
 from ..model.tensor_map import Group
-from .changes import LowRank
+from .changes import ExpertLayers, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,13 @@ class _Part:
     """Among those that share its expert, the first number along the outputs."""
 
 
-def divide(group: Group, parameter: str, shape: tuple[int, ...], change: LowRank) -> list[tuple[TensorMeta, LowRank]]:
+def divide(
+    group: Group, parameter: str, shape: tuple[int, ...], change: LowRank | ExpertLayers
+) -> list[tuple[TensorMeta, LowRank]]:
     """What a change of a whole parameter of `shape` is for each stored tensor that becomes a part of it.
 
-    Empty where the parts are not what can be told: matrices that are stacked, turned, or put beside one another so
-    that their outputs follow one another.
+    Without those of experts that are not changed. Empty where the parts are not what can be told: matrices that are
+    stacked, turned, or put beside one another so that their outputs follow one another.
     """
     parts = list(_find_parts(group, parameter, change))
     outs, ins = shape[-2:][::-1] if change.transposed else shape[-2:]
@@ -48,12 +50,12 @@ def divide(group: Group, parameter: str, shape: tuple[int, ...], change: LowRank
         if sum(size for size, _ in sizes) != outs or any(size != ins for _, size in sizes):
             return []
         at = beside.index(part)
-        own = replace(
-            change, expert=part.expert, transposed=transposed, outs=sizes[at][0], ins=ins,
-            first_out=sum(size for size, _ in sizes[:at]),
-        )  # fmt: skip
-        found.append((part.source, own))
-    return found if len(found) == len(group.sources) else []
+        own = change.of_expert(part.expert)
+        if own is not None:
+            first_out = sum(size for size, _ in sizes[:at])
+            own = replace(own, transposed=transposed, outs=sizes[at][0], ins=ins, first_out=first_out)
+            found.append((part.source, own))
+    return found if len(parts) == len(group.sources) else []
 
 
 def _sizes(part: _Part, transposed: bool) -> tuple[int, int]:
@@ -62,7 +64,7 @@ def _sizes(part: _Part, transposed: bool) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
-def _find_parts(group: Group, parameter: str, change: LowRank) -> Iterator[_Part]:
+def _find_parts(group: Group, parameter: str, change: LowRank | ExpertLayers) -> Iterator[_Part]:
     import torch
 
     if group.conversion is None or any(len(source.shape) != 2 for source in group.sources):
@@ -83,7 +85,7 @@ def _find_parts(group: Group, parameter: str, change: LowRank) -> Iterator[_Part
             yield part
 
 
-def _locate(source: TensorMeta, own: Tensor, whole: Tensor, change: LowRank) -> _Part | None:
+def _locate(source: TensorMeta, own: Tensor, whole: Tensor, change: LowRank | ExpertLayers) -> _Part | None:
     """Where the numbers of one tensor lie together, along all inputs."""
     expert = None
     if whole.dim() == 3:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.tensors import TORCH_NAMES, TensorMeta
 from ..errors import CheckpointError, MissingRequirementError, said_by
+from ..model.experts.fused import FusedExperts
 from ..system.quiet import quiet_transformers
 from .adapter import CONFIG_FILE, AdapterWeights, TrainedAdapter
-from .changes import AddedBias, Change, Factors, LowRank, Rows
+from .changes import AddedBias, Change, Changed, Factors, LowRank, Rows
+from .expert_layers import join_experts, split_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +27,6 @@ _PREFIX = "base_model.model."
 """What PEFT puts before the base's names."""
 _NAME = "default"
 """What the adapter is called while PEFT holds it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Changed:
-    """What becomes of one parameter."""
-
-    replaced_by: TensorMeta | None = None
-    """The tensor of the adapter that takes its place."""
-    copy: int | None = None
-    """Which copy of the module that tensor is for, where PEFT trained one (`modules_to_save`): equal for tied ones."""
-    change: Change | None = None
-    """What is then added to it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,10 +57,12 @@ def find_changes(model: PreTrainedModel, weights: AdapterWeights) -> dict[str, C
     `CheckpointError` for what PEFT can't load, and naming a tensor of the adapter that finds no place, or is missing.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wrapped, loaded = _wrap(model, weights)
+    wrapped, loaded, split = _wrap(model, weights)
     reading = _Reading(weights=weights, loaded=loaded)
     for name, module in _outermost(wrapped.base_model.model):
         _read_module(reading, name, module)
+    for experts in split:
+        join_experts(reading.changes, experts, weights.adapter)
     for key in loaded.keys() - reading.used:
         # an embedding that has grown, or a bias that was trained: PEFT loads it into the base itself
         parameter = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
@@ -86,8 +78,10 @@ def find_changes(model: PreTrainedModel, weights: AdapterWeights) -> dict[str, C
     return reading.changes
 
 
-def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[str, TensorMeta]]:
-    """The model as PEFT wraps it, and the tensors of the adapter by the wrapped model's names."""
+def _wrap(
+    model: PreTrainedModel, weights: AdapterWeights
+) -> tuple[Any, dict[str, TensorMeta], tuple[FusedExperts, ...]]:
+    """The model as PEFT wraps it, the adapter's tensors by the wrapped model's names, and the experts taken apart."""
     import torch
     from torch.nn.modules.module import _IncompatibleKeys
 
@@ -113,6 +107,7 @@ def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[st
         try:
             config = PeftConfig.from_peft_type(**adapter.config)
             _check_known(adapter, config)
+            split = split_experts(model, weights, config)
             with torch.device("meta"):  # `low_cpu_mem_usage` would separate modules that are tied
                 wrapped: Any = get_peft_model(model, config, adapter_name=_NAME)
             wrapped.load_state_dict = load  # for this call: the names that it is given tell which tensor goes where
@@ -128,7 +123,7 @@ def _wrap(model: PreTrainedModel, weights: AdapterWeights) -> tuple[Any, dict[st
             ) from error
     by_storage = {_storage(value): weights.tensors[name] for name, value in state.items()}
     found = {key: by_storage.get(_storage(value)) for key, value in given.items()}
-    return wrapped, _check_loaded(wrapped, weights, found)
+    return wrapped, _check_loaded(wrapped, weights, found), split
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
