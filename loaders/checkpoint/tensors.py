@@ -57,6 +57,11 @@ class TensorMeta:
         return (self,)
 
     @property
+    def taken_from(self) -> tuple[TensorMeta, ...]:
+        """The checkpoint's tensors that its values are taken from: itself, unless it is a part of one, or several."""
+        return (self,)
+
+    @property
     def stored_bytes(self) -> int:
         """Size of the data that it is stored in, as reports count it."""
         return self.nbytes

@@ -18,6 +18,7 @@ from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 from ..checkpoint.transposed import transposed
 from ..errors import CheckpointError
 from .components import Component, LinearLayer, component_of
+from .experts.single import single_experts
 from .transformers_internals import (
     WeightMapping,
     conv1d,
@@ -223,11 +224,25 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
         ]  # fmt: skip
     shape, before = tuple(saved.state[parameter].shape), saved.shapes_before[parameter]
     source = group.sources[0]
+    if parameter not in saved.names and kept_packed((source,)) is None:
+        matrices = single_experts(source, shape, parameter, lambda values: revert(saved.model, values))
+        if matrices is None:
+            raise CheckpointError(
+                f"tensor `{source.name}` would be saved as several tensors, in a way that ftload can't follow",
+                hint="save the checkpoint with transformers first: `from_pretrained`, `save_pretrained`",
+            )
+        return [
+            ModelTensor(
+                name=matrix.name, parameter=parameter, buffer=buffer, shape=matrix.shape, dtype=dtype,
+                component=component, sources=(matrix,), quantised_problem=quantised_problem,
+            )
+            for matrix in matrices
+        ]  # fmt: skip
     if saved.stays_packed:
         dtype = source.dtype  # what is stored beside weights that stay packed wins over `dtype=` on loading
     return [
         ModelTensor(
-            name=saved.names[parameter], parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
+            name=saved.names.get(parameter, parameter), parameter=parameter, buffer=buffer, shape=shape, dtype=dtype,
             component=component, sources=(source,), linear=saved.quantisable.get(parameter),
             rows_before=before[0] if shape != before else None,
             # that a module is made in float32 counts only for what is not quantised
@@ -266,10 +281,10 @@ def _check_floats(group: Group, saved: SavedModel, dtype: str) -> None:
 
 
 def saved_names(model: PreTrainedModel, groups: Iterable[Group], state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name that each parameter of `state` is saved by, those that go through a converter left out."""
+    """The name that each parameter of `state` is saved by, those that go through a converter, now or then, left out."""
     plain = {
         name: state[name] for group in groups if group.conversion is None for name in group.parameters if name in state
     }
     # renaming hands the very same tensors on, so that one call answers for all of them
     names = {id(value): name for name, value in revert(model, plain).items()}
-    return {parameter: names[id(value)] for parameter, value in plain.items()}
+    return {parameter: names[id(value)] for parameter, value in plain.items() if id(value) in names}

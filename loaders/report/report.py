@@ -230,7 +230,12 @@ def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
 
 def _source_totals(plan: Plan) -> tuple[document.SourceTotals, ...]:
     """How the checkpoint stores what the model is made of."""
-    sources = {source.name: (source, tensor.component) for tensor in plan.skeleton.tensors for source in tensor.sources}
+    sources = {
+        stored.name: (stored, tensor.component)
+        for tensor in plan.skeleton.tensors
+        for source in tensor.sources
+        for stored in source.taken_from
+    }
     groups: dict[tuple[str, str | None, str], list[TensorMeta]] = {}
     for source, component in sources.values():
         form = source.format.name if isinstance(source, PackedTensor) and source.format is not None else None
