@@ -40,7 +40,6 @@ def test_each_layer_has_its_experts_weight_bit_for_bit(written: Callable[[str], 
             assert not layer.training
             assert layer.weight.dtype == torch.uint8
             assert torch.equal(weight_of(layer), value), (parameter, expert)
-            assert getattr(layer, "support_avx512bf16_for_cpu", False) is False
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -141,6 +141,18 @@ def test_a_state_follows_its_layer(name: str) -> None:
         assert torch.equal(layers[1](torch.eye(copied.in_features, dtype=torch.bfloat16)).t(), weights[1])
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_evaluation_repacks_nothing(name: str) -> None:
+    """Also where the processor has AVX512-BF16, and nobody has told the layer."""
+    layers, _ = layers_of(name)
+    layer = layers[1].eval()
+    before = layer.weight.data.clone()
+    assert getattr(layer, "support_avx512bf16_for_cpu", False) is False
+    layer(torch.randn(3, layer.in_features).bfloat16())
+    assert torch.equal(layer.weight.data, before)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
 def test_codes_in_another_dtype() -> None:
     """`bnb_4bit_quant_storage`: the same bytes, as FSDP shards them."""
     for name in ("linear, nested", "linear", "rows of 96"):

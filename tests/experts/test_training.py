@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 
 from .checkpoints import MODELS, load
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
@@ -108,3 +112,30 @@ def test_variants_that_read_the_weight_fail_on_a_transposed_layer(written: Calla
     for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
         with pytest.raises((RuntimeError, TypeError, ValueError)):
             adapted(written("gpt_oss_square"), **settings)
+
+
+def few_tokens(rank: int) -> torch.Tensor:
+    """Of other experts than another process's, so few that some have none."""
+    return torch.tensor([[7, 11], [23, 5]])[[rank]]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_two_processes_average_their_gradients(written: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Without looking for unused parameters: an expert that no token reached has a gradient of zeros."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.experts.two_processes", str(written(name)), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone: list[dict[str, torch.Tensor]] = []
+    for rank in range(2):
+        model, ids = adapted(written(name)).train(), few_tokens(rank)
+        model(input_ids=ids, labels=ids).loss.backward()
+        alone.append({name: one.grad for name, one in model.named_parameters() if one.requires_grad})
+    experts = [name for name in alone[0] if ".experts." in name and "lora_B" in name]
+    idle = [[name for name in experts if not gradients[name].any()] for gradients in alone]
+    assert all(idle)
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+        torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2)
