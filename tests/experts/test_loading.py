@@ -94,6 +94,13 @@ def test_slices_share_the_fused_codes_and_statistics(written: Callable[[str], Pa
             assert len({state.state2.absmax.untyped_storage().data_ptr() for state in states}) == 1
 
 
+def test_their_conversions_come_before_the_models_own(written: Callable[[str], Path]) -> None:
+    """A tensor is converted once: some types (qwen3_vl_moe) transpose what has the name of a fused parameter."""
+    model, _ = load(written("deepseek_v3"))
+    operations = [type(conversion.operations[0]).__name__ for conversion in model._weight_conversions]
+    assert operations == ["LoadExperts", "LoadExperts", "Bnb4bitDeserialize"]
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "bfloat16": {"dtype": torch.bfloat16},
