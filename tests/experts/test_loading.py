@@ -285,3 +285,22 @@ def test_models_without_4_bit_experts_are_loaded_as_before(written: Callable[[st
         assert model.hf_quantizer.is_serializable()
     experts: Any = load(plain, quantization_config=four_bit_config())[0].get_submodule("model.layers.0.mlp.experts")
     assert experts.gate_up_proj.dtype == torch.bfloat16
+
+
+def test_the_rest_may_be_stored_under_the_names_of_a_multimodal_model(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The language model of a published Qwen 3.5: experts have the model's names, all else has those on disk."""
+    directory = written("qwen3_5_moe")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            if key.startswith("model.") and ".experts." not in key:
+                tensors[key.replace("model.", "model.language_model.", 1)] = tensors.pop(key)
+
+    renamed = spoilt(directory, tmp_path / "renamed", rename)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        found, info = load(renamed)
+        assert {key: value for key, value in info.items() if value} == {}
+        assert torch.equal(found(ids).logits, load(directory)[0](ids).logits)
