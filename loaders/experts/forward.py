@@ -23,24 +23,33 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     An expert without tokens does not run, unless something in it is trained: data-parallel training waits for a
     gradient of every parameter, and finds zeros.
     """
-    tokens, top_k = top_k_index.shape
+    top_k = top_k_index.shape[1]
     chosen = top_k_index.reshape(-1)
     counts = torch.bincount(chosen, minlength=module.num_experts)[: module.num_experts].tolist()
     order = torch.sort(chosen, stable=True).indices[: sum(counts)]
     rows = hidden_states[order // top_k].split(counts)
-    results = [
-        _run(module, expert, part)
-        for expert, part in enumerate(rows)
-        if len(part) or (torch.is_grad_enabled() and _is_trained(module.get_submodule(str(expert))))
-    ]
+    results = [run_expert(module, expert, part) for expert, part in enumerate(rows) if runs(module, expert, len(part))]
     if not results:
         return torch.zeros_like(hidden_states)
+    return sum_of_experts(results, order, top_k_weights).to(hidden_states.dtype)
+
+
+def runs(module: Any, expert: int, tokens: int) -> bool:
+    """Whether an expert runs that gets so many tokens."""
+    return tokens > 0 or (torch.is_grad_enabled() and _is_trained(module.get_submodule(str(expert))))
+
+
+def sum_of_experts(results: list[Tensor], order: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The weighted sum of each token's experts (tokens, hidden).
+
+    `results` lie expert by expert; `order` says which of the (tokens, top_k) choices each of their rows is for.
+    """
     weighted = torch.cat(results) * top_k_weights.reshape(-1)[order, None]
-    placed = weighted.new_zeros(tokens * top_k, weighted.shape[-1]).index_copy(0, order, weighted)
-    return placed.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    placed = weighted.new_zeros(top_k_weights.numel(), weighted.shape[-1]).index_copy(0, order, weighted)
+    return placed.view(*top_k_weights.shape, -1).sum(dim=1)
 
 
-def _run(module: Any, expert: int, x: Tensor) -> Tensor:
+def run_expert(module: Any, expert: int, x: Tensor) -> Tensor:
     """One expert: (its tokens, hidden) to (its tokens, hidden)."""
     first = "gate_up" if module.has_gate else "up"
     x = _project(module, expert, first, x)

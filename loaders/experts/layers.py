@@ -29,14 +29,12 @@ def expert_layers(fused: FusedExperts, codes: Tensor, state: Any, *, compute_dty
     AVX512-BF16: gradients would be wrong from then on.
     """
     size = fused.in_features * fused.out_features
-    nested = state.nested and (size % (BLOCK * NESTED_BLOCK) == 0 or fused.experts == 1)
-    if state.nested and not nested:
+    if state.nested and not fused.nested_in_slices:
         # an expert ends within 256 blocks: absmax itself, in float32, for all experts at once
         state = QuantState(
             absmax=dequantize_blockwise(state.absmax, state.state2) + state.offset, shape=state.shape, code=state.code,
             blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
         )  # fmt: skip
-    plain = not fused.transposed and fused.in_features % BLOCK == 0
     storage, packed = codes.dtype, codes.detach().reshape(-1).view(torch.uint8)
     layers = []
     for expert in range(fused.experts):
@@ -45,7 +43,7 @@ def expert_layers(fused: FusedExperts, codes: Tensor, state: Any, *, compute_dty
         part = packed[first // 2 : (last + 1) // 2]
         statistics = _slice(state, first // BLOCK, -(-last // BLOCK))
         statistics.shape = torch.Size((fused.out_features, fused.in_features))
-        if plain:
+        if fused.rows_in_blocks:
             layers.append(_plain_layer(fused, part.view(storage).reshape(-1, 1), statistics, compute_dtype))
         else:
             layers.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..model.transformers_internals import checkpoint_activations
 from ..system.quiet import quiet_transformers
 from .meta_kernels import lora_linear, quantised_linear, set_attention
-from .setting import Setting
+from .setting import LoraSetting, Setting
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from ..model.experts.fused import FusedExperts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,36 +114,74 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
 
     set_attention(model, setting.attention)
     prefixes = {f"{path}.{position}": f"{path}.{number}" for position, number in enumerate(chosen)}
-    if setting.quantised:
-        for name, parent, leaf in _find_modules(model, setting.quantised, prefixes):
-            setattr(parent, leaf, quantised_linear(model.get_submodule(name)))
+    if setting.is_quantised:
+        for name, full in _full_names(model, prefixes).items():
+            if full in setting.quantised:
+                _replace(model, name, quantised_linear(model.get_submodule(name)))
+        _split_quantised_experts(model, setting.quantised_experts, prefixes)
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
     if setting.checkpointing:
         # k-bit preparation leaves torch's default, re-entrant; transformers' own default is not
-        checkpoint_activations(model, use_reentrant=bool(setting.quantised))
+        checkpoint_activations(model, use_reentrant=setting.is_quantised)
         if setting.lora is not None:
             model.enable_input_require_grads()
-    lora = setting.lora
-    if lora is not None:
+    if setting.lora is not None:
         model.requires_grad_(False)
-        for name, parent, leaf in _find_modules(model, lora.layers, prefixes):
-            base = model.get_submodule(name)
-            setattr(parent, leaf, lora_linear(base, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout))
+        _add_adapters(model, setting.lora, prefixes)
     model.train()
 
 
-def _find_modules(
-    model: PreTrainedModel, wanted: frozenset[str], prefixes: Mapping[str, str]
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, parent and attribute name of the cut model's modules that are called one of `wanted` in the whole model.
+def _split_quantised_experts(
+    model: PreTrainedModel, experts: tuple[FusedExperts, ...], prefixes: Mapping[str, str]
+) -> None:
+    from .meta_experts import split_experts
+
+    by_module = _by_module(experts)
+    for name, full in _full_names(model, prefixes).items():
+        if full in by_module:
+            split_experts(model.get_submodule(name), by_module[full])
+
+
+def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[str, str]) -> None:
+    """Beside linear layers, each expert's among them, and beside the parameters of experts that are not quantised."""
+    from .meta_experts import AdaptedParameters, is_split
+
+    by_module = _by_module(lora.experts)
+    ranks = dict.fromkeys(lora.layers, lora.rank)
+    for fused in lora.experts:
+        ranks |= {fused.layer(number).name: lora.expert_rank for number in range(fused.experts)}
+    for name, full in _full_names(model, prefixes).items():
+        if full in ranks:
+            base, rank = model.get_submodule(name), ranks[full]
+            _replace(model, name, lora_linear(base, rank=rank, alpha=lora.alpha, dropout=lora.dropout))
+        elif full in by_module:
+            module = model.get_submodule(name)
+            if not is_split(module):
+                adapted = AdaptedParameters(module, by_module[full], rank=lora.expert_rank, alpha=lora.alpha)
+                _replace(model, name, adapted)
+
+
+def _by_module(experts: tuple[FusedExperts, ...]) -> dict[str, list[FusedExperts]]:
+    modules: dict[str, list[FusedExperts]] = {}
+    for fused in experts:
+        modules.setdefault(fused.module, []).append(fused)
+    return modules
+
+
+def _full_names(model: PreTrainedModel, prefixes: Mapping[str, str]) -> dict[str, str]:
+    """The name in the whole model of each module, by its name in the cut one.
 
     `prefixes` gives the name in the whole model of each layer in the cut one.
     """
-    for name in [name for name, _ in model.named_modules()]:
+    names = {}
+    for name, _ in model.named_modules():
         prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
-        full = name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
-        if full in wanted:
-            parent, _, leaf = name.rpartition(".")
-            yield name, model.get_submodule(parent), leaf
+        names[name] = name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
+    return names
+
+
+def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

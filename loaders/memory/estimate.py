@@ -44,7 +44,7 @@ def estimate_training_memory(
     size = flags.per_device_train_batch_size
     setting = training_setting(plan, flags)
     shares = shares_of(sharding, accumulates=flags.gradient_accumulation_steps > 1)
-    if shares.weights > 1 and setting.quantised:
+    if shares.weights > 1 and setting.is_quantised:
         reason = "its 4-bit weights are stored as uint8, which FSDP and ZeRO-3 do not divide: they flatten floats"
         return NoEstimate(method=method, reason=reason)
     try:

@@ -55,6 +55,11 @@ def _flash_attention(
 
 def quantised_linear(linear: nn.Module) -> nn.Module:
     """In place of bitsandbytes' `Linear4bit`, without its packed weight: that is counted with the weights."""
+    return quantised_layer(_out_in(linear), getattr(linear, "bias", None))
+
+
+def quantised_layer(shape: tuple[int, int], bias: nn.Parameter | None = None) -> nn.Module:
+    """The same, for a weight of that shape (out, in)."""
     import torch
 
     class Product(torch.autograd.Function):
@@ -79,7 +84,7 @@ def quantised_linear(linear: nn.Module) -> nn.Module:
             product: Any = Product.apply(x.bfloat16(), self.shape, bias)
             return product.to(x.dtype)
 
-    return QuantisedLinear(_out_in(linear), getattr(linear, "bias", None))
+    return QuantisedLinear(shape, bias)
 
 
 def _out_in(linear: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..system.quiet import quiet_transformers
 from .cut_model import CutModel
+from .meta_experts import count_repeats
 from .meta_kernels import kernels_of, liger_unlaunched
 from .setting import Batch, Setting
 
@@ -62,6 +63,7 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
         for number, layer in enumerate(cut.layers)
     ]
     decoder: Any = model.get_decoder()
+    count_repeats(model, recorder)
     hooks.append(decoder.register_forward_hook(_on_decoder_output(recorder)))
     hooks.append(cut.layers[-1].register_forward_hook(_on_last_layer_output(recorder, cut)))
     try:
@@ -72,6 +74,7 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
     finally:
         for hook in hooks:
             hook.remove()
+        count_repeats(model, None)
         model.zero_grad()
     logits = output.get("logits")
     recorder.enter("done")
@@ -151,6 +154,9 @@ class _Recorder(TorchDispatchMode):
         given = [*parameters, *(p.grad for p in parameters), *model.buffers(), *inputs.values()]
         self._given = {value.untyped_storage()._cdata for value in given if isinstance(value, torch.Tensor)}
         self._seen: dict[int, Any] = {}
+        self._times: dict[int, int] = {}
+        """How often each storage counts."""
+        self._now, self._looks_for_peaks = 1, True
         self._packed: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,23 +181,45 @@ class _Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self._seen or key in self._given:
             return
-        size = -(-storage.nbytes() // self._block) * self._block
+        size = self._rounded(storage)
 
         def freed(_: Any) -> None:
-            self.live -= size
+            self.live -= size * self._times.pop(key)
             del self._seen[key]
             self._packed.discard(key)
 
         self._seen[key] = weakref.ref(storage, freed)
-        self.live += size
+        self._times[key] = self._now
+        self.live += size * self._now
+        if self._looks_for_peaks:
+            self.peak = max(self.peak, self.live)
+
+    def begin(self, times: int) -> None:
+        """As `Repeats` says."""
+        self._now, self._looks_for_peaks = times, False
+
+    def end(self) -> None:
+        """As `Repeats` says."""
+        self._now, self._looks_for_peaks = 1, True
         self.peak = max(self.peak, self.live)
+
+    def count(self, value: Tensor, times: int) -> None:
+        """As `Repeats` says."""
+        storage = value.untyped_storage()
+        if storage._cdata in self._seen:
+            self.live += self._rounded(storage) * (times - self._times[storage._cdata])
+            self._times[storage._cdata] = times
+
+    def _rounded(self, storage: Any) -> int:
+        """What the allocator gives out for it."""
+        return -(-storage.nbytes() // self._block) * self._block
 
     def pack(self, saved: Tensor) -> Tensor:
         """Count a tensor that autograd saves for the backward pass; each storage once."""
         storage = saved.untyped_storage()
         if storage._cdata in self._seen and storage._cdata not in self._packed:
             self._packed.add(storage._cdata)
-            self.saved += storage.nbytes()
+            self.saved += storage.nbytes() * self._times[storage._cdata]
         return saved
 
     def enter(self, segment: str) -> None:

@@ -10,6 +10,7 @@ from ..system.cuda import cuda_problem
 
 if TYPE_CHECKING:
     from ..flags.declared import FlatArguments
+    from ..model.experts.fused import FusedExperts
     from ..plan.plan import Plan
 
 
@@ -22,6 +23,9 @@ class LoraSetting:
     rank: int
     alpha: float
     dropout: float
+    experts: tuple[FusedExperts, ...] = ()
+    """Fused experts that have one, 4-bit or not."""
+    expert_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +39,18 @@ class Setting:
     lora: LoraSetting | None = None
     """None: all parameters are trained."""
     quantised: frozenset[str] = frozenset()
-    """Full names of the linear layers with quantised weights. If there are any, all other parameters are float32: that
-    is how k-bit preparation leaves them."""
+    """Full names of the linear layers with quantised weights."""
+    quantised_experts: tuple[FusedExperts, ...] = ()
     liger: bool = False
     router_loss: bool = False
     """Whether the load-balancing loss is computed."""
     device: Literal["cuda", "cpu"] = "cuda"
     """The device whose kernels are simulated."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weights are: then all other parameters are float32, as k-bit preparation leaves them."""
+        return bool(self.quantised or self.quantised_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +74,22 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
     if cuda_problem() is not None and attention_support(type(plan.skeleton.model)).flash:
         attention = plan.attention.requested
     lora = None
-    if plan.targets is not None:
+    if plan.adapter is not None and plan.targets is not None:
+        facts, rank_of_experts = plan.adapter.facts(), plan.request.lora_experts
         lora = LoraSetting(
             layers=frozenset(layer.name for layer in plan.targets.layers),
-            rank=plan.request.lora_rank,
-            alpha=plan.request.lora_alpha,
-            dropout=plan.request.lora_dropout,
+            rank=facts["r"],
+            alpha=facts["alpha"],
+            dropout=facts["dropout"],
+            experts=plan.skeleton.experts if rank_of_experts else (),
+            expert_rank=rank_of_experts or 0,
         )
     return Setting(
         attention=attention,
         checkpointing=flags.gradient_checkpointing,
         lora=lora,
         quantised=plan.quantised_layers,
+        quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in plan.quantised_experts),
         liger=plan.kernels is not None and plan.kernels.supported,
         router_loss=flags.load_balancing_loss,
     )

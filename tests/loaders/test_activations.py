@@ -63,6 +63,16 @@ def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def statistics_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What bitsandbytes holds beside the codes of a 4-bit weight."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    if state.state2 is None:
+        return [state.absmax, state.code]
+    return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
 def saved_by(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     """Bytes of all storages that a real forward pass saves, parameters, buffers and inputs aside."""
     kept: dict[int, torch.Tensor] = {}
@@ -74,10 +84,7 @@ def saved_by(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         output = model(**inputs, use_cache=False)
     own = [*model.parameters(), *model.buffers(), *inputs.values()]
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            own += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    own += [part for parameter in model.parameters() for part in statistics_of(parameter)]
     del output
     left_out = {value.untyped_storage().data_ptr() for value in own}
     return sum(value.untyped_storage().nbytes() for key, value in kept.items() if key not in left_out)

@@ -56,8 +56,8 @@ class FusedExperts:
 
     @property
     def nested_in_slices(self) -> bool:
-        """Whether such an expert's double-quantised absmax are a slice of all; else all are float32 once loaded."""
-        return self.rows_in_blocks and self.in_features * self.out_features % (_BLOCK * _NESTED_BLOCK) == 0
+        """Whether an expert's double-quantised absmax are a slice of all of them; else all are float32 once loaded."""
+        return self.experts == 1 or self.in_features * self.out_features % (_BLOCK * _NESTED_BLOCK) == 0
 
     def layer(self, expert: int) -> LinearLayer:
         """One expert's projection, as a linear layer: what stands in the parameter's place where it is 4-bit."""

@@ -1,0 +1,170 @@
+"""The simulated training step of mixtures: experts in 4 bits, and adapters of experts, against real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from ftload.loaders.memory import recorded_step
+from ftload.loaders.memory.setting import Batch, LoraSetting, Setting
+from ftload.loaders.memory.simulation import Simulation
+from ftload.loaders.model.experts.fused import find_experts
+
+from ..experts.checkpoints import MODELS, load, write_checkpoint
+from .test_activations import measured_peak, saved_by
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 400}
+WIDE = {
+    "qwen3_moe": {**SIZES, "num_experts": 8},
+    # not even an expert's rows are whole blocks
+    "qwen3_moe_48": {**SIZES, "num_experts": 8},
+    # a layer of ftload's own, and biases
+    "gpt_oss": {**SIZES, "num_local_experts": 8, "intermediate_size": 96},
+}
+
+
+def route_evenly(model: Any) -> None:
+    """Send the same number of tokens to each expert, or one more."""
+
+    def reroute(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, index, *more = args
+        even = torch.arange(index.numel()).reshape(index.shape) % module.num_experts
+        return (hidden, even, *more)
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(reroute)
+
+
+def meta_model(name: str, **changes: Any) -> Any:
+    config_class, arguments = MODELS[name]
+    config = getattr(transformers, config_class)(**{**arguments, **changes})
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+
+
+def attention_of(model: Any) -> str:
+    """What transformers chooses by itself."""
+    return "eager" if model.config.model_type == "gpt_oss" else "sdpa"
+
+
+def linear_layers(model: Any) -> frozenset[str]:
+    """What bitsandbytes replaces: all linear layers but the head."""
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")
+    )
+
+
+def setting_of(meta: Any, *, rank: int, checkpointing: bool, dropout: float) -> Setting:
+    adapted = frozenset(name for name, _ in meta.named_modules() if name.endswith(ATTENTION))
+    experts = find_experts(meta)
+    lora = LoraSetting(
+        layers=adapted, rank=4, alpha=16, dropout=dropout, experts=experts if rank else (), expert_rank=rank
+    )
+    return Setting(
+        attention=attention_of(meta), checkpointing=checkpointing, lora=lora, device="cpu",
+        quantised=linear_layers(meta), quantised_experts=experts,
+    )  # fmt: skip
+
+
+def trained_model(directory: Path, *, rank: int, checkpointing: bool, dropout: float) -> Any:
+    """The checkpoint loaded, prepared for k-bit training, and adapted, as `load_prepared` does it."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model, _ = load(directory, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    layers = ["gate_up", "down"] if rank else []
+    config = LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=dropout, target_modules=[*ATTENTION, *layers],
+        rank_pattern=dict.fromkeys(layers, rank), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, config).train()
+    route_evenly(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("experts")
+
+    def write(name: str) -> Path:
+        directory = root / name
+        return directory if directory.exists() else write_checkpoint(directory, name, **WIDE[name])
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("rank", [0, 8], ids=["", "lora_experts"])
+@pytest.mark.parametrize("name", WIDE)
+def test_saved_bytes_of_experts_in_four_bits_are_those_of_real_steps(
+    written: Callable[[str], Path], name: str, rank: int, checkpointing: bool
+) -> None:
+    model = trained_model(written(name), rank=rank, checkpointing=checkpointing, dropout=0.1)
+    meta = meta_model(name, **WIDE[name])
+    simulation = Simulation(meta, setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1))
+    for batch in (Batch(size=1, length=16), Batch(size=3, length=64), Batch(size=1, length=1)):
+        tokens = torch.randint(3, 90, (batch.size, batch.length))
+        real = saved_by(model, {"input_ids": tokens, "labels": tokens})
+        assert simulation.run(batch).saved == real, batch
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("rank", [0, 8], ids=["", "lora_experts"])
+@pytest.mark.parametrize("name", WIDE)
+def test_peak_of_experts_in_four_bits_is_that_of_real_steps(
+    written: Callable[[str], Path], name: str, rank: int, checkpointing: bool, accumulate: bool
+) -> None:
+    model = trained_model(written(name), rank=rank, checkpointing=checkpointing, dropout=0.1)
+    meta = meta_model(name, **WIDE[name])
+    simulation = Simulation(meta, setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1))
+    batch = Batch(size=4, length=128)
+    tokens = torch.randint(3, 90, (batch.size, batch.length))
+
+    def step() -> None:
+        with torch.backends.mkldnn.flags(enabled=False):
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            output.loss.backward()
+
+    step()
+    left = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None) if accumulate else 0
+    if not accumulate:
+        model.zero_grad()
+    footprint = simulation.run(batch, accumulate=accumulate)
+    real = measured_peak(step) + left
+    # kernels have room to work in beside tensors
+    assert footprint.peak.total == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("rank", [0, 8], ids=["", "lora_experts"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_three_experts_stand_for_all_exactly(
+    name: str, rank: int, checkpointing: bool, accumulate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**WIDE[name], "num_hidden_layers": 2}
+    changes["num_local_experts" if name == "gpt_oss" else "num_experts"] = 9
+    meta = meta_model(name, **changes)
+    # a GPU's allocator rounds what it gives out
+    setting = replace(setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1), device="cuda")
+    # of 9 experts, 5 get two tokens and 4 one; 6 get one and 3 none
+    for batch in (Batch(size=1, length=7), Batch(size=1, length=3)):
+        with monkeypatch.context() as context:
+            context.setattr(recorded_step, "count_repeats", lambda *_: None)
+            whole = Simulation(meta, setting).run(batch, accumulate=accumulate)
+        assert Simulation(meta, setting).run(batch, accumulate=accumulate) == whole
