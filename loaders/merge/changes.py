@@ -229,8 +229,8 @@ class ExpertLayers:
         return None if expert is None else self.layers.get(expert)
 
     def memory(self, elements: int) -> int:
-        """What the layers take, one after another."""
-        return max(layer.memory(elements) for layer in self.layers.values())
+        """The changed rows of all experts, and what the layers take, one after another."""
+        return 4 * elements + max(layer.memory(min(elements, layer.outs * layer.ins)) for layer in self.layers.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from ftload.loaders.checkpoint.plain import PlainReader
 from ftload.loaders.checkpoint.safetensors_header import read_header
 from ftload.loaders.checkpoint.tensors import TensorMeta
-from ftload.loaders.merge.changes import LEAST_ROWS, Factors, LowRank
+from ftload.loaders.merge.changes import LEAST_ROWS, ExpertLayers, Factors, LowRank
 from ftload.loaders.merge.merged_tensor import MergedTensor, merged_tensor
 from ftload.loaders.source.resolve import resolve_source
 from safetensors.torch import save_file
@@ -129,6 +129,65 @@ def test_an_expert_is_an_expert_of_peft(tmp_path: Path, transposed: bool) -> Non
         for begin in range(0, tensor.parameters, tensor.tile)
     ]
     assert torch.cat(pieces).equal(expected)
+
+
+def stacked(directory: Path, *, experts: int, adapted: list[int], transposed: bool, size: tuple[int, int, int]) -> Any:
+    """A stack of experts, some of which have a layer of PEFT's; as a tensor that is merged when read, and merged."""
+    outs, ins, rank = size
+    layers = [linear(outs, ins, rank, dora=False, transposed=False) for _ in range(experts)]
+    parts = {}
+    for expert, layer in enumerate(layers):
+        for number, parameter in enumerate((layer.base_layer.weight, layer.lora_A, layer.lora_B)):
+            parameter = getattr(parameter, "default", parameter)
+            parameter = getattr(parameter, "weight", parameter)
+            parameter.data = random(*parameter.shape, seed=100 * expert + number, dtype=parameter.dtype)
+        parts |= {f"a{expert}": layer.lora_A["default"].weight, f"b{expert}": layer.lora_B["default"].weight}
+    matrices = [layer.base_layer.weight.detach() for layer in layers]
+    parts["w"] = torch.stack([matrix.T if transposed else matrix for matrix in matrices])
+    reader, metas = written(directory, **{name: value.detach().contiguous().clone() for name, value in parts.items()})
+    change = ExpertLayers(
+        layers={
+            expert: LowRank(
+                factors=Factors(reader=reader, tensors=(metas[f"a{expert}"], metas[f"b{expert}"])),
+                scaling=layers[expert].scaling["default"], outs=outs, ins=ins, transposed=transposed,
+            )
+            for expert in adapted
+        },
+        rows=ins if transposed else outs, transposed=transposed,
+    )  # fmt: skip
+    for expert in adapted:
+        layers[expert].merge()
+    merged = torch.stack([matrix.T if transposed else matrix for matrix in matrices])
+    return merged_tensor("w", metas["w"], "BF16", change), reader.values, merged.reshape(-1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_with_a_layer_of_its_own_is_a_linear_layer_of_peft(tmp_path: Path, transposed: bool) -> None:
+    """In tiles that cross from one expert to the next, some of which were not adapted."""
+    tensor, read, expected = stacked(tmp_path, experts=5, adapted=[0, 1, 3], transposed=transposed, size=(100, 48, 6))
+    for step in (tensor.tile, 3 * tensor.tile):
+        pieces = [
+            tensor.values(begin, min(begin + step, tensor.parameters), read)
+            for begin in range(0, tensor.parameters, step)
+        ]
+        assert torch.cat(pieces).equal(expected)
+    first, last = tensor.parameters // 3, tensor.parameters // 2 + 1
+    assert tensor.part(first, last, read).equal(expected[first:last])
+
+
+def test_many_experts_take_the_memory_of_one(tmp_path: Path) -> None:
+    """A thread holds the factors of the expert that it has read last, and no others."""
+    tensor, read, expected = stacked(
+        tmp_path, experts=16, adapted=list(range(16)), transposed=False, size=(64, 512, 256)
+    )
+    factors = 4 * 256 * (512 + 64)
+    assert tensor.change.factors.nbytes == factors + 256 * 512 * 4
+    tensor.values(0, tensor.tile, read)  # imports
+    for count in (tensor.parameters // 2, tensor.parameters):
+        peak = measured_peak(lambda count=count: tensor.values(0, count, read)) + 2 * count
+        told = tensor.reading_bytes(count) + 2 * count
+        assert 0.3 * told < peak <= told, (count, peak, told)
+    assert tensor.values(0, tensor.parameters, read).equal(expected)
 
 
 @pytest.mark.parametrize(("dora", "transposed"), itertools.product([False, True], repeat=2))
