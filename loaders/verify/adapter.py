@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 from ..adapter.experts import Experts
@@ -37,7 +38,7 @@ def check_adapter(context: Context) -> Iterator[str]:
             yield f"`{pattern}` hits {found} parameters, the report says {expected_matches}"
     yield from _check_settings(context, expected, targets)
     yield from _check_tensors(context, expected, targets)
-    yield from _check_initial_values(context)
+    yield from _check_initial_values(context, targets)
 
 
 def _targets(context: Context, expected: Adapter) -> Targets:
@@ -88,19 +89,25 @@ _ENOUGH_BYTES = 64
 _MOST_BYTES = 16 * 1024
 
 
-def _check_initial_values(context: Context) -> Iterator[str]:
-    """Whether every lora A was initialised at random, and each for itself: the first 16 KiB of each are read."""
+def _check_initial_values(context: Context, targets: Targets) -> Iterator[str]:
+    """Whether every lora A, and each expert's in a fused one, was drawn for itself: 16 KiB of each are read."""
+    experts = {f"base_model.model.{fused.name}.lora_A.weight": fused.experts.experts for fused in targets.fused}
     others: dict[bytes, str] = {}
     with context.adapter_file.open("rb") as file:
         for name, tensor in context.adapter.items():
-            if not name.endswith(".lora_A.weight") or tensor.nbytes < _ENOUGH_BYTES:
+            count = experts.get(name, 1)
+            size = tensor.nbytes // count
+            if not name.endswith(".lora_A.weight") or size < _ENOUGH_BYTES:
                 continue
-            file.seek(tensor.begin)
-            values = file.read(min(tensor.nbytes, _MOST_BYTES))
-            if values == values[:4] * (len(values) // 4):
-                yield f"`{name}` was not drawn: its numbers are all the same"
-            elif others.setdefault(values, name) != name:
-                yield f"`{name}` was not drawn: it is the same as `{others[values]}`"
+            for number in range(count):
+                file.seek(tensor.begin + number * size)
+                values = file.read(min(size, _MOST_BYTES))
+                what = f"`{name}`" if count == 1 else f"`{name}` of expert {number}"
+                if values == values[:4] * (len(values) // 4):
+                    yield f"{what} was not drawn: its numbers are all the same"
+                # digests: of thousands of experts, the values would not fit into memory
+                elif others.setdefault(sha256(values).digest(), what) != what:
+                    yield f"{what} was not drawn: it is the same as {others[sha256(values).digest()]}"
 
 
 def _check_base(context: Context, adapter: Adapter) -> Iterator[str]:
