@@ -16,6 +16,7 @@ import typer
 from ..loaders.flags.command_line import read_command_line
 from .doctor import doctor
 from .errors import Interrupted
+from .fuse import fuse
 from .inspect import InspectCommand, inspect
 from .merge import merge
 from .options import FlagsCommand, MergeCommand, PlanCommand
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command("prepare", cls=FlagsCommand)(prepare)
 app.command("plan", cls=PlanCommand)(plan)
 app.command("merge", cls=MergeCommand)(merge)
+app.command("fuse")(fuse)
 app.command("verify")(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
 app.command("doctor")(doctor)

@@ -18,6 +18,7 @@ from ..errors import Failure, Interrupted, explain
 if TYPE_CHECKING:
     from ...loaders.doctor.diagnosis import Diagnosis
     from ...loaders.errors import FtloadError
+    from ...loaders.fuse import FusedAdapter
     from ...loaders.inspect.comparison import Comparison
     from ...loaders.inspect.inspection import Inspection
     from ...loaders.inspect.inventory import StoredTensor
@@ -79,6 +80,15 @@ class Output:
             from .summary import print_plan
 
             print_plan(outcome, directory)
+
+    def fused(self, fused: FusedAdapter) -> None:
+        """The result of `fuse`."""
+        if self.as_json:
+            print(json.dumps(asdict(fused)))
+        elif not self.quiet:
+            from .summary import print_fused
+
+            print_fused(fused)
 
     def verification(self, verification: Verification) -> int:
         """The result of `verify`; returns the exit code."""

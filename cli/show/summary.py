@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...loaders.decision import Decision
+    from ...loaders.fuse import FusedAdapter
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.report.document import Described, Parameters, PlanDocument
     from ...loaders.verify.verify import Verification
@@ -94,6 +95,18 @@ def _print_notes(console: Console, report: Described) -> None:
         console.print(f"[yellow]decided[/] {harmless(decision_words(decision))}", soft_wrap=True)
     for warning in report.warnings:
         console.print(f"[yellow]warning[/] {harmless(warning)}", soft_wrap=True)
+
+
+def print_fused(fused: FusedAdapter) -> None:
+    """What was written, and how PEFT loads it."""
+    console = make_console()
+    at = f" @ {fused.revision}" if fused.revision else ""
+    targets = ", ".join(f"{name} ×{count}" for name, count in fused.target_parameters.items())
+    console.print(
+        f"[bold]{harmless(fused.directory)}[/]: {fused.parameters:,} parameters in {fused.tensors:,} tensors, for "
+        f"{harmless(fused.base + at)}: {harmless(targets)}",
+        soft_wrap=True,
+    )
 
 
 def print_checks(verification: Verification) -> None:

@@ -15,7 +15,7 @@ from ftload.loaders.system.versions import ftload_version
 from ..conftest import Result
 
 Ftload = Callable[..., Result]
-ROOT = "a command comes first: prepare, plan, merge, verify, inspect, doctor; see `ftload --help`"
+ROOT = "a command comes first: prepare, plan, merge, fuse, verify, inspect, doctor; see `ftload --help`"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_other_ways_to_ask(ftload: Ftload, words: str, same: str) -> None:
         ("inspect", "see `ftload inspect --help`"),
         ("inspect a b c", "see `ftload inspect --help`"),
         ("doctor --for", "see `ftload doctor --help`"),
+        ("fuse adapter", "see `ftload fuse --help`"),
         ("load x", ROOT),
         ("run.yaml", ROOT),
         ("--model x", ROOT),
