@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +45,9 @@ class ExpertsQuantizer(_Quantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._found = _Found()
         self.experts: tuple[FusedExperts, ...] = ()
-        """Those of the model that are stored in 4 bits."""
-        self.stored: Mapping[str, Packed4Bit] = {}
-        """What is stored of them, by the model's names."""
+        """Those that were loaded in 4 bits."""
         self._before: dict[str, Any] = {}
         """The configuration of each module of experts, as it was."""
 
@@ -69,17 +68,17 @@ class ExpertsQuantizer(_Quantizer):
         if not experts or not checkpoint_files:
             return
         mapping = WeightMapping(model)
-        self.stored = stored_experts(checkpoint_files, experts, lambda name: mapping.target(name)[0])
-        self.experts = tuple(one for one in experts if one.parameter in self.stored)
-        for one in self.experts:
-            codes = self.stored[one.parameter].parts[0]
+        stored = stored_experts(checkpoint_files, experts, lambda name: mapping.target(name)[0])
+        self._found = _Found((one, stored[one.parameter]) for one in experts if one.parameter in stored)
+        for one, packed in self._found:
+            codes = packed.parts[0]
             if not self.pre_quantized:
                 raise CheckpointError(
                     f"`{codes.name}` of `{codes.file}` is 4-bit, but config.json has no `quantization_config`",
                     hint="prepare the model again",
                 )
-            packed = torch.empty(codes.shape, dtype=getattr(torch, TORCH_NAMES[codes.dtype]), device="meta")
-            _set(model, one.parameter, nn.Parameter(packed, requires_grad=False))
+            place = torch.empty(codes.shape, dtype=getattr(torch, TORCH_NAMES[codes.dtype]), device="meta")
+            _set(model, one.parameter, nn.Parameter(place, requires_grad=False))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """The conversions that put codes and statistics together, before any of the model's own could take them.
@@ -87,12 +86,11 @@ class ExpertsQuantizer(_Quantizer):
         Older releases of transformers do not pass the model.
         """
         ours = []
-        for one in self.experts:
-            packed = self.stored[one.parameter]
+        for one, packed in self._found:
             names = [one.parameter + part.name.removeprefix(packed.name) for part in packed.parts]
             # a stored name may have a prefix more; the whole of the rest has to fit: a bias only begins like its weight
             patterns = [rf"(?<!\w){re.escape(name)}$" for name in names]
-            ours.append(conversion(patterns, one.parameter, LoadExperts(self, one.parameter)))
+            ours.append(conversion(patterns, one.parameter, LoadExperts(self, packed)))
         return [*ours, *super().update_weight_conversions(weight_conversions, *model)]
 
     # -- after loading
@@ -101,7 +99,7 @@ class ExpertsQuantizer(_Quantizer):
         """Take the experts apart."""
         model = super()._process_model_after_weight_loading(model, **kwargs)
         layers: dict[str, dict[str, list[nn.Linear]]] = {}
-        for one in self.experts:
+        for one, _ in self._found:
             packed: Any = model.get_parameter(one.parameter)
             state = getattr(packed, "quant_state", None)
             if state is None or packed.device.type == "meta":
@@ -118,6 +116,7 @@ class ExpertsQuantizer(_Quantizer):
                 module.add_module(str(expert), nn.ModuleDict(dict(zip(projections, parts, strict=True))))
             module.train(module.training)
             self._before[name] = experts_run_by(module, FUNCTION)
+        self.experts, self._found = tuple(one for one, _ in self._found), _Found()
         return model
 
     # -- saving, and back to 16 bits
@@ -160,12 +159,21 @@ class ExpertsQuantizer(_Quantizer):
         return super()._dequantize(model, dtype=dtype)
 
 
+class _Found(tuple[tuple[FusedExperts, Packed4Bit], ...]):
+    """What is to be loaded; shared by copies: transformers copies its quantizer for each stored tensor."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Found:
+        return self
+
+
 class LoadExperts(_Operation):
     """The codes of a fused parameter and their statistics, put together to a `Params4bit`."""
 
-    def __init__(self, quantizer: ExpertsQuantizer, parameter: str) -> None:
+    def __init__(self, quantizer: ExpertsQuantizer, stored: Packed4Bit) -> None:
         self.hf_quantizer = quantizer  # transformers casts nothing for an operation that has one
-        self.parameter = parameter
+        self.stored = stored
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadExperts:
         """It has no state, and is copied for each stored tensor."""
@@ -180,11 +188,6 @@ class LoadExperts(_Operation):
         codes = parts.pop("")
         statistics = {suffix.removeprefix("."): part for suffix, part in parts.items()}
         return {full_layer_name: Params4bit.from_prequantized(codes, statistics, device=codes.device)}
-
-    @property
-    def stored(self) -> Packed4Bit:
-        """What is stored of the parameter."""
-        return self.hf_quantizer.stored[self.parameter]
 
 
 def _set(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from ftload.loaders.checkpoint.formats.nf4 import Packed4Bit
+from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import CheckpointError, UsageError
+from ftload.loaders.model.experts.fused import FusedExperts
 from safetensors.torch import load_file, save_file
 
 from .checkpoints import FILE, MODELS, four_bit_config, keep_in_place, load, reference, unpacked
@@ -304,3 +307,16 @@ def test_the_rest_may_be_stored_under_the_names_of_a_multimodal_model(
         found, info = load(renamed)
         assert {key: value for key, value in info.items() if value} == {}
         assert torch.equal(found(ids).logits, load(directory)[0](ids).logits)
+
+
+def test_what_is_found_is_not_copied_for_each_tensor(
+    written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers copies its quantizer for each stored tensor: of 48 layers, that took most of the time."""
+
+    def refuse(self: Any, memo: Any) -> None:
+        raise AssertionError("copied")
+
+    for kind in (FusedExperts, TensorMeta, Packed4Bit):
+        monkeypatch.setattr(kind, "__deepcopy__", refuse, raising=False)
+    load(written("qwen3_moe"))
