@@ -439,7 +439,7 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
             "`--max_seq_length`, `--max_train_steps`",
         ),
         (
-            "--de cuda --qu --de=x",
+            "--de cuda --qui --de=x",
             "ambiguous flag `--de`: it could be `--device`, `--dequantize`, `--debug`; "
             "ambiguous flag `--de`: it could be `--device`, `--dequantize`, `--debug`",
         ),
