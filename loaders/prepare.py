@@ -177,6 +177,7 @@ def read_and_plan(request: Request, sources: Sources, watch: Stopwatch, *, heade
             without_impossible_padding(configuration.config, tokenizer.tokenizer),
             trust_remote_code=request.trust_remote_code,
             tokenizer_size=tokenizer.facts()["size"],
+            fuse_experts=request.quantize_experts and STRATEGIES[request.strategy].quantisation is not None,
             headers_only=headers_only,
         )
         return make_plan(request, sources, configuration, tokenizer, merged, skeleton)

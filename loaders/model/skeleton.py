@@ -78,10 +78,13 @@ def build_skeleton(
     *,
     trust_remote_code: bool,
     tokenizer_size: int,
+    fuse_experts: bool = False,
     headers_only: bool = False,
 ) -> Skeleton:
     """Load the headers of `checkpoint` into a model on `meta` and grow its embeddings to fit the tokenizer.
 
+    With `fuse_experts`, experts that can be 4-bit are one tensor a projection, as the model has them, whatever they are
+    stored in.
     Where a tied parameter is stored all the same, weights are read, unless `headers_only`: see `ties.py`.
     Raises `CheckpointError` when the model is not a causal language model, or keys are missing, unexpected or of
     another shape.
@@ -123,6 +126,7 @@ def build_skeleton(
         group.parameters[0].removesuffix(".weight") for group in groups if kept_packed(group.sources) is not None
     )
     layers = tuple(linear_layers(model, classes, head_module, towers, packed))
+    experts = find_experts(model)
     state = _state_to_save(model, is_grown=rows_after > rows_before)
     saved = SavedModel(
         model=model,
@@ -130,6 +134,7 @@ def build_skeleton(
         names=saved_names(model, groups, state),
         shapes_before=shapes_before,
         quantisable={f"{layer.name}.weight": layer for layer in layers if layer.name in quantisable},
+        experts={fused.parameter: fused for fused in experts} if fuse_experts else {},
         stays_packed=checkpoint.stays_packed,
         classes=classes,
         head=head_module,
@@ -143,7 +148,7 @@ def build_skeleton(
             for name, parameter in model.named_parameters()
             if parameter.dim() == 3 and component_of(name, classes, head=head_module) == "experts"
         ),
-        experts=find_experts(model),
+        experts=experts,
         never_trained=tuple(name for name, parameter in fresh.named_parameters() if not parameter.requires_grad),
         embedding=embedding,
         head=head,

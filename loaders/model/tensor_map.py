@@ -18,7 +18,9 @@ from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES, TensorMeta
 from ..checkpoint.transposed import transposed
 from ..errors import CheckpointError
 from .components import Component, LinearLayer, component_of
+from .experts.fused import FusedExperts
 from .experts.single import single_experts
+from .experts.stacked import stack_experts
 from .transformers_internals import (
     WeightMapping,
     conv1d,
@@ -74,6 +76,8 @@ class ModelTensor:
     sources: tuple[TensorMeta, ...]
     linear: LinearLayer | None = None
     """The linear layer that it is the weight of, where bitsandbytes would quantise that layer."""
+    experts: FusedExperts | None = None
+    """The experts that it holds, where they are to be quantised: it then has the model's own name and shape."""
     quantised_from: str = "BF16"
     """The safetensors code that the reference casts it to before it quantises it."""
     set_after_loading: Tensor | None = None
@@ -168,6 +172,8 @@ class SavedModel:
     """Of all parameters and buffers, before the embeddings were resized."""
     quantisable: Mapping[str, LinearLayer]
     """The linear layers that bitsandbytes would quantise, by the names of their weights."""
+    experts: Mapping[str, FusedExperts]
+    """Fused experts that are to be saved as the model has them, by parameter."""
     stays_packed: bool
     """Whether the checkpoint holds weights that transformers does not decode."""
     classes: Mapping[str, str]
@@ -194,6 +200,17 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
     if getattr(torch, TORCH_NAMES[dtype]).is_floating_point:
         _check_floats(group, saved, dtype)
     quantised_problem = _quantised_problem(group, saved)
+    fused = _fused(group, saved)
+    if fused is not None:
+        experts = saved.experts[parameter]
+        return [
+            ModelTensor(
+                name=parameter, parameter=parameter, buffer=False, shape=experts.shape, dtype=dtype,
+                component=component, sources=(fused,), experts=experts,
+                quantised_from="F32" if is_kept_in_float32(saved.model, parameter) else "BF16",
+                quantised_problem=quantised_problem,
+            )
+        ]  # fmt: skip
     for name, value in kept.items():
         before, after = saved.shapes_before[name], tuple(value.shape)
         if before[1:] != after[1:] or (group.conversion is not None and before != after):
@@ -251,6 +268,18 @@ def saved_tensors(group: Group, saved: SavedModel) -> list[ModelTensor]:
             quantised_problem=quantised_problem,
         )
     ]  # fmt: skip
+
+
+def _fused(group: Group, saved: SavedModel) -> TensorMeta | None:
+    """What fused experts are read from as one tensor; None where they are not to be, or can't."""
+    experts = saved.experts.get(group.parameters[0]) if len(group.parameters) == 1 else None
+    if experts is None:
+        return None
+    if group.conversion is None:
+        return group.sources[0]
+    if kept_packed(group.sources) is not None:
+        return None
+    return stack_experts(experts.parameter, experts.shape, group.sources, group.conversion)
 
 
 def _quantised_problem(group: Group, saved: SavedModel) -> str | None:

@@ -1,4 +1,7 @@
-"""NF4 for the weights of linear layers: the quantisation of QLoRA (arXiv:2305.14314), loaded by bitsandbytes."""
+"""NF4 for the weights of linear layers and of experts: the quantisation of QLoRA (arXiv:2305.14314).
+
+bitsandbytes loads linear layers; experts, in the layout of its `replace_parameter_4bit`, are loaded by `experts/`.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,23 @@ from .quantise import Quantize
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nf4Linear:
-    """The linear layers that bitsandbytes replaces, in NF4 with double quantisation."""
+    """The linear layers that bitsandbytes replaces, and fused experts, in NF4 with double quantisation."""
 
     tag: str = "nf4"
     bits: int = 4
     block_size: int = BLOCK
 
     def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
-        """The weights of linear layers, and what the checkpoint holds in NF4 already."""
-        return tensors[0].packed is not None or tensors[0].linear is not None
+        """The weights of linear layers, fused experts, and what the checkpoint holds in NF4 already."""
+        tensor = tensors[0]
+        return tensor.packed is not None or tensor.linear is not None or tensor.experts is not None
 
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
         """Encode a weight, or take over the parts that it is stored in."""
         (tensor,) = tensors
         if tensor.packed is not None:
             return _take_over(tensor)
-        assert tensor.linear is not None
-        transposed = tensor.linear.transposed
+        transposed = tensor.linear is not None and tensor.linear.transposed
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(
             operation=Quantize(

@@ -27,7 +27,7 @@ class Quantize:
     """safetensors code of what it is cast to before: BF16, or F32 where the architecture keeps the layer so."""
 
     def memory(self, chunk_bytes: int) -> int:
-        """A chunk, its cast, its codes, and absmax four times; the whole tensor if it is transposed."""
+        """A chunk, its cast and its codes, absmax and its own codes; the whole tensor if it is transposed."""
         if self.transposed:
             chunk_bytes = max(chunk_bytes, self.source.nbytes)
         elements = min(chunk_bytes // ITEM_BYTES[self.source.dtype], self.source.parameters)
@@ -36,7 +36,7 @@ class Quantize:
             + cast_bytes(self.source, self.dtype, chunk_bytes)
             + elements // 2
             + (ITEM_BYTES[self.dtype] * elements if self.transposed else 0)
-            + self.source.parameters // BLOCK * 4 * 4
+            + -(-self.source.parameters // BLOCK) * 6
         )
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
@@ -53,7 +53,7 @@ class Quantize:
             chunks: Iterable[Tensor] = [inputs.read(self.source, self.dtype, checked=False).T]
         else:
             chunks = inputs.chunks(self.source, self.dtype, multiple=BLOCK, checked=False)
-        absmaxes = []
+        all_absmax, done = torch.empty(-(-self.source.parameters // BLOCK)), 0
         for values in chunks:
             try:
                 codes, absmax = inputs.encode(values)
@@ -61,6 +61,7 @@ class Quantize:
                 inputs.read(self.source, self.dtype)  # says more of it
                 raise
             sink.write(self.name, codes)
-            absmaxes.append(absmax)
-        for suffix, value in compress_statistics(torch.cat(absmaxes), shape, TORCH_NAMES[self.dtype]).items():
+            all_absmax[done : done + absmax.numel()] = absmax
+            done += absmax.numel()
+        for suffix, value in compress_statistics(all_absmax, shape, TORCH_NAMES[self.dtype]).items():
             sink.write(self.name + suffix, value)

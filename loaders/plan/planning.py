@@ -87,11 +87,8 @@ def make_plan(
     kernels = resolve_kernels(skeleton.config.model_type) if request.use_liger_kernel else None
     if kernels is not None:
         decisions += kernels.decisions
-    if coverage is not None and skeleton.fused_experts:
-        warnings.append(
-            f"{len(skeleton.fused_experts)} fused expert parameters stay 16-bit: bitsandbytes quantises linear layers "
-            "only, and k-bit preparation makes them float32 in training"
-        )
+    if coverage is not None:
+        warnings += _left_experts(request, skeleton, quantised_experts(strategy, skeleton, steps))
 
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":
@@ -160,6 +157,20 @@ def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]
     # what comes out of one conversion is written together
     for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
         yield strategy.step(tuple(group))
+
+
+def _left_experts(request: Request, skeleton: Skeleton, quantised: frozenset[str]) -> Iterator[str]:
+    """A warning about fused experts that are not quantised."""
+    left = [name for name in skeleton.fused_experts if name not in quantised]
+    if not left:
+        return
+    reason = "in a layout that ftload can't quantise"
+    if not request.quantize_experts:
+        reason = "as --quantize_experts false asks"
+    yield (
+        f"{len(left)} fused expert parameters (`{left[0]}`) stay 16-bit, {reason}: k-bit preparation makes them "
+        "float32 in training"
+    )
 
 
 def _source_decisions(request: Request, sources: Sources, adapter: Adapter | None) -> Iterator[Decision]:

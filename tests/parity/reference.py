@@ -26,6 +26,7 @@ def run_reference(
     import torch
     import transformers
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from safetensors.torch import save_file
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoConfig,
@@ -50,6 +51,11 @@ def run_reference(
     set_seed(seed)
     if tokenizer_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)
+    if strategy == "qlora":
+        experts = take_out_experts(model)
+        if experts:
+            output.mkdir()
+            save_file(experts, output / "experts.safetensors")
     model.save_pretrained(output)
     if strategy in ("standard", "liger"):
         return
@@ -64,6 +70,32 @@ def run_reference(
         target_modules=targets or REFERENCE_TARGETS,
     )
     get_peft_model(model, config).save_pretrained(output / "adapter", save_embedding_layers=False)
+
+
+def take_out_experts(model: Any) -> dict[str, Any]:
+    """Quantise fused experts by bitsandbytes; returns what it stores them in, by name, and leaves the model without.
+
+    Experts are those that transformers' decorator has marked, in either orientation.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    parameters = [
+        (path, module, name)
+        for path, module in model.named_modules()
+        for name in ("gate_up_proj", "up_proj", "down_proj")
+        if hasattr(module, "is_transposed") and hasattr(module, name)
+    ]
+    for _, module, name in parameters:
+        replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4", blocksize=64)
+    state = model.state_dict()
+    for module in {module for _, module, _ in parameters}:
+        del module.parametrizations
+    return {
+        stored: state[stored]
+        for path, _, name in parameters
+        for stored in state
+        if stored == f"{path}.{name}" or stored.startswith(f"{path}.{name}.")
+    }
 
 
 if __name__ == "__main__":
