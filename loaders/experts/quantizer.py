@@ -27,6 +27,7 @@ from ..model.transformers_internals import (
     conversion,
     conversion_base,
     experts_run_by,
+    forget_stored_names,
 )
 from .layers import dequantize_layer, expert_layers
 from .stored import stored_experts
@@ -156,6 +157,7 @@ class ExpertsQuantizer(_Quantizer):
                 delattr(module, str(expert))
             module.config = config
         self.experts, self._before = (), {}
+        forget_stored_names(model)  # the conversions above have no way back
         return super()._dequantize(model, dtype=dtype)
 
 

@@ -30,7 +30,8 @@ ends = []
 for directory in json.loads(sys.argv[1]):
     for settings in ({}, {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}):
         try:
-            transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
+            model(torch.arange(3, 20)[None])
         except Exception as error:
             ends.append([type(error).__name__, str(error)])
         else:
@@ -60,7 +61,10 @@ def with_configuration(source: Path, directory: Path, change: dict[str, Any] | N
 
 
 def test_transformers_alone_ends_with_an_error(written: Callable[[str], Path], tmp_path: Path) -> None:
-    """Each layout, whatever config.json says: no model with random or garbled experts."""
+    """Each layout, whatever config.json says: no model with random or garbled experts.
+
+    It ends while it is loaded; with older releases (5.17) at the first forward pass, which can't multiply bytes.
+    """
     directories = [
         with_configuration(written(name), tmp_path / f"{name}, {kind}", change)
         for name in MODELS
@@ -72,7 +76,7 @@ def test_transformers_alone_ends_with_an_error(written: Callable[[str], Path], t
     for index, end in enumerate(ends):
         assert end is not None, directories[index // 2].name
         assert end[0] == "RuntimeError", (directories[index // 2].name, end)
-        assert "mismatch" in end[1] or "ignore_mismatched_sizes" in end[1], end[1]
+        assert "ignore_mismatched_sizes" in end[1] or "got Byte" in end[1], end[1]
 
 
 def test_after_the_import_it_loads(written: Callable[[str], Path]) -> None:
@@ -110,7 +114,7 @@ print(json.dumps([code, registered, imported]))
     assert code == 0
     assert registered == "transformers.quantizers.quantizer_bnb_4bit"
     assert "ftload.register" not in imported
-    assert not [name for name in imported if name.endswith((".quantizer", ".layers", ".forward"))]
+    assert not [name for name in imported if name.endswith((".quantizer", ".layers"))]
 
 
 def test_it_may_be_imported_twice() -> None:
