@@ -10,14 +10,17 @@ import pytest
 import torch
 from ftload.loaders.errors import CheckpointError, OutputError
 from ftload.loaders.fuse import fuse
+from ftload.loaders.load import load_prepared
 from ftload.loaders.progress import Silent
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ..conftest import Result
+from ..merge.adapters import move
 from ..merge.expert_layers import load, put_together, take_apart, write_expert_adapter
 from .checkpoints import random_model
+from .test_adapters import prepare_from, write_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 SETTINGS: dict[str, Any] = {
@@ -84,6 +87,23 @@ def test_every_expert_has_its_delta(tmp_path: Path, name: str, settings: dict[st
     assert kept
     assert all(torch.equal(tensors[key], source[key]) for key in kept)
     assert sum(value.numel() for value in source.values()) == fused.parameters
+
+
+def test_what_was_trained_on_an_output(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", "qwen3_moe", "qlora")
+    prepare_from(source, tmp_path / "out", "--use_qlora", "--lora_experts", "4", "--lora_dropout", "0.1")
+    model, _ = load_prepared(tmp_path / "out")
+    move(model)
+    model.save_pretrained(str(tmp_path / "trained"))
+    base = tmp_path / "source plain"
+    fuse(str(tmp_path / "trained"), str(base), tmp_path / "fused", Silent())
+    ours = merged_weights(base, tmp_path / "fused", apart=False)
+    theirs = merged_weights(base, tmp_path / "trained", apart=True)
+    plain = load(base).state_dict()
+    moved = [key for key, value in theirs.items() if not torch.equal(value, plain[key].float())]
+    assert len(moved) == 12
+    for key in moved:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6)
 
 
 def spoil_one(adapter: Path) -> None:
