@@ -38,14 +38,15 @@ WAYS = {
     "lora": ("--use_lora", "--base", "copy"),
     "qlora, experts in 16 bits": ("--use_qlora", "--quantize_experts", "false", "--min_quantized", "0"),
     "qlora": ("--use_qlora",),
+    "qlora of 4 bits": ("--use_qlora",),
 }
-RENAMED = {("mixtral", "qlora"), ("nemotron_h", "qlora")}
-"""4-bit sources that are saved under other names than the model has."""
+"""Strategies and their flags; of the last, the source is 4-bit already."""
+IN_16_BITS = ("lora", "qlora, experts in 16 bits")
 RANK, OF_EXPERTS = 8, 4
 
 
 def write_source(directory: Path, name: str, way: str = "lora") -> Path:
-    if way == "qlora":
+    if way == "qlora of 4 bits":
         write_checkpoint(directory, name, vocab_size=144)
     else:
         random_model(name, vocab_size=144).save_pretrained(directory)
@@ -68,7 +69,7 @@ def base_in_memory(source: Path, output: Path, way: str) -> Any:
     """The model before it gets an adapter, by the libraries' own calls."""
     if way == "lora":
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    if way == "qlora":
+    if way not in IN_16_BITS:
         model, _ = load(output)
     else:
         model = AutoModelForCausalLM.from_pretrained(
@@ -79,23 +80,23 @@ def base_in_memory(source: Path, output: Path, way: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
-@pytest.mark.parametrize(("name", "way"), [case for case in product(ARCHITECTURES, WAYS) if case not in RENAMED])
+@pytest.mark.parametrize(("name", "way"), product(ARCHITECTURES, WAYS))
 def test_what_peft_makes(tmp_path: Path, name: str, way: str) -> None:
     source, output = write_source(tmp_path / "source", name, way), tmp_path / "out"
     report = prepare_from(source, output, *WAYS[way], "--lora_experts", str(OF_EXPERTS))
     stored = json.loads((output / "adapter" / "adapter_config.json").read_text())
     first = "up" if name == "nemotron_h" else "gate_up"
-    of_experts = ["down", first] if way == "qlora" else ["experts.down_proj", f"experts.{first}_proj"]
+    of_experts = ["experts.down_proj", f"experts.{first}_proj"] if way in IN_16_BITS else ["down", first]
     assert stored["rank_pattern"] == dict.fromkeys(of_experts, OF_EXPERTS)
-    assert stored.get("target_parameters") == (None if way == "qlora" else of_experts)
-    assert {"down", first} & {*stored["target_modules"]} == ({"down", first} if way == "qlora" else set())
+    assert stored.get("target_parameters") == (of_experts if way in IN_16_BITS else None)
+    assert {"down", first} & {*stored["target_modules"]} == (set() if way in IN_16_BITS else {"down", first})
 
     model: Any = base_in_memory(source, output, way)
     torch.manual_seed(42)
     if way != "lora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=16, lora_dropout=0.1 if way == "qlora" else 0.0,
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=16, lora_dropout=0.0 if way in IN_16_BITS else 0.1,
         target_modules=stored["target_modules"], target_parameters=stored.get("target_parameters"),
         rank_pattern=stored["rank_pattern"],
     )  # fmt: skip
@@ -107,9 +108,9 @@ def test_what_peft_makes(tmp_path: Path, name: str, way: str) -> None:
     adapter = report["adapter"]
     assert (adapter["r"], adapter["experts_r"]) == (RANK, OF_EXPERTS)
     assert adapter["parameters"] == sum(value.numel() for value in tensors.values())
-    assert adapter["target_parameters"].keys() == (set() if way == "qlora" else {*of_experts})
+    assert adapter["target_parameters"].keys() == ({*of_experts} if way in IN_16_BITS else set())
     found = [decision for decision in report["decisions"] if decision["what"] == "lora_dropout"]
-    if way == "qlora":
+    if way not in IN_16_BITS:
         assert adapter["dropout"] == 0.1
         assert not found
     else:
@@ -141,7 +142,7 @@ def test_the_rank_of_all_layers_needs_no_pattern(tmp_path: Path, way: str) -> No
 
 
 def test_layers_that_are_named_are_adapted_beside_experts(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", "qwen3_moe", "qlora")
+    source = write_source(tmp_path / "source", "qwen3_moe")
     flags = ("--lora_experts", "2", "--lora_target_modules", "q_proj")
     report = prepare_from(source, tmp_path / "out", *WAYS["qlora"], *flags)
     assert report["adapter"]["targets"] == {"q_proj": 2, "gate_up": 8, "down": 8}

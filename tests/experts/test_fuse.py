@@ -90,12 +90,12 @@ def test_every_expert_has_its_delta(tmp_path: Path, name: str, settings: dict[st
 
 
 def test_what_was_trained_on_an_output(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", "qwen3_moe", "qlora")
+    source = write_source(tmp_path / "source", "qwen3_moe")
     prepare_from(source, tmp_path / "out", "--use_qlora", "--lora_experts", "4", "--lora_dropout", "0.1")
     model, _ = load_prepared(tmp_path / "out")
     move(model)
     model.save_pretrained(str(tmp_path / "trained"))
-    base = tmp_path / "source plain"
+    base = tmp_path / "source"
     fuse(str(tmp_path / "trained"), str(base), tmp_path / "fused", Silent())
     ours = merged_weights(base, tmp_path / "fused", apart=False)
     theirs = merged_weights(base, tmp_path / "trained", apart=True)
