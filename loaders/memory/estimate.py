@@ -156,6 +156,8 @@ def _parts_at(peak: Moment, shares: Shares, gradients: int, setting: Setting, ga
     """What a moment holds beside what is there all the time; `gradients` are the bytes of all of them on one GPU."""
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     simulated = f"measured by simulation: one step on `meta`, {kernels}"
+    if setting.quantised_experts:
+        simulated += ", as many tokens for each expert"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""
     some = f", of {gradients:,} bytes in the end" if peak.gradients < gradients else ""
     temporary = simulated

@@ -15,7 +15,7 @@ from ftload.loaders.memory.setting import Batch, LoraSetting, Setting
 from ftload.loaders.memory.simulation import Simulation
 from ftload.loaders.model.experts.fused import find_experts
 
-from ..experts.checkpoints import MODELS, load, write_checkpoint
+from ..experts.checkpoints import MODELS, load, random_model, write_checkpoint
 from .test_activations import measured_peak, saved_by
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -94,6 +94,18 @@ def trained_model(directory: Path, *, rank: int, checkpointing: bool, dropout: f
     return model
 
 
+def step_of(model: Any, batch: Batch) -> Callable[[], None]:
+    tokens = torch.randint(3, 90, (batch.size, batch.length))
+
+    def step() -> None:
+        # see `test_activations.py`
+        with torch.backends.mkldnn.flags(enabled=False):
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            output.loss.backward()
+
+    return step
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("experts")
@@ -133,21 +145,15 @@ def test_peak_of_experts_in_four_bits_is_that_of_real_steps(
     meta = meta_model(name, **WIDE[name])
     simulation = Simulation(meta, setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1))
     batch = Batch(size=4, length=128)
-    tokens = torch.randint(3, 90, (batch.size, batch.length))
-
-    def step() -> None:
-        with torch.backends.mkldnn.flags(enabled=False):
-            output = model(input_ids=tokens, labels=tokens, use_cache=False)
-            output.loss.backward()
-
+    step = step_of(model, batch)
     step()
     left = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None) if accumulate else 0
     if not accumulate:
         model.zero_grad()
-    footprint = simulation.run(batch, accumulate=accumulate)
-    real = measured_peak(step) + left
     # kernels have room to work in beside tensors
-    assert footprint.peak.total == pytest.approx(real, rel=0.03)
+    assert simulation.run(batch, accumulate=accumulate).peak.total == pytest.approx(
+        measured_peak(step) + left, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
@@ -168,3 +174,46 @@ def test_three_experts_stand_for_all_exactly(
             context.setattr(recorded_step, "count_repeats", lambda *_: None)
             whole = Simulation(meta, setting).run(batch, accumulate=accumulate)
         assert Simulation(meta, setting).run(batch, accumulate=accumulate) == whole
+
+
+def adapted_in_16_bits(name: str, *, checkpointing: bool) -> tuple[Any, Any, Setting]:
+    """A real model whose experts PEFT adapts as parameters, the same on `meta`, and how it is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(name, **WIDE[name])
+    route_evenly(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    meta = meta_model(name, **WIDE[name])
+    experts = find_experts(meta)
+    config = LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=0.0, target_modules=list(ATTENTION), task_type="CAUSAL_LM",
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"experts.gate_up_proj": 8, "experts.down_proj": 8},
+    )  # fmt: skip
+    setting = setting_of(meta, rank=8, checkpointing=checkpointing, dropout=0.0)
+    setting = replace(setting, quantised=frozenset(), quantised_experts=())
+    adapted = get_peft_model(model, config).train()
+    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    per_expert = sum(8 * (one.in_features + one.out_features) * one.experts for one in experts)
+    assert trained > per_expert
+    assert Simulation(meta, setting).gradients == 4 * trained
+    return adapted, meta, setting
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", WIDE)
+def test_experts_adapted_as_parameters_take_what_real_steps_take(name: str, checkpointing: bool) -> None:
+    model, meta, setting = adapted_in_16_bits(name, checkpointing=checkpointing)
+    simulation = Simulation(meta, setting)
+    for batch in (Batch(size=1, length=16), Batch(size=3, length=64)):
+        tokens = torch.randint(3, 90, (batch.size, batch.length))
+        real = saved_by(model, {"input_ids": tokens, "labels": tokens})
+        assert simulation.run(batch).saved == real, batch
+    batch = Batch(size=4, length=128)
+    step = step_of(model, batch)
+    step()
+    model.zero_grad()
+    assert simulation.run(batch).peak.total == pytest.approx(measured_peak(step), rel=0.02)
