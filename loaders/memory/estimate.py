@@ -101,8 +101,10 @@ def _other_plan(plan: Plan, method: str) -> Plan:
         name = "liger" if plan.request.use_liger_kernel else "standard"
     if name == plan.strategy.name:
         return plan
-    request = replace(plan.request, strategy=name, base="copy")
-    return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.merged, plan.skeleton)
+    request, skeleton = replace(plan.request, strategy=name, base="copy"), plan.skeleton
+    if method == "qlora" and request.quantize_experts:
+        skeleton = skeleton.with_fused_experts()
+    return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.merged, skeleton)
 
 
 def _length(plan: Plan, flags: FlatArguments) -> tuple[int, str]:

@@ -6,7 +6,7 @@ ties, keeps in float32 or finds missing is its own answer, for every architectur
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -43,7 +43,12 @@ class Skeleton:
     """A model on the `meta` device and everything about it that a plan needs."""
 
     model: PreTrainedModel
+    groups: tuple[Group, ...]
+    """What the stored tensors become in the model."""
+    saved: SavedModel
+    """How the model saves them."""
     tensors: tuple[ModelTensor, ...]
+    """What the two give."""
     layers: tuple[LinearLayer, ...]
     """Every linear layer, in module order."""
     fused_experts: tuple[str, ...]
@@ -70,6 +75,12 @@ class Skeleton:
     def config(self) -> PretrainedConfig:
         """The model's configuration, after resizing."""
         return self.model.config
+
+    def with_fused_experts(self) -> Skeleton:
+        """The same, with experts that can be 4-bit as one tensor a projection, whatever they are stored in."""
+        saved = replace(self.saved, experts={fused.parameter: fused for fused in self.experts})
+        tensors = tuple(tensor for group in self.groups for tensor in saved_tensors(group, saved))
+        return replace(self, saved=saved, tensors=tensors)
 
 
 def build_skeleton(
@@ -141,6 +152,8 @@ def build_skeleton(
     )
     return Skeleton(
         model=model,
+        groups=tuple(groups),
+        saved=saved,
         tensors=tuple(tensor for group in groups for tensor in saved_tensors(group, saved)),
         layers=layers,
         fused_experts=tuple(

@@ -15,6 +15,7 @@ from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, STATE_SUFFIX
 from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..errors import MissingRequirementError
+from ..model.experts.fused import FusedExperts
 from ..model.tensor_map import ModelTensor
 from ..steps.plain import All, Cast
 from ..steps.step import Encoder, OutputTensor, Step
@@ -53,6 +54,15 @@ class Nf4Linear:
             ),
             encodes=True,
         )
+
+    def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:
+        """Where an expert's double-quantised absmax are no slice of all, all absmax themselves are held, in float32."""
+        suffix = part.name.removeprefix(experts.parameter)
+        if experts.nested_in_slices:
+            return part
+        if suffix == ".absmax":
+            return replace(part, dtype="F32")
+        return replace(part, shape=(0,)) if suffix in (".nested_absmax", ".nested_quant_map") else part
 
     def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
         """What keeps transformers from loading a group in 4 bits: the same for all of its tensors."""

@@ -16,6 +16,7 @@ from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TensorMeta
 from ..merge.merge import MergedAdapter
 from ..model.config import settings_hash
+from ..model.experts.fused import FusedExperts
 from ..plan.plan import Plan
 from ..source.file_names import config_file_names, tokenizer_file_names
 from ..steps.step import OutputTensor
@@ -171,10 +172,8 @@ def count_parameters(plan: Plan) -> document.Parameters:
     base = sum(tensor.parameters for tensor in loaded)
     total = base + sum(tensor.parameters for tensor in adapter)
     merged = _merged(plan, loaded)
-    in_training = [
-        *(_in_training(tensor, plan.strategy.training_dtype(tensor.counted_as)) for tensor in merged.values()),
-        *adapter,
-    ]
+    experts = {one.parameter: one for one in plan.skeleton.experts}
+    in_training = [*(_in_training(plan, tensor, experts) for tensor in merged.values()), *adapter]
     never_trained = frozenset(plan.skeleton.never_trained if plan.adapter is None else ())
     trained = [merged[name] for name in merged.keys() - never_trained] if plan.adapter is None else adapter
     trainable = sum(tensor.parameters for tensor in trained)
@@ -222,10 +221,12 @@ def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> dict[str, OutputTens
     return merged
 
 
-def _in_training(tensor: OutputTensor, dtype: str) -> OutputTensor:
-    if dtype == tensor.counted_as:
-        return tensor
-    return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
+def _in_training(plan: Plan, tensor: OutputTensor, experts: Mapping[str, FusedExperts]) -> OutputTensor:
+    dtype = plan.strategy.training_dtype(tensor.counted_as)
+    if dtype != tensor.counted_as:
+        return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
+    quantisation, fused = plan.strategy.quantisation, experts.get(tensor.part_of or "")
+    return tensor if quantisation is None or fused is None else quantisation.loaded(tensor, fused)
 
 
 def _source_totals(plan: Plan) -> tuple[document.SourceTotals, ...]:

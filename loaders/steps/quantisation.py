@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..decision import Decision
+from ..model.experts.fused import FusedExperts
 from ..model.tensor_map import ModelTensor
-from .step import Encoder, Step
+from .step import Encoder, OutputTensor, Step
 
 
 class Quantisation(Protocol):
@@ -37,6 +38,10 @@ class Quantisation(Protocol):
 
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
         """How a group that it covers is written: encoded, or taken over where the checkpoint holds it so already."""
+        ...
+
+    def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:
+        """A tensor that is stored of these experts, as they are held once loaded; empty where it is not held."""
         ...
 
     def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:

@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from ftload.loaders import load_prepared
+from ftload.loaders.flags.declared import FlatArguments
 from ftload.loaders.memory import recorded_step
+from ftload.loaders.memory.estimate import compare_methods, estimate_training_memory
 from ftload.loaders.memory.setting import Batch, LoraSetting, Setting
+from ftload.loaders.memory.sharding import Sharding
 from ftload.loaders.memory.simulation import Simulation
+from ftload.loaders.memory.training_memory import NoEstimate, TrainingMemory
 from ftload.loaders.model.experts.fused import find_experts
+from ftload.loaders.plan.plan import Plan
 
+from ..cli.runs import prepare
 from ..experts.checkpoints import MODELS, load, random_model, write_checkpoint
-from .test_activations import measured_peak, saved_by
+from ..tokenizers import write_llama
+from .plans import make_plan
+from .test_activations import VOCABULARY, measured_peak, saved_by, statistics_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 400}
@@ -217,3 +226,78 @@ def test_experts_adapted_as_parameters_take_what_real_steps_take(name: str, chec
     step()
     model.zero_grad()
     assert simulation.run(batch).peak.total == pytest.approx(measured_peak(step), rel=0.02)
+
+
+def bytes_held(model: Any) -> int:
+    """Of all parameters and their statistics; a slice counts as the whole that it is of, which counts once."""
+    tensors = [value for parameter in model.parameters() for value in (parameter, *statistics_of(parameter))]
+    # `load_prepared` counts no offset, 4 bytes a weight
+    sizes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors if value.dim()}
+    return sum(sizes.values())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_64", "qwen3_moe_48", "gpt_oss"])
+def test_weights_of_experts_in_four_bits_are_those_held_by_a_loaded_model(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path / "model", name)
+    flags = ["--use_qlora", "--lora_rank", "8", "--lora_experts", "4", "--min_quantized", "0"]
+    prepare(tmp_path / "model", tmp_path / "out", *flags)
+    model, _ = load_prepared(tmp_path / "out")
+    plan, arguments = make_plan(tmp_path / "model", tmp_path, *flags)
+    assert len(plan.quantised_experts) == 4
+    result = estimate_training_memory(plan, arguments)
+    assert isinstance(result, TrainingMemory), result
+    held = {part.name: part.bytes for part in result.parts}
+    assert held["weights"] + held["adapter"] == bytes_held(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert held["adapter"] == result.gradient_bytes == sum(value.nbytes for value in trained)
+
+
+def test_methods_side_by_side(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "qwen3_moe")
+    shared = ["--lora_rank", "8", "--lora_experts", "4", "--min_quantized", "0"]
+
+    def plan_of(*flags: str) -> tuple[Plan, FlatArguments]:
+        return make_plan(tmp_path / "model", tmp_path, *flags, *(shared if flags else []))
+
+    alone = [estimate_training_memory(*plan_of(*flags)) for flags in ([], ["--use_lora"], ["--use_qlora"])]
+    # whichever of them was asked for
+    for flags in (["--use_lora"], ["--use_qlora"]):
+        assert list(compare_methods(*plan_of(*flags))) == alone
+    left = make_plan(tmp_path / "model", tmp_path, "--use_lora", *shared, "--quantize_experts", "false")
+    full, lora, qlora = compare_methods(*left)
+    assert [full, lora] == alone[:2]
+    experts = sum(one.experts * one.in_features * one.out_features for one in find_experts(left[0].skeleton.model))
+    parts = {part.name: part.bytes for part in alone[2].parts} if isinstance(alone[2], TrainingMemory) else {}
+    kept = {part.name: part.bytes for part in qlora.parts} if isinstance(qlora, TrainingMemory) else {}
+    # four bytes a weight instead of half a byte, a byte for 64 of them, 4 bytes for 64 · 256, and two maps a parameter
+    assert kept["weights"] - parts["weights"] == 4 * experts - experts // 2 - experts // 64 - experts // 4096 - 4 * 1088
+    assert "as many tokens for each expert" in next(p.origin for p in alone[2].parts if p.name == "activations")
+    sharded = estimate_training_memory(*plan_of("--use_qlora"), sharding=Sharding(method="zero", gpus=4, stage=3))
+    assert isinstance(sharded, NoEstimate)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rank", [0, 2], ids=["", "lora_experts"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_step_holds_its_activations_and_less_than_one_layers_experts(tmp_path: Path, name: str, rank: int) -> None:
+    count = {"num_local_experts": 32} if name == "gpt_oss" else {"num_experts": 32}
+    changes = {**SIZES, **count, "intermediate_size": 256}
+    directory = write_checkpoint(tmp_path / "model", name, **changes)
+    model = trained_model(directory, rank=rank, checkpointing=False, dropout=0.0)
+    batch = Batch(size=1, length=32)
+    tokens = torch.randint(3, 90, (1, 32))
+    saved = saved_by(model, {"input_ids": tokens, "labels": tokens})
+    one_layers = 2 * sum(
+        fused.experts * fused.in_features * fused.out_features
+        for fused in find_experts(meta_model(name, **changes))[:2]
+    )
+    step = step_of(model, batch)
+    step()
+    model.zero_grad()
+    assert saved < measured_peak(step) < saved + one_layers
+
+
+def write_model(directory: Path, name: str) -> None:
+    random_model(name, vocab_size=VOCABULARY).save_pretrained(directory)
+    write_llama(directory)
