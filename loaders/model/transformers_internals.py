@@ -357,7 +357,7 @@ def finds_statistics(parameter: str) -> bool:
     `…weight` is taken for the parameter. Without it: models that can't be loaded would be written.
     """
     converter = _find("core_model_loading", "WeightConverter")
-    patterns = converter(["weight", "weight.quant_map"], "weight", [_find("core_model_loading", "Concatenate")()])
+    patterns = converter(["weight.quant_map", "weight"], "weight", [_find("core_model_loading", "Concatenate")()])
     target, *_ = _find("core_model_loading", "rename_source_key")(f"{parameter}.quant_map", [], [patterns])
     return target == parameter
 
