@@ -266,14 +266,21 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
     """
     import torch
 
-    settings = {name: getattr(module, name, None) for name in ("has_gate", "is_transposed", "has_bias")}
-    if not all(isinstance(value, bool) for value in settings.values()):
+    if not is_experts(module):
         return None
-    first = "gate_up_proj" if settings["has_gate"] else "up_proj"
+    first = "gate_up_proj" if module.has_gate else "up_proj"
     weights = [getattr(module, name, None) for name in (first, "down_proj")]
     if not all(isinstance(weight, torch.nn.Parameter) and weight.dim() == 3 for weight in weights):
         return None
-    return ExpertsLayout(parameters=(first, "down_proj"), transposed=bool(settings["is_transposed"]))
+    return ExpertsLayout(parameters=(first, "down_proj"), transposed=module.is_transposed)
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module's forward pass is an exchangeable one, of hidden states, experts of each token and weights.
+
+    Whatever its weights have become. Without it: verifying would reach a few experts alone.
+    """
+    return all(isinstance(getattr(module, name, None), bool) for name in ("has_gate", "is_transposed", "has_bias"))
 
 
 def apply_gate(module: Any, x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FtloadError, said_by
 from ..load import load_prepared
 from ..model.towers import tower_modules
+from ..model.transformers_internals import is_experts
 from ..system.quiet import quiet_transformers
 from ..tokenizer.rendering import ANSWER, QUESTION
 from .files import Context
@@ -42,8 +43,12 @@ def check_training(context: Context) -> Iterator[str]:
     device = next(iter(trainable.values())).device
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = False  # nothing is generated; some caches are written in place, and spoil the gradients
+    routed = _reach_experts(model) if context.report.adapter and context.report.adapter.experts_r else {}
+    choices = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    # one more: nothing is asked of what follows the last
+    tokens = max(_TOKENS, *(-(-experts // choices) + 1 for experts in routed.values()), 0)
     with quiet_transformers():
-        output = model(**_batch(tokenizer, device))
+        output = model(**_batch(tokenizer, device, tokens))
         output.loss.backward()
     if not math.isfinite(output.loss.item()):
         yield f"the loss is {output.loss.item()}"
@@ -60,7 +65,7 @@ def check_training(context: Context) -> Iterator[str]:
         elif gradient is None:
             if _is_in(towers, name):
                 beside += 1
-            elif _may_be_idle(name):
+            elif _may_be_idle(name, routed):
                 idle += 1
             else:
                 yield f"`{name}` is trainable and has no gradient"
@@ -68,10 +73,12 @@ def check_training(context: Context) -> Iterator[str]:
             yield f"the gradient of `{name}` is not finite"
     optimizer.step()
     for name, parameter in trainable.items():
-        if ".lora_B." in name and not parameter.count_nonzero() and not _may_be_idle(name) and not _is_in(towers, name):
+        may_rest = _may_be_idle(name, routed) or _is_in(towers, name)
+        if ".lora_B." in name and not parameter.count_nonzero() and not may_rest:
             yield f"`{name}` did not move in one optimizer step"
     context.found = (
         f"loss {output.loss.item():.3f}, {len(trainable) - idle - beside:,} tensors with gradients, "
+        + ("experts took tokens in turn, " if routed else "")
         + (f"{idle:,} of experts that no token reached, " if idle else "")
         + (f"{beside:,} of towers that take no text, " if beside else "")
         + f"on {device}"
@@ -81,16 +88,38 @@ def check_training(context: Context) -> Iterator[str]:
 _HINT = "look at the original model, and ask `ftload doctor` whether the libraries work here"
 
 
-def _is_in(modules: tuple[str, ...], name: str) -> bool:
+def _reach_experts(model: Any) -> dict[str, int]:
+    """Let tokens go to experts in turn, whatever the routers say; returns each module of experts and their number."""
+    import torch
+
+    def in_turn(module: Any, args: Sequence[Any], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def other(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.is_floating_point():
+                return value
+            return (torch.arange(value.numel(), device=value.device) % module.num_experts).view_as(value)
+
+        return tuple(map(other, args)), {name: other(value) for name, value in options.items()}
+
+    found = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            module.register_forward_pre_hook(in_turn, with_kwargs=True)
+            found[name] = module.num_experts
+    return found
+
+
+def _is_in(modules: Iterable[str], name: str) -> bool:
     """Whether a parameter is in one of `modules`; PEFT puts a prefix before its name."""
     return any(f".{module}." in f".{name}" for module in modules)
 
 
-def _may_be_idle(name: str) -> bool:
+def _may_be_idle(name: str, routed: Collection[str]) -> bool:
     """Whether a parameter is one expert's: a router sends these few tokens past most of them.
 
-    Experts that are fused into one parameter get their gradient as one.
+    Experts that are fused into one parameter get their gradient as one; those in modules that are `routed` get tokens.
     """
+    if _is_in(routed, name):
+        return False
     return ".experts." in name and any(part.isdecimal() for part in name.partition(".experts.")[2].split("."))
 
 
@@ -166,12 +195,13 @@ def _check_adapter(context: Context, model: Any) -> Iterator[str]:
 _TOKENS = 32
 
 
-def _batch(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, torch.Tensor]:
-    """One sequence of ids (int64, 1 × at most 32): a text, then ids from all over the vocabulary."""
+def _batch(tokenizer: PreTrainedTokenizerBase, device: torch.device, tokens: int) -> dict[str, torch.Tensor]:
+    """One sequence of ids (int64, 1 × `tokens`): a text, then ids from all over the vocabulary."""
     import torch
 
     text = tokenizer(f"{QUESTION} {ANSWER}", add_special_tokens=False)["input_ids"][: _TOKENS // 2]
     known = sorted(set(tokenizer.get_vocab().values()))
-    step = max(1, len(known) // (_TOKENS // 2))
-    ids = torch.tensor([text + known[::step][: _TOKENS // 2]], device=device)
+    rest = tokens - len(text)
+    step = max(1, len(known) // rest)
+    ids = torch.tensor([text + [known[place * step % len(known)] for place in range(rest)]], device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
