@@ -192,10 +192,11 @@ def _outermost(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    done: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not name.startswith(tuple(done)):
-            done.append(f"{name}.")
+    outer: str | None = None
+    for name, module in model.named_modules():  # what is within a module follows it at once
+        is_within = outer is not None and name.startswith(outer)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not is_within:
+            outer = f"{name}."
             yield name, module
 
 
