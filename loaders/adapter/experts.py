@@ -118,6 +118,16 @@ def check_asked(rank: int | None, experts: Experts, layers: Iterable[LinearLayer
     raise UsageError("`--lora_experts`: this model has no experts", hint="leave it out")
 
 
+def not_reached(rank: int, unknown: Collection[str]) -> Decision:
+    """That the experts in `unknown` parameters get no adapter, though those of others do."""
+    return Decision(
+        what="lora_experts",
+        requested=f"{rank}",
+        effective=f"{rank}, without {len(unknown)} parameters",
+        reason=f"`{min(unknown)}` holds experts in a layout that ftload can't adapt",
+    )
+
+
 def untrained(experts: Experts, weights: int, number: int, rank: int) -> Decision:
     """What `--lora_experts` would train: `number` fused parameters with so many `weights`, at the adapter's `rank`."""
     cost = experts.parameters(rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from ..adapter.experts import Experts, check_asked, untrained
+from ..adapter.experts import Experts, check_asked, not_reached, untrained
 from ..adapter.interface import AdaptedLayer, Adapter
 from ..adapter.peft_matching import Peft
 from ..adapter.targets import ALL_LINEAR, FusedTarget, Target, Targets, resolve_targets
@@ -44,6 +44,8 @@ def choose_targets(
         return adapter, replace(targets, decisions=(*targets.decisions, *_untrained(request, skeleton, experts)))
     targets = experts.added_to(targets, modules=modules)
     adapter, decisions = adapter.fitted(targets)
+    if unknown:
+        decisions = (*decisions, not_reached(request.lora_experts, unknown))
     targets = Peft(model=skeleton.model, adapter=adapter, experts=experts).confirm_experts(targets)
     return adapter, replace(targets, decisions=(*targets.decisions, *decisions))
 

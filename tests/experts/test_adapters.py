@@ -182,6 +182,18 @@ def test_experts_that_can_not_be_adapted(tmp_path: Path) -> None:
     )
 
 
+def test_experts_some_of_which_can_not_be_adapted(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "source", "inkling_text", vocab_size=144)
+    write_llama(tmp_path / "source", vocab_size=128)
+    report = prepare_from(tmp_path / "source", tmp_path / "out", *WAYS["lora"], "--lora_experts", "4")
+    assert report["adapter"]["target_parameters"] == {"experts.down_proj": 2, "experts.gate_up_proj": 2}
+    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "lora_experts")
+    assert (decision["requested"], decision["effective"]) == ("4", "4, without 6 parameters")
+    assert decision["reason"] == (
+        "`model.layers.0.mlp.shared_experts.down_proj` holds experts in a layout that ftload can't adapt"
+    )
+
+
 def test_models_without_fused_experts(tmp_path: Path) -> None:
     write_model(tmp_path / "source", "llama", vocab_size=144)
     write_llama(tmp_path / "source", vocab_size=128)
