@@ -101,8 +101,9 @@ class Peft:
         if self._is_certain(targets):
             return _Answer(patterns=targets.patterns)
         try:
-            from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-            from peft.tuners.tuners_utils import BaseTunerLayer
+            with quiet_transformers():  # bitsandbytes tells which kernels it lacks
+                from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+                from peft.tuners.tuners_utils import BaseTunerLayer
         except Exception as error:  # a broken build raises whatever it likes
             raise MissingRequirementError(
                 f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"

@@ -200,6 +200,9 @@ class Quantization:
     """Of the parameters of all weight matrices outside embeddings and head."""
     not_quantized: tuple[NotQuantized, ...]
     """The rest of those, by component."""
+    experts: Count = 0
+    """Fused parameters of experts that are 4-bit: `load_prepared` loads them, and transformers after
+    `import ftload.register`. Since 0.2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

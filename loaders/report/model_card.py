@@ -37,6 +37,7 @@ def model_card(report: Report) -> str:
         'model, tokenizer = load_prepared("path/to/this/directory")',
         "```",
         "",
+        *(_EXPERTS if report.quantization is not None and report.quantization.experts else ()),
         "| | parameters |",
         "|---|---:|",
         f"| total | {parameters.total:,} |",
@@ -68,6 +69,12 @@ def model_card(report: Report) -> str:
         lines.append("")
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
     return "\n".join(lines)
+
+
+_EXPERTS = (
+    "The experts are 4-bit, which transformers alone does not load: any other program imports `ftload.register` first.",
+    "",
+)
 
 
 def _plain(text: str) -> str:

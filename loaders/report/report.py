@@ -283,6 +283,7 @@ def _quantization(plan: Plan) -> document.Quantization | None:
     return document.Quantization(
         **quantisation.facts(config, block_size),
         coverage_percent=round(coverage.percent, 4),
+        experts=len(plan.quantised_experts),
         not_quantized=tuple(
             document.NotQuantized(
                 component=component,
