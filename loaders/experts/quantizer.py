@@ -54,22 +54,13 @@ class ExpertsQuantizer(_Quantizer):
 
     # -- before loading
 
-    def _process_model_before_weight_loading(
-        self,
-        model: PreTrainedModel,
-        device_map: Any = None,
-        checkpoint_files: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def before_loading(self, model: PreTrainedModel, files: Sequence[str]) -> None:
         """Put a parameter of the packed size in the place of each that is stored in 4 bits."""
-        super()._process_model_before_weight_loading(
-            model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
-        )
         experts = find_experts(model)
-        if not experts or not checkpoint_files:
+        if not experts or not files:
             return
         mapping = WeightMapping(model)
-        stored = stored_experts(checkpoint_files, experts, lambda name: mapping.target(name)[0])
+        stored = stored_experts(files, experts, lambda name: mapping.target(name)[0])
         self._found = _Found((one, stored[one.parameter]) for one in experts if one.parameter in stored)
         for one, packed in self._found:
             codes = packed.parts[0]
@@ -96,9 +87,8 @@ class ExpertsQuantizer(_Quantizer):
 
     # -- after loading
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+    def after_loading(self, model: PreTrainedModel) -> None:
         """Take the experts apart."""
-        model = super()._process_model_after_weight_loading(model, **kwargs)
         layers: dict[str, dict[str, list[nn.Linear]]] = {}
         for one, _ in self._found:
             packed: Any = model.get_parameter(one.parameter)
@@ -118,7 +108,6 @@ class ExpertsQuantizer(_Quantizer):
             module.train(module.training)
             self._before[name] = experts_run_by(module, FUNCTION)
         self.experts, self._found = tuple(one for one, _ in self._found), _Found()
-        return model
 
     # -- saving, and back to 16 bits
 
@@ -133,8 +122,8 @@ class ExpertsQuantizer(_Quantizer):
             return False
         return super().is_serializable()
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        """Make the fused parameters again, in `dtype`, and let transformers go on with all other layers."""
+    def before_dequantising(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        """Make the fused parameters again, in `dtype`; transformers goes on with all other layers."""
         for one in self.experts:
             module = model.get_submodule(one.module)
             layers = [module.get_submodule(f"{expert}.{one.projection}") for expert in range(one.experts)]
@@ -158,7 +147,6 @@ class ExpertsQuantizer(_Quantizer):
             module.config = config
         self.experts, self._before = (), {}
         forget_stored_names(model)  # the conversions above have no way back
-        return super()._dequantize(model, dtype=dtype)
 
 
 class _Found(tuple[tuple[FusedExperts, Packed4Bit], ...]):

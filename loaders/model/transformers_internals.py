@@ -305,8 +305,33 @@ def experts_run_by(module: Any, function: str) -> PretrainedConfig:
 
 
 def bitsandbytes_quantizer() -> type[Any]:
-    """transformers' quantizer for bitsandbytes' 4 bits. Without it: 4-bit experts could not be loaded."""
-    return _find("quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer")
+    """transformers' quantizer for bitsandbytes' 4 bits, which tells a subclass what it is doing by three methods.
+
+    `before_loading(model, files)` comes when the model is on `meta` and its linear layers are replaced,
+    `after_loading(model)` when all is loaded, `before_dequantising(model, dtype)` before linear layers get their 16-bit
+    weights. Without it: 4-bit experts could not be loaded.
+    """
+    base: Any = _find("quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer")
+
+    class Quantizer(base):
+        def _process_model_before_weight_loading(
+            self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
+        ) -> None:
+            super()._process_model_before_weight_loading(
+                model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
+            )
+            self.before_loading(model, checkpoint_files or ())
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            model = super()._process_model_after_weight_loading(model, **kwargs)
+            self.after_loading(model)
+            return model
+
+        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+            self.before_dequantising(model, dtype)
+            return super()._dequantize(model, dtype=dtype)
+
+    return Quantizer
 
 
 def replace_bitsandbytes_quantizer(quantizer: type[Any]) -> None:

@@ -126,5 +126,5 @@ def test_it_may_be_imported_twice() -> None:
         register_experts()
     quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     assert quantizer.__module__ == "ftload.loaders.experts.quantizer"
-    assert [base.__module__ for base in quantizer.__mro__[1:2]] == ["transformers.quantizers.quantizer_bnb_4bit"]
+    assert "transformers.quantizers.quantizer_bnb_4bit" in [base.__module__ for base in quantizer.__mro__]
     assert ALL_EXPERTS_FUNCTIONS["ftload_experts"].__module__ == "ftload.loaders.experts.forward"

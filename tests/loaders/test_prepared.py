@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,19 +56,27 @@ def train_one_step(model: Any, tokenizer: Any) -> None:
 
 
 def count(model: Any) -> tuple[dict[str, dict[str, int]], int]:
-    """Parameters by dtype, 4-bit ones unpacked, as the report's `in_training`; and how many are trainable."""
+    """Parameters by dtype, 4-bit ones unpacked, as the report's `in_training`; and how many are trainable.
+
+    The experts of a layer are slices of one tensor, and share its code books.
+    """
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     trainable = 0
-    for parameter in model.parameters():
+    seen: set[str | int] = set()
+    for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         row = rows["nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")]
         number = parameter.numel() if state is None else math.prod(state.shape)
-        row["tensors"] += 1
+        stored = re.sub(r"\.experts\.\d+\.", ".experts.", name) if state is not None else name
+        row["tensors"] += stored not in seen
+        seen.add(stored)
         row["parameters"] += number
         row["bytes"] += parameter.nbytes
         if state is not None:
-            parts = (state.absmax, state.code, state.state2.absmax, state.state2.code)
-            row["bytes"] += sum(part.nbytes for part in parts)
+            nested = (state.state2.absmax, state.state2.code) if state.nested else ()
+            parts = {part.data_ptr(): part.nbytes for part in (state.absmax, state.code, *nested)}
+            row["bytes"] += sum(size for place, size in parts.items() if place not in seen)
+            seen |= parts.keys()
         trainable += number if parameter.requires_grad else 0
     return {dtype: dict(row) for dtype, row in rows.items()}, trainable
 

@@ -23,7 +23,7 @@ PUBLISHED = {"transformers.utils.logging"}
 OF_TORCH_AND_PYTHON = {
     "_exit", "_checkpoint_offset", "_cdata", "_local_scalar_dense", "_to_copy", "_grouped_mm",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu", "_apply", "_modules",
 }  # fmt: skip
 """Underscore attributes of other libraries."""
 
