@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..source.source import Source
-from .formats.interface import PackedTensor
+from .formats.interface import PackedTensor, read_elements
 from .formats.registry import logical_tensors
 from .json_files import absent_error, read_json
 from .pickles import Placed, read_pickle
@@ -74,9 +74,7 @@ class Checkpoint:
 
         Of a file that was not fetched from a hub only what they are stored in travels.
         """
-        if not isinstance(tensor, PackedTensor):
-            return self._reader.values(tensor, begin, end)
-        return tensor.part(begin, end, self._reader.values)
+        return read_elements(tensor, begin, end, self._reader.values)
 
     def read(self, tensor: TensorMeta) -> Tensor:
         """The whole tensor, in the dtype and shape of its values."""

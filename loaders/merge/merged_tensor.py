@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ..checkpoint.finite import all_finite
-from ..checkpoint.formats.interface import PackedTensor, Read
+from ..checkpoint.formats.interface import PackedTensor, Read, read_elements
 from ..checkpoint.plain import PlainReader
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from ..errors import CheckpointError
@@ -33,7 +33,7 @@ class MergedTensor(PackedTensor):
         import torch
 
         columns, base = _columns(self.shape), self.base
-        stored = base.part(begin, end, read) if isinstance(base, PackedTensor) else read(base, begin, end)
+        stored = read_elements(base, begin, end, read)
         values = stored.to(getattr(torch, TORCH_NAMES[self.dtype])).reshape(-1, columns)
         merged = self.change.apply(values, begin // columns, end // columns).reshape(-1)
         if not all_finite(merged) and all_finite(stored):

@@ -16,8 +16,8 @@ from .changes import ExpertLayers, LowRank
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS, _COLUMNS = 2, 3
-"""Of what stands for a tensor: both orientations differ."""
+_ROWS, _COLUMNS = 4, 6
+"""Of what stands for a tensor: both orientations differ, and interleaved halves are told from those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -126,6 +126,11 @@ class PackedTensor(TensorMeta, ABC):
         return self.tag
 
 
+def read_elements(tensor: TensorMeta, begin: int, end: int, read: Read) -> Tensor:
+    """The elements from `begin` to `end` (exclusive) of any tensor, flat, decoded where they are packed."""
+    return tensor.part(begin, end, read) if isinstance(tensor, PackedTensor) else read(tensor, begin, end)
+
+
 @contextmanager
 def decoded_by_numba(format_name: str) -> Iterator[None]:
     """Compile a format's loops within: `MissingRequirementError` where numba can't be used."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from ...checkpoint.formats.interface import PackedTensor, Read
+from ...checkpoint.formats.interface import PackedTensor, Read, read_elements
 from ...checkpoint.tensors import ITEM_BYTES, TensorMeta
 
 if TYPE_CHECKING:
@@ -29,10 +29,7 @@ class SingleExpert(PackedTensor):
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Read them there: in whole tiles of the stack, which may begin before them and end after them."""
-        begin, end = self.first + begin, self.first + end
-        if isinstance(self.source, PackedTensor):
-            return self.source.part(begin, end, read)
-        return read(self.source, begin, end)
+        return read_elements(self.source, self.first + begin, self.first + end, read)
 
     def reading_bytes(self, elements: int) -> int:
         """What reading the stack takes, and the values of two tiles of it more."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from ...checkpoint.formats.interface import PackedTensor, Read
+from ...checkpoint.formats.interface import PackedTensor, Read, read_elements
 from ...checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class StackedExperts(PackedTensor):
         while begin < end:
             piece, start = self.pieces[index], self._ends[index] - self.pieces[index].count
             first, last = begin - start, min(end - start, piece.count)
-            values = _read(piece.source, piece.begin + first, piece.begin + last, read)
+            values = read_elements(piece.source, piece.begin + first, piece.begin + last, read)
             parts.append(values.reshape(piece.rows, piece.columns).T.reshape(-1) if self.turned else values)
             begin, index = start + last, index + 1
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
@@ -83,10 +83,6 @@ class StackedExperts(PackedTensor):
         each = max(self.pieces, key=lambda piece: piece.source.reading_bytes(min(elements, piece.count)))
         stored = ITEM_BYTES[each.source.dtype] + ITEM_BYTES[self.dtype]
         return elements * stored + each.source.reading_bytes(min(elements, each.count))
-
-
-def _read(source: TensorMeta, begin: int, end: int, read: Read) -> Tensor:
-    return source.part(begin, end, read) if isinstance(source, PackedTensor) else read(source, begin, end)
 
 
 class Merging(Protocol):
