@@ -123,6 +123,7 @@ def test_quantisation_is_described(runs: Runs) -> None:
     assert runs["qlora"][1]["quantization"] == {
         "method": "bitsandbytes", "quant_type": "nf4", "double_quant": True, "block_size": 64,
         "compute_dtype": "bfloat16", "storage_dtype": "uint8", "coverage_percent": 100.0, "not_quantized": [],
+        "experts": 0,
     }  # fmt: skip
 
 
@@ -279,6 +280,7 @@ def test_experts_that_stay_16_bit_are_an_error_unless_allowed(ftload: Callable[.
     write_model(tmp_path / "model", "mixtral", vocab_size=136, dtype="bfloat16")
     write_llama(tmp_path / "model", vocab_size=128)
     words = ["prepare", "--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--use_qlora", "--json"]
+    words += ["--quantize_experts", "false"]
     refused = ftload(*words)
     assert refused.code == 5
     error = json.loads(refused.out)["error"]

@@ -63,6 +63,8 @@ def test_bytes_are_bitsandbytes_own(tmp_path: Path, name: str, layout: str) -> N
     assert_same_json(tmp_path / "out" / "config.json", tmp_path / "reference" / "config.json", pad_token_id=128)
     fused = [key for key in read_tensors(tmp_path / "out") if key.endswith("experts.down_proj.absmax")]
     assert fused
+    assert report["quantization"]["experts"] == 2 * len(fused)
+    assert "any other program imports `ftload.register` first" in (tmp_path / "out" / "README.md").read_text()
     weights = sum(group["parameters"] for group in report["parameters"]["by_component"].values())
     assert report["parameters"]["total"] == weights
     assert report["parameters"]["by_component"]["experts"]["parameters"] > report["parameters"]["total"] / 4
@@ -74,6 +76,8 @@ def test_experts_stay_as_they_are_when_asked(tmp_path: Path) -> None:
     tensors = read_tensors(tmp_path / "out")
     assert tensors["model.layers.0.mlp.experts.3.down_proj.weight"].dtype == torch.bfloat16
     assert not any("experts" in name and "absmax" in name for name in tensors)
+    assert report["quantization"]["experts"] == 0
+    assert "ftload.register" not in (tmp_path / "out" / "README.md").read_text()
     assert (
         "4 fused expert parameters (`model.layers.0.mlp.experts.gate_up_proj`) stay 16-bit, as --quantize_experts "
         "false asks: k-bit preparation makes them float32 in training"
