@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..source.source import Source
-from .formats.interface import PackedTensor, read_elements
+from .formats.interface import PackedTensor
 from .formats.registry import logical_tensors
 from .json_files import absent_error, read_json
 from .pickles import Placed, read_pickle
@@ -69,12 +69,16 @@ class Checkpoint:
             return self._decoded(tensor, elements, buffer)
         return self._reader.chunks(tensor, elements, buffer)
 
-    def values(self, tensor: TensorMeta, begin: int, end: int) -> Tensor:
+    def values(self, tensor: TensorMeta, begin: int, end: int, buffer: memoryview | None = None) -> Tensor:
         """The elements from `begin` to `end` (exclusive), flat, decoded where they are packed.
+
+        Those that are stored as they are may lie in the `buffer`, which takes just as many bytes.
 
         Of a file that was not fetched from a hub only what they are stored in travels.
         """
-        return read_elements(tensor, begin, end, self._reader.values)
+        if isinstance(tensor, PackedTensor):
+            return tensor.part(begin, end, self._reader.values)
+        return self._reader.values(tensor, begin, end, buffer)
 
     def read(self, tensor: TensorMeta) -> Tensor:
         """The whole tensor, in the dtype and shape of its values."""

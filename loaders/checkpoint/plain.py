@@ -22,9 +22,10 @@ class PlainReader:
     loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Tensors of `.bin` files that could not be read at their places, and are in memory."""
 
-    def values(self, tensor: TensorMeta, begin: int, end: int) -> Tensor:
+    def values(self, tensor: TensorMeta, begin: int, end: int, buffer: memoryview | None = None) -> Tensor:
         """The elements from `begin` to `end` (exclusive), flat, in the stored dtype.
 
+        They lie in the `buffer`, which takes just as many, where there is one and they are not scattered or in memory.
         Of a file that was not fetched from a hub only these bytes travel.
         """
         import torch
@@ -36,8 +37,10 @@ class PlainReader:
             return torch.empty(0, dtype=dtype)
         if tensor.strides is not None:
             return self._span(tensor)[_scattered(tensor.shape, tensor.strides, begin, end)]
-        data = self.source.read(tensor.file, tensor.begin + begin * size, tensor.begin + end * size)
-        return torch.frombuffer(bytearray(data), dtype=dtype)
+        if buffer is None:
+            buffer = memoryview(bytearray((end - begin) * size))
+        self.source.read_into(buffer, tensor.file, tensor.begin + begin * size)
+        return torch.frombuffer(buffer, dtype=dtype)
 
     def chunks(self, tensor: TensorMeta, elements: int, buffer: bytearray | None = None) -> Iterator[Tensor]:
         """The elements in order, flat, at most `elements` at a time; see `Checkpoint.chunks`."""

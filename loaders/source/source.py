@@ -78,23 +78,31 @@ class Source:
         Of a file that was not fetched, only these bytes are downloaded. Raises `SourceError`, or `CheckpointError` if
         the file is shorter.
         """
-        path = self.root / name
+        data = bytearray(end - begin)
+        self.read_into(memoryview(data), name, begin)
+        return bytes(data)
+
+    def read_into(self, view: memoryview, name: str, begin: int) -> None:
+        """Fill `view` with the bytes of a file from `begin` on; otherwise as `read`."""
+        path, count = self.root / name, 0
         try:
-            with path.open("rb") as file:
+            with path.open("rb", buffering=0) as file:
                 file.seek(begin)
-                data = file.read(end - begin)
+                while count < len(view) and (more := file.readinto(view[count:])):
+                    count += more
         except FileNotFoundError as error:
             if self.commit is None:
                 raise SourceError(f"`{path}` is missing") from error
-            data = download_range(self.model, self.commit, name, begin, end)
+            data = download_range(self.model, self.commit, name, begin, begin + len(view))
+            count = len(data)
+            view[:count] = data
         except OSError as error:
             raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
-        if len(data) != end - begin:
+        if count != len(view):
             raise CheckpointError(
-                f"`{name}` ends after {begin + len(data)} bytes, before byte {end}",
+                f"`{name}` ends after {begin + count} bytes, before byte {begin + len(view)}",
                 hint="the file is incomplete: get it again",
             )
-        return data
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise `CheckpointError` for a file whose size or time of modification is not what it was when listed.

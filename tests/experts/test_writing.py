@@ -152,7 +152,7 @@ def test_values_are_those_of_the_merged_tensor(case: str) -> None:
     assert isinstance(stack, StackedExperts)
     stored = {source.name: torch.randn(source.shape) for source in sources}
 
-    def read(tensor: TensorMeta, begin: int, end: int) -> torch.Tensor:
+    def read(tensor: TensorMeta, begin: int, end: int, _: Any = None) -> torch.Tensor:
         return stored[tensor.name].reshape(-1)[begin:end]
 
     whole = put(list(stored.values())).reshape(-1)

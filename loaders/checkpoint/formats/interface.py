@@ -8,7 +8,7 @@ are read: whoever copies, casts, quantises or grows a tensor knows nothing of fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,18 @@ from ..tensors import TensorMeta
 if TYPE_CHECKING:
     from torch import Tensor
 
-Read = Callable[[TensorMeta, int, int], "Tensor"]
-"""Reads a stored tensor: its elements from the first to the last (exclusive), flat, in the stored dtype."""
+
+class Read(Protocol):
+    """Reads stored tensors."""
+
+    def __call__(self, tensor: TensorMeta, begin: int, end: int, buffer: memoryview | None = None, /) -> Tensor:
+        """The elements from `begin` to `end` (exclusive), flat, in the stored dtype.
+
+        They may lie in the `buffer`, which takes just as many bytes.
+        """
+        ...
+
+
 _REQUESTS = 16
 """Ranges that are asked of a hub at a time."""
 

@@ -59,30 +59,52 @@ class StackedExperts(PackedTensor):
         return tuple({stored.name: stored for stored in taken}.values())
 
     @cached_property
+    def _stored_as_they_are(self) -> bool:
+        """Whether their bytes, in a row, are those of the parameter."""
+        plain = not any(isinstance(piece.source, PackedTensor) for piece in self.pieces)
+        return plain and not self.turned and all(piece.source.dtype == self.dtype for piece in self.pieces)
+
+    @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(piece.count for piece in self.pieces))
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Read the pieces that lie there."""
+        return self.chunk(begin, end, read, None)
+
+    def chunk(self, begin: int, end: int, read: Read, buffer: bytearray | None) -> Tensor:
+        """The same. Those that are stored as they are, one piece's after the other's, are read into the `buffer`."""
         import torch
 
-        parts = []
-        index = bisect_right(self._ends, begin)
-        while begin < end:
+        dtype, size = getattr(torch, TORCH_NAMES[self.dtype]), (end - begin) * ITEM_BYTES[self.dtype]
+        view = memoryview(bytearray(size) if buffer is None or len(buffer) < size else buffer)[:size]
+        values = torch.frombuffer(view, dtype=dtype)
+        done, index = 0, bisect_right(self._ends, begin)
+        while begin + done < end:
             piece, start = self.pieces[index], self._ends[index] - self.pieces[index].count
-            first, last = begin - start, min(end - start, piece.count)
-            values = read_elements(piece.source, piece.begin + first, piece.begin + last, read)
-            parts.append(values.reshape(piece.rows, piece.columns).T.reshape(-1) if self.turned else values)
-            begin, index = start + last, index + 1
-        dtype = getattr(torch, TORCH_NAMES[self.dtype])
-        return parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
+            first, last = begin + done - start, min(end - start, piece.count)
+            place = values[done : done + last - first]
+            if self._stored_as_they_are:
+                room = view[done * place.itemsize : (done + place.numel()) * place.itemsize]
+                found = read(piece.source, piece.begin + first, piece.begin + last, room)
+            else:
+                found = read_elements(piece.source, piece.begin + first, piece.begin + last, read)
+            if self.turned:
+                place.view(piece.columns, piece.rows).copy_(found.view(piece.rows, piece.columns).T)
+            elif found.data_ptr() != place.data_ptr():
+                place.copy_(found)
+            done, index = done + place.numel(), index + 1
+        return values
 
     def reading_bytes(self, elements: int) -> int:
-        """The bytes as they are read, the values of each piece and all of them in one; and what decodes a piece."""
-        elements = min(max(elements, self.tile), self.parameters)
-        each = max(self.pieces, key=lambda piece: piece.source.reading_bytes(min(elements, piece.count)))
-        stored = ITEM_BYTES[each.source.dtype] + ITEM_BYTES[self.dtype]
-        return elements * stored + each.source.reading_bytes(min(elements, each.count))
+        """A piece's values before they are put in their place, and what decodes them."""
+        if self._stored_as_they_are:
+            return 0
+        most = [min(max(elements, self.tile), piece.count) for piece in self.pieces]
+        return max(
+            number * ITEM_BYTES[piece.source.dtype] + piece.source.reading_bytes(number)
+            for piece, number in zip(self.pieces, most, strict=True)
+        )
 
 
 class Merging(Protocol):
