@@ -38,7 +38,7 @@ from .source.source import Source
 from .steps.step import Encoder
 from .strategy import STRATEGIES
 from .system.durable import disk_errors
-from .system.limits import available_memory_bytes
+from .system.limits import available_memory_bytes, give_back_large_blocks
 from .system.read_ahead import read_ahead
 from .system.versions import require
 from .tokenizer.tokenizer import fetch_tokenizer, prepare_tokenizer
@@ -74,6 +74,7 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
     Raises `FtloadError` for whatever a user can fix; then nothing is left behind, but for the finished files of a run
     that the disk or the source stopped: the next one goes on from there.
     """
+    give_back_large_blocks()
     watch = Stopwatch(progress)
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")

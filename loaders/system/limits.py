@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -100,3 +101,19 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+_M_MMAP_THRESHOLD = -3
+_LARGE = 8 * 1024 * 1024
+"""Bytes; chunks of tensors are smaller, and are to be had again without being zeroed."""
+
+
+def give_back_large_blocks() -> None:
+    """Let glibc hand back blocks of 8 MB and more as soon as they are freed, from now on, in this process.
+
+    By itself it raises that bound to the largest block that was freed, and then keeps what lies below another: tens of
+    MB a thread (mallopt(3), M_MMAP_THRESHOLD). Other C libraries have no such setting, and nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,28 @@ def test_the_doctor_tells_the_least_of_all_groups(groups: Path) -> None:
     assert found["memory"]["limit_bytes"] == 200 * MB
     assert found["memory"]["available_bytes"] == 200 * MB
     assert found["processors"]["quota"] == 1.5
+
+
+_HOLES = """
+import sys, torch
+from ftload.loaders.system.limits import give_back_large_blocks
+
+def anonymous():
+    return int(open("/proc/self/status").read().partition("RssAnon:")[2].split()[0]) * 1024
+
+if sys.argv[1] == "set":
+    give_back_large_blocks()
+torch.ones(30 * 2**20, dtype=torch.uint8)  # freed: glibc raises its bound
+before = anonymous()
+blocks = [torch.ones(10 * 2**20 if number % 2 else 100, dtype=torch.uint8) for number in range(20)]
+del blocks[1::2]
+print(anonymous() - before)
+"""
+
+
+def test_large_blocks_are_given_back_when_they_are_freed() -> None:
+    kept = {
+        way: int(subprocess.run([sys.executable, "-c", _HOLES, way], check=True, capture_output=True).stdout)
+        for way in ("set", "left")
+    }
+    assert kept["set"] < 2**20 < 20 * 2**20 < kept["left"]
