@@ -58,12 +58,12 @@ class PackedFP8(PackedTensor):
     blocks: Blocks
 
     def reading_bytes(self, elements: int) -> int:
-        """Of a piece: its codes, twice while they are read, then once with the scales of each row and FP4 unpacked."""
+        """Of a piece: its codes, the scales of each row, and FP4 unpacked."""
         elements = min(max(elements, self.tile), self.parameters, _PIECE)
         stored = elements // _CODES_A_BYTE[self.parts[0].dtype]
         rows = min(elements // self.blocks.columns + 2, self.parameters // self.blocks.columns)
         scales = rows * (self.blocks.scale_columns * _SCALE_BYTES + 48)
-        return max(2 * stored, stored + (elements if stored < elements else 0) + scales) + 16 * 1024
+        return stored + (elements if stored < elements else 0) + scales + 16 * 1024
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode as `Fp8Dequantize` does: the code's value times the scale in float32, then bfloat16.
