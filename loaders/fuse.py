@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter.experts import Experts
-from .adapter.targets import FusedTarget, Targets, is_match
+from .adapter.targets import Targets, is_match, lora_names
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.json_files import fetch_config
 from .checkpoint.plain import PlainReader
@@ -191,16 +191,11 @@ def _steps(weights: AdapterWeights, layers: Mapping[str, tuple[LowRank, ...]], t
     for target in targets.fused:
         parts = layers[target.experts.parameter]
         (rank, ins), (outs, _) = (tensor.shape for tensor in parts[0].factors.tensors)
-        a, b = _names(target)
+        a, b = lora_names(target.name)
         yield Step(
             operation=_Fuse(layers=parts, names=(a, b)),
             outputs=(_output(a, (rank * len(parts), ins), "F32"), _output(b, (outs, rank * len(parts)), "F32")),
         )
-
-
-def _names(target: FusedTarget) -> tuple[str, str]:
-    a, b = (f"base_model.model.{target.name}.lora_{which}.weight" for which in "AB")
-    return a, b
 
 
 def _output(name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ..decision import Decision
 from ..errors import UsageError
 from ..model.components import LinearLayer
-from ..model.experts.fused import FusedExperts
+from ..model.experts.fused import FusedExperts, by_module
 from .targets import FusedTarget, Targets, name_targets
 
 
@@ -45,7 +45,7 @@ class Experts:
         """The layers of those in 4 bits, in module order."""
         return tuple(
             fused.layer(number)
-            for together in _by_module(self.packed)
+            for together in by_module(self.packed).values()
             for number in range(together[0].experts)
             for fused in together
         )
@@ -54,7 +54,7 @@ class Experts:
         """The names of all modules, in order; of the model's own ones, `names`, in order."""
         found: list[str] = []
         inside = ""
-        of_module = {together[0].module: together for together in _by_module(self.packed)}
+        of_module = by_module(self.packed)
         for name in (*names, ""):
             # the layers come last in their module
             if inside and not name.startswith(f"{inside}."):
@@ -79,18 +79,11 @@ class Experts:
             of_experts=named.patterns,
             fused=tuple(
                 FusedTarget(experts=fused, wrapped=len(together) - 1 - index)
-                for together in _by_module(self.whole)
+                for together in by_module(self.whole).values()
                 for index, fused in enumerate(together)
             ),
             parameters=_name_parameters(self.whole),
         )
-
-
-def _by_module(experts: Iterable[FusedExperts]) -> list[list[FusedExperts]]:
-    modules: dict[str, list[FusedExperts]] = {}
-    for fused in experts:
-        modules.setdefault(fused.module, []).append(fused)
-    return list(modules.values())
 
 
 def _name_parameters(experts: tuple[FusedExperts, ...]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from ..decision import Decision
 from ..flags.request import Request
 from ..steps.step import Inputs, OutputTensor, Sink, Step, torch_dtype
 from .interface import AdaptedLayer
-from .targets import FusedTarget, Target, Targets
+from .targets import FusedTarget, Target, Targets, lora_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -101,12 +101,9 @@ class PeftLora:
 
     def tensors(self, layer: Target) -> Mapping[str, tuple[int, ...]]:
         """A and B, in this order."""
-        matrices, prefix = _matrices(layer), f"base_model.model.{layer.name}"
+        matrices, (a, b) = _matrices(layer), lora_names(layer.name)
         rank = self._rank_of(layer) * matrices.count
-        return {
-            f"{prefix}.lora_A.weight": (rank, matrices.in_features),
-            f"{prefix}.lora_B.weight": (matrices.out_features, rank),
-        }
+        return {a: (rank, matrices.in_features), b: (matrices.out_features, rank)}
 
     def _rank_of(self, layer: Target) -> int:
         of_expert = isinstance(layer, FusedTarget) or layer.fused

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..decision import Decision
 from ..errors import MissingRequirementError, UsageError, said_by
 from ..model.components import LinearLayer
+from ..model.experts.fused import by_module, empty_layer, take_apart
 from ..model.transformers_internals import merges_weights
 from ..system.quiet import quiet_transformers
 from .experts import Experts
@@ -84,16 +85,9 @@ class Peft:
 
     def _model(self) -> PreTrainedModel:
         """A copy of the model as it is in memory, one expert of each layer where they are 4-bit."""
-        import torch
-
         model = deepcopy(self.model)
-        for fused in self.experts.packed:
-            module = model.get_submodule(fused.module)
-            delattr(module, fused.parameter.rpartition(".")[2])
-            if "0" not in module._modules:
-                module.add_module("0", torch.nn.ModuleDict())
-            first: Any = module.get_submodule("0")
-            first[fused.projection] = torch.nn.Linear(fused.in_features, fused.out_features, bias=False, device="meta")
+        for name, together in by_module(self.experts.packed).items():
+            take_apart(model.get_submodule(name), together, empty_layer, (0,))
         return model
 
     def _ask(self, targets: Targets) -> _Answer:

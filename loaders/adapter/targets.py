@@ -121,6 +121,12 @@ def name_targets(chosen: Iterable[LinearLayer], *, layers: Iterable[LinearLayer]
     return Targets(patterns=patterns, layers=chosen, matches=count_matches(layers, patterns), decisions=())
 
 
+def lora_names(target: str) -> tuple[str, str]:
+    """What A and B of a layer or parameter are called in an adapter's file, by PEFT's name of what it wraps."""
+    a, b = (f"base_model.model.{target}.lora_{which}.weight" for which in "AB")
+    return a, b
+
+
 def is_match(module: str, patterns: Iterable[str]) -> bool:
     """Whether PEFT takes a module for one of a list of targets: by its whole name, or its end after a dot."""
     return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)

@@ -73,7 +73,6 @@ class Checkpoint:
         """The elements from `begin` to `end` (exclusive), flat, decoded where they are packed.
 
         Those that are stored as they are may lie in the `buffer`, which takes just as many bytes.
-
         Of a file that was not fetched from a hub only what they are stored in travels.
         """
         if isinstance(tensor, PackedTensor):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.formats.nf4 import BLOCK, NESTED_BLOCK
 from ..model.experts.fused import FusedExperts
+from ..nf4.slices import nested_in_slices, rows_in_blocks
 
 
 def expert_layers(fused: FusedExperts, codes: Tensor, state: Any, *, compute_dtype: torch.dtype) -> list[nn.Linear]:
@@ -29,7 +30,7 @@ def expert_layers(fused: FusedExperts, codes: Tensor, state: Any, *, compute_dty
     AVX512-BF16: gradients would be wrong from then on.
     """
     size = fused.in_features * fused.out_features
-    if state.nested and not fused.nested_in_slices:
+    if state.nested and not nested_in_slices(fused):
         # an expert ends within 256 blocks: absmax itself, in float32, for all experts at once
         state = QuantState(
             absmax=dequantize_blockwise(state.absmax, state.state2) + state.offset, shape=state.shape, code=state.code,
@@ -43,7 +44,7 @@ def expert_layers(fused: FusedExperts, codes: Tensor, state: Any, *, compute_dty
         part = packed[first // 2 : (last + 1) // 2]
         statistics = _slice(state, first // BLOCK, -(-last // BLOCK))
         statistics.shape = torch.Size((fused.out_features, fused.in_features))
-        if fused.rows_in_blocks:
+        if rows_in_blocks(fused):
             layers.append(_plain_layer(fused, part.view(storage).reshape(-1, 1), statistics, compute_dtype))
         else:
             layers.append(

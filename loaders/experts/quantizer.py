@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint.formats.nf4 import Packed4Bit
 from ..checkpoint.tensors import TORCH_NAMES
 from ..errors import CheckpointError, UsageError
-from ..model.experts.fused import FusedExperts, find_experts
+from ..model.experts.fused import FusedExperts, by_module, find_experts, take_apart
 from ..model.transformers_internals import (
     WeightMapping,
     bitsandbytes_quantizer,
@@ -89,7 +89,7 @@ class ExpertsQuantizer(_Quantizer):
 
     def after_loading(self, model: PreTrainedModel) -> None:
         """Take the experts apart."""
-        layers: dict[str, dict[str, list[nn.Linear]]] = {}
+        layers: dict[str, list[nn.Linear]] = {}
         for one, _ in self._found:
             packed: Any = model.get_parameter(one.parameter)
             state = getattr(packed, "quant_state", None)
@@ -97,14 +97,12 @@ class ExpertsQuantizer(_Quantizer):
                 raise CheckpointError(
                     f"the experts `{one.parameter}` were not loaded as the 4-bit ones that are stored"
                 )
-            layers.setdefault(one.module, {})[one.projection] = expert_layers(
+            layers[one.parameter] = expert_layers(
                 one, packed.data, state, compute_dtype=self.quantization_config.bnb_4bit_compute_dtype
             )
-            delattr(model.get_submodule(one.module), one.parameter.rpartition(".")[2])
-        for name, projections in layers.items():
+        for name, together in by_module(one for one, _ in self._found).items():
             module = model.get_submodule(name)
-            for expert, parts in enumerate(zip(*projections.values(), strict=True)):
-                module.add_module(str(expert), nn.ModuleDict(dict(zip(projections, parts, strict=True))))
+            take_apart(module, together, lambda one, expert: layers[one.parameter][expert], range(together[0].experts))
             module.train(module.training)
             self._before[name] = experts_run_by(module, FUNCTION)
         self.experts, self._found = tuple(one for one, _ in self._found), _Found()

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.experts.fused import by_module
 from ..model.transformers_internals import checkpoint_activations
 from ..system.quiet import quiet_transformers
 from .meta_kernels import lora_linear, quantised_linear, set_attention
@@ -138,17 +139,17 @@ def _split_quantised_experts(
 ) -> None:
     from .meta_experts import split_experts
 
-    by_module = _by_module(experts)
+    together = by_module(experts)
     for name, full in _full_names(model, prefixes).items():
-        if full in by_module:
-            split_experts(model.get_submodule(name), by_module[full])
+        if full in together:
+            split_experts(model.get_submodule(name), together[full])
 
 
 def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[str, str]) -> None:
     """Beside linear layers, each expert's among them, and beside the parameters of experts that are not quantised."""
     from .meta_experts import AdaptedParameters, is_split
 
-    by_module = _by_module(lora.experts)
+    together = by_module(lora.experts)
     ranks = dict.fromkeys(lora.layers, lora.rank)
     for fused in lora.experts:
         ranks |= {fused.layer(number).name: lora.expert_rank for number in range(fused.experts)}
@@ -156,18 +157,11 @@ def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[s
         if full in ranks:
             base, rank = model.get_submodule(name), ranks[full]
             _replace(model, name, lora_linear(base, rank=rank, alpha=lora.alpha, dropout=lora.dropout))
-        elif full in by_module:
+        elif full in together:
             module = model.get_submodule(name)
             if not is_split(module):
-                adapted = AdaptedParameters(module, by_module[full], rank=lora.expert_rank, alpha=lora.alpha)
+                adapted = AdaptedParameters(module, together[full], rank=lora.expert_rank, alpha=lora.alpha)
                 _replace(model, name, adapted)
-
-
-def _by_module(experts: tuple[FusedExperts, ...]) -> dict[str, list[FusedExperts]]:
-    modules: dict[str, list[FusedExperts]] = {}
-    for fused in experts:
-        modules.setdefault(fused.module, []).append(fused)
-    return modules
 
 
 def _full_names(model: PreTrainedModel, prefixes: Mapping[str, str]) -> dict[str, str]:

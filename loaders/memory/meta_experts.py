@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..experts.forward import run_expert, runs, sum_of_experts
+from ..model.experts.fused import take_apart
 from ..model.transformers_internals import experts_run_by, register_experts_function
 from .meta_kernels import quantised_layer
 
@@ -47,12 +48,9 @@ class Repeats(Protocol):
 
 def split_experts(module: Any, fused: Iterable[FusedExperts]) -> None:
     """Put a linear layer with a quantised weight for each expert in the place of a module's fused parameters."""
-    fused = tuple(fused)
-    for one in fused:
-        delattr(module, one.parameter.rpartition(".")[2])
-    for number in range(fused[0].experts):
-        layers = {one.projection: quantised_layer((one.out_features, one.in_features)) for one in fused}
-        module.add_module(str(number), nn.ModuleDict(layers))
+    take_apart(
+        module, fused, lambda one, _: quantised_layer((one.out_features, one.in_features)), range(module.num_experts)
+    )
     register_experts_function(_FUNCTION, _forward)
     experts_run_by(module, _FUNCTION)
     module.repeats = None

@@ -84,12 +84,13 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
             experts=plan.skeleton.experts if rank_of_experts else (),
             expert_rank=rank_of_experts or 0,
         )
+    packed = plan.quantised_experts
     return Setting(
         attention=attention,
         checkpointing=flags.gradient_checkpointing,
         lora=lora,
         quantised=plan.quantised_layers,
-        quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in plan.quantised_experts),
+        quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in packed),
         liger=plan.kernels is not None and plan.kernels.supported,
         router_loss=flags.load_balancing_loss,
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..model.experts.fused import FusedExperts, find_experts
+from ..model.experts.fused import FusedExperts, by_module, empty_layer, find_experts, take_apart
 from .adapter import AdapterWeights, TrainedAdapter
 from .changes import Changed, ExpertLayers, LowRank
 
@@ -27,8 +27,8 @@ def split_experts(model: PreTrainedModel, weights: AdapterWeights, config: Any) 
     found = find_experts(model)
     if not _is_for_layers(found, weights, config):
         return ()
-    for experts in found:
-        _split(model.get_submodule(experts.module), experts)
+    for name, together in by_module(found).items():
+        take_apart(model.get_submodule(name), together, empty_layer, range(together[0].experts))
     return found
 
 
@@ -45,19 +45,6 @@ def _is_for_layers(found: tuple[FusedExperts, ...], weights: AdapterWeights, con
         for experts in found
         for expert in range(experts.experts)
     )
-
-
-def _split(module: Any, experts: FusedExperts) -> None:
-    import torch
-
-    delattr(module, experts.parameter.rpartition(".")[2])
-    for expert in range(experts.experts):
-        layer = experts.layer(expert)
-        if str(expert) not in module._modules:
-            module.add_module(str(expert), torch.nn.Module())
-        module.get_submodule(str(expert)).add_module(
-            experts.projection, torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        )
 
 
 def join_experts(changes: dict[str, Changed], experts: FusedExperts, adapter: TrainedAdapter) -> None:

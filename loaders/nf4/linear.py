@@ -22,6 +22,7 @@ from ..steps.step import Encoder, OutputTensor, Step
 from ..system.cuda import cuda_problem
 from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
 from .quantise import Quantize
+from .slices import nested_in_slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ class Nf4Linear:
     def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:
         """Where an expert's double-quantised absmax are no slice of all, all absmax themselves are held, in float32."""
         suffix = part.name.removeprefix(experts.parameter)
-        if experts.nested_in_slices:
+        if nested_in_slices(experts):
             return part
         if suffix == ".absmax":
             return replace(part, dtype="F32")

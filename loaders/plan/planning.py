@@ -57,6 +57,8 @@ def make_plan(
     if quantization_config is None and quantisation is not None:
         quantization_config = quantisation.config()
     coverage = None
+    quantised = quantised_layers(strategy, skeleton, steps)
+    packed = quantised_experts(strategy, skeleton, steps)
     if quantisation is not None:
         outputs = (output for step in steps for output in step.outputs)
         coverage = coverage_of(skeleton, outputs, quantisation.tag)
@@ -67,8 +69,6 @@ def make_plan(
     if adapter is not None:
         base, base_decisions = choose_base(request, checkpoint, skeleton, quantised=quantisation is not None)
         decisions += base_decisions
-        quantised = quantised_layers(strategy, skeleton, steps)
-        packed = quantised_experts(strategy, skeleton, steps)
         experts = Experts.of(skeleton.experts, packed)
         adapter, targets = choose_targets(request, skeleton, adapter, quantised=quantised, experts=experts)
         decisions += targets.decisions
@@ -88,7 +88,7 @@ def make_plan(
     if kernels is not None:
         decisions += kernels.decisions
     if coverage is not None:
-        warnings += _left_experts(request, skeleton, quantised_experts(strategy, skeleton, steps))
+        warnings += _left_experts(request, skeleton, packed)
 
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter.experts import Experts
 from ..adapter.peft_lora import PeftLora
-from ..adapter.targets import Targets, is_match, resolve_targets
+from ..adapter.targets import Targets, is_match, lora_names, resolve_targets
 from ..report.document import Adapter
 from ..source.resolve import resolve_source
 from .files import Context
@@ -91,7 +91,7 @@ _MOST_BYTES = 16 * 1024
 
 def _check_initial_values(context: Context, targets: Targets) -> Iterator[str]:
     """Whether every lora A, and each expert's in a fused one, was drawn for itself: 16 KiB of each are read."""
-    experts = {f"base_model.model.{fused.name}.lora_A.weight": fused.experts.experts for fused in targets.fused}
+    experts = {lora_names(fused.name)[0]: fused.experts.experts for fused in targets.fused}
     others: dict[bytes, str] = {}
     with context.adapter_file.open("rb") as file:
         for name, tensor in context.adapter.items():

@@ -46,7 +46,7 @@ def check_training(context: Context) -> Iterator[str]:
     routed = _reach_experts(model) if context.report.adapter and context.report.adapter.experts_r else {}
     choices = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     # one more: nothing is asked of what follows the last
-    tokens = max(_TOKENS, *(-(-experts // choices) + 1 for experts in routed.values()), 0)
+    tokens = max([_TOKENS, *(-(-experts // choices) + 1 for experts in routed.values())])
     with quiet_transformers():
         output = model(**_batch(tokenizer, device, tokens))
         output.loss.backward()

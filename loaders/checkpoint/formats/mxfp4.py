@@ -43,7 +43,7 @@ class PackedExperts(PackedTensor):
     """
 
     def reading_bytes(self, elements: int) -> int:
-        """Blocks of some rows and the scales of an expert, twice: as read, and as tensors.
+        """Blocks of some rows and the scales of an expert.
 
         Where values are cut into chunks, all that are decoded together, what is left of those before, and the chunk
         that was handed out last.
@@ -51,7 +51,7 @@ class PackedExperts(PackedTensor):
         _, inputs, outputs = self.shape
         packed = inputs * outputs // BLOCK + min(_ROWS, outputs) * inputs // 2
         cut = 0 if elements >= self.parameters else max(self.tile, elements) + elements
-        return 2 * packed + 2 * cut + 64 * 1024
+        return packed + 2 * cut + 64 * 1024
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode part after part. Raises `CheckpointError` for a scale that is NaN."""

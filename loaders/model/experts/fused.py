@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..components import LinearLayer
 from ..transformers_internals import experts_layout
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
-
-
-_BLOCK = 64
-"""Values that share one absmax where experts are 4-bit."""
-_NESTED_BLOCK = 256
-"""Of these absmax, those that are quantised together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,16 +44,6 @@ class FusedExperts:
         """Of the parameter."""
         matrix = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
         return (self.experts, *matrix)
-
-    @property
-    def rows_in_blocks(self) -> bool:
-        """Whether an expert is (out, in), of rows that are whole blocks: as bitsandbytes takes it."""
-        return not self.transposed and self.in_features % _BLOCK == 0
-
-    @property
-    def nested_in_slices(self) -> bool:
-        """Whether an expert's double-quantised absmax are a slice of all of them; else all are float32 once loaded."""
-        return self.experts == 1 or self.in_features * self.out_features % (_BLOCK * _NESTED_BLOCK) == 0
 
     def layer(self, expert: int) -> LinearLayer:
         """One expert's projection, as a linear layer: what stands in the parameter's place where it is 4-bit."""
@@ -93,3 +79,34 @@ def find_experts(model: PreTrainedModel) -> tuple[FusedExperts, ...]:
                 )
             )
     return tuple(found)
+
+
+def by_module(experts: Iterable[FusedExperts]) -> dict[str, tuple[FusedExperts, ...]]:
+    """The projections of each module of experts, in order."""
+    modules: dict[str, tuple[FusedExperts, ...]] = {}
+    for fused in experts:
+        modules[fused.module] = (*modules.get(fused.module, ()), fused)
+    return modules
+
+
+def take_apart(
+    module: Any, fused: Iterable[FusedExperts], layer: Callable[[FusedExperts, int], nn.Module], numbers: Iterable[int]
+) -> None:
+    """Put layers in the place of the fused parameters of a module: `layer` makes one for a projection and an expert.
+
+    Only the experts of these `numbers` get any.
+    """
+    import torch
+
+    fused = tuple(fused)
+    for one in fused:
+        delattr(module, one.parameter.rpartition(".")[2])
+    for number in numbers:
+        module.add_module(str(number), torch.nn.ModuleDict({one.projection: layer(one, number) for one in fused}))
+
+
+def empty_layer(fused: FusedExperts, _: int) -> nn.Module:
+    """An expert's projection as a linear layer on `meta`."""
+    import torch
+
+    return torch.nn.Linear(fused.in_features, fused.out_features, bias=False, device="meta")
