@@ -31,7 +31,7 @@ def load_prepared(
     are trainable but those that the model's class makes without a gradient, such as biases that balance experts:
     loading alone would ask one of them too. Gradient checkpointing is on if it was asked for. Attention and Liger
     kernels are resolved anew for this machine; a difference to what was asked for is a Python warning. The directory
-    may have been moved since it was written.
+    may have been moved since it was written: the adapter's configuration names the place that its base was loaded from.
 
     Raises `CheckpointError` when the directory holds no report that this version understands, and when the base that an
     adapter refers to is gone.
@@ -116,6 +116,9 @@ def load_prepared(
             # it looks for the ranks of parameters among the layers alone, and uses them all the same
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             model = PeftModel.from_pretrained(model, str(directory / "adapter"), is_trainable=True)
+        if Path(report.adapter.base).is_absolute():
+            # what is trained is saved with it, and the directory may have been moved
+            model.peft_config["default"].base_model_name_or_path = base["pretrained_model_name_or_path"]
     model.train()
     return model, tokenizer
 
