@@ -11,7 +11,7 @@ __all__ = ["load_prepared"]
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: the command line imports this package too, and its `--help` must not wait for it
+    # model cards of ftload 0.1 say so; on first use, as the command line imports this package too
     if name in __all__:
         from .load import load_prepared
 

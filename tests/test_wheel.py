@@ -33,38 +33,85 @@ def test_sdist_and_wheel_are_whole_and_the_wheel_runs(tmp_path: Path) -> None:
         if path.suffix in (".py", ".typed", ".json", ".html")
     }
     assert "ftload/loaders/report/report.schema.json" in expected
-    assert "ftload/register/__init__.py" in expected
-    assert {"ftload/cli/py.typed", "ftload/cli/show/page.html"} <= expected
+    assert {"ftload/__init__.py", "ftload/__main__.py", "ftload/register/__init__.py"} <= expected
+    assert {"ftload/py.typed", "ftload/cli/show/page.html"} <= expected
     assert sources == expected
     assert held == expected
-    program = f"""
-import site, sys
-sys.path.insert(0, {str(tmp_path / "site")!r})
-site.addsitedir({site_packages()!r})
+    check_package(tmp_path / "site", {name: tmp_path / "site" / "ftload" / name for name in FILES})
+
+
+def test_an_editable_install_is_the_sources(tmp_path: Path) -> None:
+    program = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    project = tmp_path / "project"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
+    subprocess.run([sys.executable, "-c", program], cwd=project, check=True, capture_output=True, timeout=600)
+    (wheel,) = tmp_path.glob("ftload-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "elsewhere").mkdir()
+    check_package(tmp_path / "site", {name: project / place for name, place in FILES.items()})
+
+
+FILES = {
+    "__init__.py": "loaders/package/__init__.py",
+    "cli/app.py": "cli/app.py",
+    "loaders/load.py": "loaders/load.py",
+    "register/__init__.py": "loaders/register/__init__.py",
+}
+"""Where a file of the package `ftload` lies in the repository."""
+
+PROGRAMS = {
+    "light": """
+import ftload
+print(ftload.__file__, ftload.__version__, sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+print(hasattr(ftload, "load"), ftload.__all__)
+""",
+    "load_prepared": """
+from ftload import load_prepared
+print(load_prepared.__code__.co_filename, load_prepared.__module__)
+from ftload.loaders import load_prepared as formerly
+print(formerly is load_prepared, sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+""",
+    "register": """
+import ftload.register
+print(ftload.register.__file__)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__)
+""",
+    "main": """
+import runpy
+sys.argv = ["ftload", "--version"]
 import ftload.cli.app
-print(ftload.cli.app.__file__)
-if sys.argv[1] == "register":
-    import ftload.register
-    print(ftload.register.__file__)
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-    print(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__)
-else:
-    ftload.cli.app.main()
+print(ftload.cli.app.__file__, flush=True)
+runpy.run_module("ftload", run_name="__main__", alter_sys=True)
+""",
+}
+
+
+def check_package(site: Path, files: dict[str, Path]) -> None:
+    """Import what is installed in `site`, where the sources are not."""
+    said = {
+        "light": [f"{files['__init__.py']} 0.1.0 []", "False ['__version__', 'load_prepared']"],
+        "load_prepared": [f"{files['loaders/load.py']} ftload.loaders.load", "True []"],
+        "register": [str(files["register/__init__.py"]), "ftload.loaders.experts.quantizer"],
+        "main": [str(files["cli/app.py"]), "ftload 0.1.0"],
+    }
+    for name, program in PROGRAMS.items():
+        setup = f"""
+import site, sys
+site.addsitedir({str(site)!r})
+site.addsitedir({site_packages()!r})
+heavy = {{"torch", "transformers", "peft", "typer", "rich", "numba", "numpy", "bitsandbytes", "jsonschema"}}
 """
-    app, register = (str(tmp_path / "site/ftload" / name) for name in ("cli/app.py", "register/__init__.py"))
-    for word, expected_lines in (
-        ("--version", [app, "ftload 0.1.0"]),
-        ("register", [app, register, "ftload.loaders.experts.quantizer"]),
-    ):
-        command = [sys.executable, "-S", "-c", program, word]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
+        command = [sys.executable, "-S", "-c", setup + program]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=site.parent)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines() == expected_lines
+        assert done.stdout.splitlines() == said[name], name
 
 
 def installed(path: Path) -> str:
-    """Where a file of the repository is installed: what is imported for its effect stands beside cli and loaders."""
-    return "ftload/" + path.as_posix().replace("loaders/register/", "register/")
+    """Where a file of the repository is installed: what users import by name stands beside cli and loaders."""
+    return "ftload/" + path.as_posix().replace("loaders/register/", "register/").replace("loaders/package/", "")
 
 
 def site_packages() -> str:

@@ -43,7 +43,7 @@ def print_summary(outcome: Outcome, directory: str) -> None:
     _print_notes(console, report)
     for flag, (old, new) in outcome.recorded.items():
         console.print(f"[yellow]recorded[/] {harmless(f'{flag}: {old} → {new}')}", soft_wrap=True)
-    console.print("\nfrom ftload.loaders import load_prepared", soft_wrap=True)
+    console.print("\nfrom ftload import load_prepared", soft_wrap=True)
     console.print(f"model, tokenizer = load_prepared({harmless(repr(directory))})", soft_wrap=True)
 
 

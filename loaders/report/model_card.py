@@ -32,7 +32,7 @@ def model_card(report: Report) -> str:
         f"A `{source.architecture}` that ftload {report.ftload_version} prepared from {origin}.",
         "",
         "```python",
-        "from ftload.loaders import load_prepared",
+        "from ftload import load_prepared",
         "",
         'model, tokenizer = load_prepared("path/to/this/directory")',
         "```",

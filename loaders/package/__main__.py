@@ -1,0 +1,5 @@
+"""`python -m ftload`."""
+
+from ftload.cli.app import main  # pyright: ignore[reportMissingImports]
+
+main()
