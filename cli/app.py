@@ -16,12 +16,12 @@ import typer
 from ..loaders.flags.command_line import read_command_line
 from .doctor import doctor
 from .errors import Interrupted
-from .fuse import fuse
 from .inspect import InspectCommand, inspect
-from .merge import merge
+from .merge import fuse, merge
 from .options import FlagsCommand, MergeCommand, PlanCommand
 from .plan import plan
 from .prepare import prepare
+from .recipe import recipe
 from .show.output import Output
 from .verify import verify
 
@@ -38,6 +38,7 @@ app.command("merge", cls=MergeCommand)(merge)
 app.command("fuse")(fuse)
 app.command("verify")(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
+app.command("recipe")(recipe)
 app.command("doctor")(doctor)
 
 

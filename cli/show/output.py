@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...loaders.inspect.inventory import StoredTensor
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.progress import Progress
+    from ...loaders.recipe.recipe import Recipe
     from ...loaders.verify.verify import Verification
 
 
@@ -89,6 +90,17 @@ class Output:
             from .summary import print_fused
 
             print_fused(fused)
+
+    def recipe(self, recipe: Recipe, *, written: bool) -> None:
+        """The result of `recipe`: the file itself, or where it was written and how it is run."""
+        if self.as_json:
+            print(json.dumps(asdict(recipe)))
+        elif written:
+            from .summary import print_recipe
+
+            print_recipe(recipe)
+        else:
+            print(recipe.text, end="")
 
     def verification(self, verification: Verification) -> int:
         """The result of `verify`; returns the exit code."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ...loaders.decision import Decision
     from ...loaders.fuse import FusedAdapter
     from ...loaders.prepare import Outcome, PlanOutcome
+    from ...loaders.recipe.recipe import Recipe
     from ...loaders.report.document import Described, Parameters, PlanDocument
     from ...loaders.verify.verify import Verification
 
@@ -107,6 +108,14 @@ def print_fused(fused: FusedAdapter) -> None:
         f"{harmless(fused.base + at)}: {harmless(targets)}",
         soft_wrap=True,
     )
+
+
+def print_recipe(recipe: Recipe) -> None:
+    """Where it was written, how it is run, and what must be known before."""
+    console = make_console()
+    console.print(f"[bold]{harmless(recipe.file)}[/]: {harmless(recipe.launch)}", soft_wrap=True)
+    for note in recipe.notes:
+        console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
 
 
 def print_checks(verification: Verification) -> None:

@@ -15,7 +15,7 @@ from ftload.loaders.system.versions import ftload_version
 from ..conftest import Result
 
 Ftload = Callable[..., Result]
-ROOT = "a command comes first: prepare, plan, merge, fuse, verify, inspect, doctor; see `ftload --help`"
+ROOT = "a command comes first: prepare, plan, merge, fuse, verify, inspect, recipe, doctor; see `ftload --help`"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The file with which a trainer takes a prepared directory."""

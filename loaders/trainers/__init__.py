@@ -1,0 +1,1 @@
+"""What each trainer does with a prepared directory: facts, one file a trainer."""
