@@ -1,4 +1,4 @@
-"""Open Instruct's SFT script, `open_instruct/finetune.py`: a command line, for the flags are the same.
+"""Open Instruct's SFT script: a command line, for the flags are the same.
 
 What it does was read in its source (e6c3044aa of 2026-08-20), and run with the download call taken out: before the
 optimizer is made, the model equals `load_prepared`'s in every tensor.
