@@ -31,7 +31,8 @@ def load_prepared(
     are trainable but those that the model's class makes without a gradient, such as biases that balance experts:
     loading alone would ask one of them too. Gradient checkpointing is on if it was asked for. Attention and Liger
     kernels are resolved anew for this machine; a difference to what was asked for is a Python warning. The directory
-    may have been moved since it was written: the adapter's configuration names the place that its base was loaded from.
+    may have been moved since it was written: the adapter's configuration names the place that its base was loaded from,
+    or the hub's repository that `ftload verify --fix --base` had it name.
 
     Raises `CheckpointError` when the directory holds no report that this version understands, and when the base that an
     adapter refers to is gone.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.progress import Progress
     from ...loaders.recipe.recipe import Recipe
+    from ...loaders.report.rebased import Rebased
     from ...loaders.verify.verify import Verification
 
 
@@ -102,20 +103,21 @@ class Output:
         else:
             print(recipe.text, end="")
 
-    def verification(self, verification: Verification) -> int:
-        """The result of `verify`; returns the exit code."""
+    def verification(self, verification: Verification, rebased: Rebased | None) -> int:
+        """The result of `verify`, and what `--fix` did before it; returns the exit code."""
         error = verification.error
         if self.as_json:
-            checks = [{**asdict(check), "ok": check.ok} for check in verification.checks]
-            print(
-                json.dumps(
-                    {"directory": verification.directory, "ok": verification.ok, "checks": checks, **_error_key(error)}
-                )
-            )
+            document = {
+                "directory": verification.directory,
+                "ok": verification.ok,
+                "fixed": None if rebased is None else asdict(rebased),
+                "checks": [{**asdict(check), "ok": check.ok} for check in verification.checks],
+            }
+            print(json.dumps({**document, **_error_key(error)}))
         elif not self.quiet:
             from .summary import print_checks
 
-            print_checks(verification)
+            print_checks(verification, rebased)
         return _verdict(error)
 
     def inspection(self, inspection: Inspection, tensors: tuple[StoredTensor, ...] | None) -> None:

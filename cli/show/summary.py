@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.recipe.recipe import Recipe
     from ...loaders.report.document import Described, Parameters, PlanDocument
+    from ...loaders.report.rebased import Rebased
     from ...loaders.verify.verify import Verification
 
 
@@ -118,15 +119,20 @@ def print_recipe(recipe: Recipe) -> None:
         console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
 
 
-def print_checks(verification: Verification) -> None:
-    """A line for each check, and below it what is wrong."""
+def print_checks(verification: Verification, rebased: Rebased | None) -> None:
+    """A line for what was fixed and one for each check, and below it what is wrong."""
     console = make_console()
+    if rebased is not None:
+        change = f"the adapter's base: {rebased.before} → {rebased.after} ({', '.join(rebased.files)})"
+        console.print(f"[yellow]fixed [/] {harmless(change)}", soft_wrap=True)
     width = max(len(check.name) for check in verification.checks)
     for check in verification.checks:
         mark = "[green]ok    [/]" if check.ok else "[red]failed[/]"
         console.print(f"{mark} [bold]{check.name:{width}}[/] {harmless(check.found)}".rstrip(), soft_wrap=True)
         for problem in check.problems:
             console.print(f"       {'':{width}} [red]{harmless(problem)}[/]", soft_wrap=True)
+        for note in check.notes:
+            console.print(f"       {'':{width}} [yellow]note[/] {harmless(note)}", soft_wrap=True)
     if verification.ok:
         console.print(f"[bold]{harmless(verification.directory)}[/] verifies", soft_wrap=True)
 

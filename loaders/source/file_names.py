@@ -19,7 +19,9 @@ REPORT_FILE = "ftload_report.json"
 """Of a prepared directory, written last."""
 ADAPTER_FILE = "adapter_model.safetensors"
 """An adapter's weights, as PEFT calls them."""
-ADAPTER_CONFIGS = ("adapter_config.json", "adapter/adapter_config.json")
+PREPARED_ADAPTER_CONFIG = "adapter/adapter_config.json"
+"""What PEFT reads of an adapter, in a directory that ftload prepared."""
+ADAPTER_CONFIGS = ("adapter_config.json", PREPARED_ADAPTER_CONFIG)
 """Where an adapter lies beside a model, or in a directory that ftload prepared."""
 
 MAX_SIDE_FILE_BYTES = 16 * 1024 * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -11,6 +12,7 @@ from ..adapter.experts import Experts
 from ..adapter.peft_lora import PeftLora
 from ..adapter.targets import Targets, is_match, lora_names, resolve_targets
 from ..report.document import Adapter
+from ..report.rebased import stale_base
 from ..source.resolve import resolve_source
 from .files import Context
 
@@ -28,6 +30,12 @@ def check_adapter(context: Context) -> Iterator[str]:
     )
     if context.report.base == "reference":
         yield from _check_base(context, expected)
+    stale = stale_base(context.report, context.root)
+    if stale is not None:
+        context.notes = (
+            f"the adapter names `{stale}` as its base, and lies here: `load_prepared` knows, PEFT alone does not; "
+            f"`ftload verify --fix {shlex.quote(str(context.root))}` makes it name this directory",
+        )
     targets = _targets(context, expected)
     for pattern, expected_matches in expected.targets.items():
         if targets.matches.get(pattern, 0) != expected_matches:

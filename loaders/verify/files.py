@@ -50,6 +50,8 @@ class Context:
     progress: Progress
     found: str = ""
     """What the check that is being made has seen, in a few words."""
+    notes: tuple[str, ...] = ()
+    """What that check has to tell of what is not wrong."""
     hint: str = PREPARE_AGAIN
     """What helps where the check that is being made finds something wrong. Preparing again does where the directory is
     not what was written; what was written wrong would be written again."""

@@ -31,6 +31,8 @@ class Check:
     """What is wrong; empty where nothing is."""
     found: str
     """What was seen, in a few words."""
+    notes: tuple[str, ...]
+    """What should be known, and is nothing wrong."""
     hint: str | None
     """What helps against the first problem, where there is one and something is known to."""
 
@@ -94,7 +96,7 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
     checks = []
     for name, check in steps:
         progress.stage(name)
-        context.found, context.hint = "", PREPARE_AGAIN
+        context.found, context.notes, context.hint = "", (), PREPARE_AGAIN
         problems: list[tuple[str, str | None]] = []
         try:
             problems += ((problem, context.hint) for problem in check(context))
@@ -112,6 +114,7 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
                 name=name,
                 problems=tuple(problem for problem, _ in problems),
                 found=context.found,
+                notes=context.notes,
                 hint=problems[0][1] if problems else None,
             )
         )

@@ -87,14 +87,19 @@ class Staging:
             sync_file(self.output.parent)
 
     def replace(self, files: Mapping[str, str]) -> None:
-        """Give files of the finished output new texts, all or none: where a run is killed, the next one goes on."""
+        """Give files of the finished output new texts, all or none: where a run is killed, the next one goes on.
+
+        `files`: texts by path, with at most one folder in it.
+        """
         new = self.scratch(0)
         with disk_errors(self.output):
             new.mkdir()
             for name, text in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_text(text, encoding="utf-8")
                 sync_file(new / name)
-            sync_file(new)
+            for folder in _folders(new):
+                sync_file(folder)
             new.rename(self.directory / "replacing")
             sync_file(self.directory)
             _replace_files(self.directory, self.output)
@@ -214,10 +219,19 @@ def _replace_files(directory: Path, output: Path) -> None:
     replacing = directory / "replacing"
     if replacing.exists():
         if output.exists():
-            for path in replacing.iterdir():
-                path.replace(output / path.name)
-            sync_file(output)
+            for folder in _folders(replacing):
+                place = output / folder.relative_to(replacing)
+                for path in folder.iterdir():
+                    if path.is_file() and place.is_dir():
+                        path.replace(place / path.name)
+                if place.is_dir():
+                    sync_file(place)
         shutil.rmtree(replacing)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """A directory, and those in it."""
+    return [directory, *(path for path in directory.rglob("*") if path.is_dir())]
 
 
 def _keep_finished(staging: Staging) -> bool:
