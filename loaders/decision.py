@@ -11,5 +11,12 @@ class Decision:
 
     what: str
     requested: str
+    """What was asked for, or what was found where nothing was asked."""
     effective: str
     reason: str
+
+    @property
+    def news(self) -> str:
+        """What changes: `pad token: <|im_end|> → <pad> (id 49152)`; where nothing does, how it is."""
+        change = f"{self.requested} → " if self.requested != self.effective else ""
+        return f"{self.what}: {change}{self.effective}"

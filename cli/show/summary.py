@@ -148,10 +148,7 @@ def needs(plan: PlanDocument) -> tuple[tuple[str, int, str], ...]:
 
 def decision_words(decision: Decision) -> str:
     """What was decided, and why: of a report or a plan."""
-    change = decision.effective
-    if change != decision.requested:
-        change = f"{decision.requested} → {change}"
-    return f"{decision.what}: {change} ({decision.reason})"
+    return f"{decision.news} – {decision.reason}"
 
 
 def in_training(parameters: Parameters) -> str:

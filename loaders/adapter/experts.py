@@ -126,9 +126,9 @@ def untrained(experts: Experts, weights: int, number: int, rank: int) -> Decisio
     cost = experts.parameters(rank)
     price = f"--lora_experts {rank} would train {cost:,} parameters more"
     return Decision(
-        what="lora_experts",
-        requested="none",
-        effective="none",
-        reason=f"the {weights:,} weights of the experts ({number:,} fused parameters) stay untrained: "
+        what="experts",
+        requested="untrained",
+        effective="untrained",
+        reason=f"{weights:,} weights in {number:,} fused parameters: "
         + (price if cost else "they are in a layout that --lora_experts does not reach"),
     )

@@ -167,7 +167,7 @@ def _narrowing(targets: Targets, problems: Mapping[str, str | None]) -> Decision
     refused = {leaf: problem for leaf, problem in problems.items() if problem is not None}
     reason = f"PEFT refuses {', '.join(f'`{leaf}`' for leaf in refused)}: {next(iter(refused.values()))}"
     return Decision(
-        what="lora_targets",
+        what="LoRA targets",
         requested=targets.decisions[0].requested if targets.decisions else " ".join(targets.patterns),
         effective="",
         reason="; ".join([*(decision.reason for decision in targets.decisions), reason]),

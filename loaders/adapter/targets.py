@@ -103,7 +103,7 @@ def resolve_targets(
     else:
         reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
     decision = Decision(
-        what="lora_targets",
+        what="LoRA targets",
         requested=" ".join(asked or REFERENCE_TARGETS),
         effective=ALL_LINEAR if asked is not None and not fused_experts else " ".join(targets.patterns),
         reason=reason,

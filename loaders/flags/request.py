@@ -87,18 +87,17 @@ def resolve_request(arguments: Arguments) -> Request:
     if flat.model_name_or_path:
         model, revision = repository_of(flat.model_name_or_path, revision)
     decisions = []
-    if flat.use_qlora and not flat.use_lora:
-        asked = "true" if arguments.origins["use_lora"] == "default" else "false"
+    if flat.use_qlora and not flat.use_lora and arguments.origins["use_lora"] != "default":
         decisions.append(
-            Decision(what="use_lora", requested=asked, effective="true", reason="use_qlora trains a LoRA adapter")
+            Decision(what="use_lora", requested="false", effective="true", reason="use_qlora trains a LoRA adapter")
         )
     publish = [name for name in _PUBLISHING if arguments.origins[name] != "default" and getattr(flat, name)]
     if publish:
         decisions.append(
             Decision(
                 what=" ".join(publish),
-                requested="publish",
-                effective="false",
+                requested="upload",
+                effective="no upload",
                 reason="ftload never uploads anything",
             )
         )

@@ -11,9 +11,9 @@ _PASS = {
     "add_bos": "--add_bos false",
     "attention": "--use_flash_attn false",
     "base": "--base {effective}",
-    "base_dtype": "--base copy",
+    "dtype of the base": "--base copy",
     "lora_dropout": "--lora_dropout {effective}",
-    "lora_targets": "--lora_target_modules {effective}",
+    "LoRA targets": "--lora_target_modules {effective}",
     "use_fast": "--use_fast true",
     "use_liger_kernel": "--use_liger_kernel false",
     "use_lora": "--use_lora",
@@ -31,14 +31,16 @@ _LEAVE_OUT = frozenset(
     )
 )
 """Flags that can have no effect."""
+_NOT_ASKED = frozenset(("bos token", "eos token", "unk token", "pad token", "pad token of the model"))
+"""What no flag asks for: the function that sets up the tokenizer decides it."""
 
 
 def check_strict(decisions: Iterable[Decision]) -> None:
     """Raise `MissingRequirementError` if anything is not done as it was asked for."""
-    other = [decision for decision in decisions if decision.effective != decision.requested]
+    other = [d for d in decisions if d.effective != d.requested and d.what not in _NOT_ASKED]
     if not other:
         return
-    listed = "; ".join(f"{d.what}: {d.requested} → {d.effective} ({d.reason})" for d in other)
+    listed = "; ".join(f"{d.news} ({d.reason})" for d in other)
     ways = list(dict.fromkeys(filter(None, map(_way_out, other))))
     raise MissingRequirementError(
         f"`--strict`: not as requested: {listed}",

@@ -115,13 +115,16 @@ class Nf4Linear:
             if problem is not None:
                 encoder = encode_with_bitsandbytes
                 decisions.append(
-                    Decision(what="nf4_encoder", requested="numba", effective="bitsandbytes", reason=problem)
+                    Decision(what="NF4 encoder", requested="numba", effective="bitsandbytes", reason=problem)
                 )
         problem = library_problem()
         if problem is not None:
             decisions.append(
                 Decision(
-                    what="nf4_statistics", requested="bitsandbytes' library", effective="bitsandbytes", reason=problem
+                    what="NF4 statistics",
+                    requested="bitsandbytes' C function",
+                    effective="bitsandbytes' package",
+                    reason=problem,
                 )
             )
         return encoder, tuple(decisions)

@@ -32,7 +32,7 @@ def choose_base(
     if not changes:
         return "reference", ()
     decision = Decision(
-        what="base_dtype", requested="bfloat16", effective=changes[0].removeprefix("dtype: "),
+        what="dtype of the base", requested="bfloat16", effective=changes[0].removeprefix("dtype: "),
         reason="`--base reference` leaves the base as it is; `load_prepared` loads it as bfloat16",
     )  # fmt: skip
     return "reference", (decision,)

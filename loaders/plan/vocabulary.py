@@ -139,24 +139,20 @@ def follow_tokenizer(
         kept = f"the tokenizer pads with {pad}, the model's `pad_token_id` stays {stored}: `{other}` depends on it too"
         return Padding(id=None, warnings=(kept,))
     found = {"config.json": stored, "generation_config.json": configuration.generation.pad_token_id}
-    others = [f"{file} with {_in_words(tokenizer, number)}" for file, number in found.items() if number != pad]
+    others = {file: _in_words(tokenizer, number) for file, number in found.items() if number != pad}
     if not others:
         return Padding(id=pad)
-    reason = f"the tokenizer pads with `{tokenizer.pad_token}`, {' and '.join(others)}"
+    reason = f"{' and '.join(others)} {'follow' if len(others) > 1 else 'follows'} the tokenizer"
     if base == "reference":
         reason += "; the base keeps its files, `load_prepared` sets it"
-    asked = request.config_overrides.get("pad_token_id")
-    return Padding(
-        id=pad,
-        decisions=(
-            Decision(
-                what="pad_token_id",
-                requested=str(pad if asked is None else asked),
-                effective=str(pad),
-                reason=reason,
-            ),
-        ),
+    asked = request.config_overrides.get("pad_token_id", pad)
+    decision = Decision(
+        what="pad token of the model" if asked == pad else "pad_token_id",
+        requested=" and ".join(dict.fromkeys(others.values())) if asked == pad else str(asked),
+        effective=str(pad),
+        reason=reason,
     )
+    return Padding(id=pad, decisions=(decision,))
 
 
 def _depends_on_padding(skeleton: Skeleton) -> str | None:
@@ -175,5 +171,5 @@ def _depends_on_padding(skeleton: Skeleton) -> str | None:
 
 def _in_words(tokenizer: PreTrainedTokenizerBase, number: int | None) -> str:
     if number is None:
-        return "nothing"
-    return f"{number}, the eos token" if number == tokenizer.eos_token_id else str(number)
+        return "none"
+    return f"{number} (the eos token)" if number == tokenizer.eos_token_id else str(number)

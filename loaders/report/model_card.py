@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..system.safe_text import one_line
 
 if TYPE_CHECKING:
+    from ..decision import Decision
     from .document import Report
 
 
@@ -21,7 +22,7 @@ def model_card(report: Report) -> str:
         base_model=source.model if source.kind == "hub" else None,
         tags=["ftload", report.strategy],
     )
-    origin = f"`{_plain(source.model)}`" + (f" at commit `{source.commit}`" if source.commit else "")
+    origin = _code(source.model) + (f" at commit `{source.commit}`" if source.commit else "")
     lines = [
         "---",
         header.to_yaml(),
@@ -52,7 +53,7 @@ def model_card(report: Report) -> str:
         "",
     ]
     if adapter:
-        where = "this directory" if report.base == "copy" else f"`{_plain(adapter.base)}`, which is not copied here"
+        where = "this directory" if report.base == "copy" else f"{_code(adapter.base)}, which is not copied here"
         experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
         lines += [
             f"The LoRA adapter (rank {adapter.r}{experts}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
@@ -63,10 +64,7 @@ def model_card(report: Report) -> str:
         rows = report.embeddings
         lines += [f"The embeddings grew from {rows.rows_before:,} to {rows.rows_after:,} rows ({rows.init}).", ""]
     if report.decisions:
-        lines += ["| decision | requested | effective | why |", "|---|---|---|---|"]
-        cells = ((d.what, d.requested, d.effective, d.reason) for d in report.decisions)
-        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in cells]
-        lines.append("")
+        lines += ["What was decided:", "", *map(_decided, report.decisions), ""]
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
     return "\n".join(lines)
 
@@ -77,7 +75,22 @@ _EXPERTS = (
 )
 
 
-def _plain(text: str) -> str:
-    """Text from outside as one line that is neither Markdown's nor HTML's, whatever it holds."""
-    text = one_line(text)
-    return re.sub(r"[<>`|#*\[\]]", lambda match: f"&#{ord(match[0])};", text) if re.search(r"[<>|\[\]]", text) else text
+def _decided(decision: Decision) -> str:
+    change = f"{_code(decision.requested)} → " if decision.requested != decision.effective else ""
+    return f"- {_prose(decision.what)}: {change}{_code(decision.effective)} – {_prose(decision.reason)}"
+
+
+def _code(text: str) -> str:
+    """A code span (CommonMark 0.31, section 6.1): text from outside as it is, and none of it means anything."""
+    text = one_line(text) or "–"
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, pad = "`" * (longest + 1), " " * text.startswith("`") or " " * text.endswith("`")
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _prose(text: str) -> str:
+    """A sentence with names between backticks: these as code; of the rest, nothing is Markdown's or HTML's."""
+    pieces = re.split("(`[^`]+`)", one_line(text))
+    pieces[1::2] = (_code(name[1:-1]) for name in pieces[1::2])
+    pieces[::2] = (re.sub(r"[<>`|*\[\]]", lambda match: f"&#{ord(match[0])};", piece) for piece in pieces[::2])
+    return "".join(pieces)

@@ -16,7 +16,7 @@ from ..system.quiet import quiet_transformers
 from .loading import TokenizerKind, kind_of, load_tokenizer
 from .rendering import Turns
 from .template_choice import check_template
-from .tokenizer_functions import FUNCTIONS, PAD_IS_EOS, Changes, TokenizerOptions
+from .tokenizer_functions import FUNCTIONS, PAD_IS_EOS, Changes, TokenizerOptions, set_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,8 +116,7 @@ def prepare_tokenizer(
         CheckpointError: there is no tokenizer that can be loaded, or it needs `trust_remote_code`.
         MissingRequirementError: loading it takes a package that is not installed.
     """
-    change = FUNCTIONS.get(get_tokenizer_fn)
-    if change is None:
+    if get_tokenizer_fn not in FUNCTIONS:
         raise UsageError(
             f"`get_tokenizer_fn` is `{get_tokenizer_fn}`, which is not known",
             hint=f"choose one of {', '.join(FUNCTIONS)}",
@@ -128,7 +127,7 @@ def prepare_tokenizer(
     with quiet_transformers():
         tokenizer = load_tokenizer(root, use_fast=use_fast, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
         kind = kind_of(tokenizer, root if gguf_file is None else None)
-        return _check(tokenizer, kind, options, change(tokenizer, kind, options))
+        return _check(tokenizer, kind, options, set_up(tokenizer, kind, options))
 
 
 def _check(

@@ -7,7 +7,7 @@ brings special tokens of its own, as GPT-NeoX's does, has them already.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Changes:
 
 def _simple_v1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: TokenizerOptions) -> Changes:
     reason = f"`{options.function}` leaves the chat template as it was loaded"
-    decisions = [_branch(options, kind, "left as loaded")]
+    decisions = []
     if options.template is not None:
         decisions.append(Decision(what="chat_template_name", requested=options.template, effective=OWN, reason=reason))
     if options.add_bos:
@@ -71,14 +71,11 @@ def _tulu_v1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: T
                 hint=f"leave out --get_tokenizer_fn, which is `{DEFAULT_FUNCTION}` then",
             )
         tokenizer.add_special_tokens(wanted)
-        done = "bos `<s>`, eos `</s>`, unk `<unk>` and pad `<pad>` set"
     elif kind.is_gpt_neox:
-        done = _set_gpt_neox_tokens(tokenizer, options, needs_add_bos=True)
+        _set_gpt_neox_tokens(tokenizer, options, needs_add_bos=True)
     elif kind.is_fast and tokenizer.pad_token is None:
-        done = _add_pad(tokenizer)
-    else:
-        done = _keep_pad(tokenizer)
-    return _with_template(tokenizer, kind, options, done, unknown_is_own=True)
+        _add_pad(tokenizer)
+    return _with_template(tokenizer, kind, options, unknown_is_own=True)
 
 
 def _tulu_v2_1(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: TokenizerOptions) -> Changes:
@@ -114,21 +111,18 @@ def _check_olmo(options: TokenizerOptions, *, template_is_olmo: bool) -> None:
 def _tulu_v2(
     tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: TokenizerOptions, *, needs_add_bos: bool
 ) -> Changes:
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        done = _keep_pad(tokenizer)
-    elif kind.is_gpt_neox:
-        done = _set_gpt_neox_tokens(tokenizer, options, needs_add_bos=needs_add_bos)
-    elif kind.is_llama or kind.is_fast:
-        done = _add_pad(tokenizer)
-    else:
-        done = _keep_pad(tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        if kind.is_gpt_neox:
+            _set_gpt_neox_tokens(tokenizer, options, needs_add_bos=needs_add_bos)
+        elif kind.is_llama or kind.is_fast:
+            _add_pad(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UsageError(
             f"`{options.function}` leaves pad and eos of `{options.name}` the same token, "
             f"`{tokenizer.eos_token}`: {PAD_IS_EOS}",
             hint="give its tokenizer_config.json a pad token of its own, or pass another --get_tokenizer_fn",
         )
-    return _with_template(tokenizer, kind, options, done, unknown_is_own=False)
+    return _with_template(tokenizer, kind, options, unknown_is_own=False)
 
 
 DEFAULT_FUNCTION = "get_tokenizer_tulu_v2_2"
@@ -141,49 +135,62 @@ FUNCTIONS: dict[str, Callable[[PreTrainedTokenizerBase, TokenizerKind, Tokenizer
 """Each changes the tokenizer in place. Raises `UsageError` where flags don't fit the tokenizer or each other."""
 
 
-def _set_gpt_neox_tokens(tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions, *, needs_add_bos: bool) -> str:
+def set_up(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: TokenizerOptions) -> Changes:
+    """Have the function that is asked for change a tokenizer in place; every special token that changes is a decision.
+
+    Raises `UsageError` where flags don't fit the tokenizer or each other.
+    """
+    before, size = _special_tokens(tokenizer), len(tokenizer)
+    changes = FUNCTIONS[options.function](tokenizer, kind, options)
+    decisions = []
+    for name, token in _special_tokens(tokenizer).items():
+        old = before[name]
+        if token is None or token == old:
+            continue
+        reason = f"`{options.function}` sets it"
+        if old is None:
+            reason = "there was none"
+        elif name == "pad" and old == before["eos"]:
+            reason = f"it was the eos token: {PAD_IS_EOS}"
+        if name == "bos" and token == before["eos"]:
+            reason += ", and the eos token becomes it"
+        elif name == "pad" and len(tokenizer) == size:
+            reason += f"; the vocabulary had `{token}` already"
+        decisions.append(
+            Decision(
+                what=f"{name} token",
+                requested="none" if old is None else old,
+                effective=f"{token} (id {tokenizer.convert_tokens_to_ids(token)})",
+                reason=reason,
+            )
+        )
+    return replace(changes, decisions=(*decisions, *changes.decisions))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    return {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+
+
+def _set_gpt_neox_tokens(tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions, *, needs_add_bos: bool) -> None:
     if tokenizer.bos_token is not None:
-        return _add_pad(tokenizer)
+        _add_pad(tokenizer)
+        return
     if needs_add_bos and not options.add_bos:
         raise UsageError(
             f"`{options.function}` needs `--add_bos` for `{options.name}`, a GPT-NeoX tokenizer without a bos token",
             hint="pass --add_bos",
         )
     tokenizer.bos_token = tokenizer.eos_token
-    return f"there was no bos token: the eos token, `{tokenizer.eos_token}`, becomes it"
 
 
-def _add_pad(tokenizer: PreTrainedTokenizerBase) -> str:
-    before, size = tokenizer.pad_token, len(tokenizer)
-    is_eos = before is not None and before == tokenizer.eos_token
+def _add_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": PAD})
-    had = "there was no pad token" if before is None else f"the pad token was {'the eos token, ' * is_eos}`{before}`"
-    # the number that add_special_tokens returns counts tokens of the vocabulary as well
-    how = "added" if len(tokenizer) > size else "in the vocabulary already"
-    return f"{had}: it becomes `{PAD}`, {how}, id {tokenizer.pad_token_id}"
-
-
-def _keep_pad(tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.pad_token is None:
-        return "no pad token, and none added"
-    return f"the pad token stays `{tokenizer.pad_token}`"
-
-
-def _branch(options: TokenizerOptions, kind: TokenizerKind, done: str) -> Decision:
-    # requested and effective are the same: the decision records which branch of the function was taken
-    return Decision(
-        what="get_tokenizer_fn",
-        requested=options.function,
-        effective=options.function,
-        reason=f"{kind.words}; {done}",
-    )
 
 
 def _with_template(
     tokenizer: PreTrainedTokenizerBase,
     kind: TokenizerKind,
     options: TokenizerOptions,
-    done: str,
     *,
     unknown_is_own: bool,
 ) -> Changes:
@@ -191,4 +198,4 @@ def _with_template(
         tokenizer, options.template, function=options.function, unknown_is_own=unknown_is_own
     )
     warnings = prefix_with_bos(tokenizer, kind) if options.add_bos else []
-    return Changes(template=name, decisions=(_branch(options, kind, done), *decisions), warnings=tuple(warnings))
+    return Changes(template=name, decisions=tuple(decisions), warnings=tuple(warnings))

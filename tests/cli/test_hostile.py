@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
 from ftload.loaders.tokenizer.rendering import MAX_SECONDS
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Result
@@ -232,6 +234,7 @@ def test_names_reach_neither_terminal_nor_markdown(ftload: Ftload, model: Path, 
     del tensors[NASTY]
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
     named = model.rename(model.parent / "evil\x1b[31m\u202e\n# owned\n<b>`|")
+    edit_json(named / "tokenizer_config.json", pad_token="[x](x)`<i>|``", eos_token="[x](x)`<i>|``")
     done = ftload("prepare", "--model", named, "--output_dir", tmp_path / "out", "--use_lora")
     assert done.code == 0, done.err
     assert all(character.isprintable() for line in done.out.splitlines() for character in line)
@@ -239,7 +242,11 @@ def test_names_reach_neither_terminal_nor_markdown(ftload: Ftload, model: Path, 
     assert "\x1b" not in card
     assert "\u202e" not in card
     assert "\n# owned" not in card
-    assert "<b>" not in card
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
+    assert set(re.findall("<([a-z0-9]+)", shown)) <= {
+        "h1", "p", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "ul", "li",
+    }  # fmt: skip
+    assert "<code>[x](x)`&lt;i&gt;|``</code> → <code>&lt;pad&gt; (id 129)</code>" in shown
 
 
 SECRET = "hf_verysecretverysecretverysecret0123"

@@ -112,23 +112,24 @@ def test_debug_shows_where_an_error_in_the_flags_was_raised(ftload: Ftload) -> N
         ("use_lora", "false", "true", "pass `--use_lora`"),
         ("use_liger_kernel", "true", "false", "pass `--use_liger_kernel false`"),
         ("base", "link", "copy", "pass `--base copy`"),
-        ("base_dtype", "bfloat16", "float32", "pass `--base copy`"),
+        ("dtype of the base", "bfloat16", "float32", "pass `--base copy`"),
         ("add_bos", "true", "false", "pass `--add_bos false`"),
         ("use_fast", "false", "true", "pass `--use_fast true`"),
-        ("lora_targets", "q_proj", "c_attn c_proj", "pass `--lora_target_modules c_attn c_proj`"),
+        ("LoRA targets", "q_proj", "c_attn c_proj", "pass `--lora_target_modules c_attn c_proj`"),
         ("model_revision", "v1", "none", "leave out `--model_revision`"),
         ("chat_template_name", "x", "the tokenizer's own", "leave out `--chat_template_name`"),
-        ("push_to_hub hf_entity", "publish", "false", "leave out `--push_to_hub --hf_entity`"),
-        ("nf4_encoder", "numba", "bitsandbytes", "ask for what is possible here"),
+        ("push_to_hub hf_entity", "upload", "no upload", "leave out `--push_to_hub --hf_entity`"),
+        ("NF4 encoder", "numba", "bitsandbytes", "ask for what is possible here"),
     ],
 )
 def test_strict_names_the_flag_that_satisfies_it(what: str, requested: str, effective: str, way: str) -> None:
-    kept = Decision(what="get_tokenizer_fn", requested="x", effective="x", reason="r")
+    kept = Decision(what="experts", requested="x", effective="x", reason="r")
+    told = Decision(what="pad token", requested="none", effective="<pad> (id 128)", reason="r")
     with pytest.raises(MissingRequirementError) as caught:
-        check_strict([kept, Decision(what=what, requested=requested, effective=effective, reason="why")])
+        check_strict([kept, told, Decision(what=what, requested=requested, effective=effective, reason="why")])
     assert caught.value.message == f"`--strict`: not as requested: {what}: {requested} → {effective} (why)"
     assert caught.value.hint == f"{way}, or leave out --strict"
-    check_strict([kept])
+    check_strict([kept, told])
 
 
 def test_what_strict_names_satisfies_it(ftload: Ftload, llama: Path, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def stored(directory: Path) -> tuple[Any, Any]:
 
 
 def said(report: dict[str, Any]) -> list[dict[str, str]]:
-    return [decision for decision in report["decisions"] if decision["what"] == "pad_token_id"]
+    return [
+        decision for decision in report["decisions"] if decision["what"] in ("pad_token_id", "pad token of the model")
+    ]
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_qlora"]])
@@ -51,9 +53,8 @@ def test_it_follows_the_tokenizer(smollm2: Path, tmp_path: Path, flags: list[str
     assert report["embeddings"]["pad_token_id"] == PAD
     assert said(report) == [
         {
-            "what": "pad_token_id", "requested": "128", "effective": "128",
-            "reason": "the tokenizer pads with `<pad>`, config.json with 2, the eos token and generation_config.json "
-            "with 2, the eos token",
+            "what": "pad token of the model", "requested": "2 (the eos token)", "effective": "128",
+            "reason": "config.json and generation_config.json follow the tokenizer",
         }
     ]  # fmt: skip
     model, tokenizer = load_prepared(tmp_path / "out")
@@ -77,14 +78,12 @@ def test_a_base_that_is_referred_to_keeps_its_files(ftload: Ftload, tmp_path: Pa
     assert json.loads((source / "config.json").read_text())["pad_token_id"] == EOS
     assert not (out / "config.json").exists()
     (decision,) = said(report)
-    assert decision["effective"] == "128"
+    assert (decision["requested"], decision["effective"]) == ("2 (the eos token) and none", "128")
     assert decision["reason"] == (
-        "the tokenizer pads with `<pad>`, config.json with 2, the eos token and generation_config.json with nothing; "
-        "the base keeps its files, `load_prepared` sets it"
+        "config.json and generation_config.json follow the tokenizer; the base keeps its files, `load_prepared` sets it"
     )
-    card = (out / "README.md").read_text()
-    (line,) = [line for line in card.splitlines() if line.startswith("| pad_token_id | 128 | 128 | ")]
-    assert "the base keeps its files" in line
+    line = f"- pad token of the model: `2 (the eos token) and none` → `128` – {decision['reason']}"
+    assert line in (out / "README.md").read_text().splitlines()
     model, _ = load_prepared(out)
     base = model.get_base_model()
     assert base.get_input_embeddings().padding_idx == PAD
@@ -137,7 +136,7 @@ def test_an_id_beyond_the_embedding_is_mended(ftload: Ftload, smollm2: Path, tmp
     edit_json(source / "config.json", pad_token_id=10**12)
     report = prepare(source, tmp_path / "out")
     assert stored(tmp_path / "out") == (PAD, PAD)
-    assert "config.json with 1000000000000" in said(report)[0]["reason"]
+    assert said(report)[0]["requested"] == "1000000000000 and 2 (the eos token)"
     refused = ftload("plan", "--model", source, "--get_tokenizer_fn", "get_tokenizer_simple_v1")
     assert refused.code == 4
     assert "transformers can't build `LlamaForCausalLM` from this configuration" in refused.err

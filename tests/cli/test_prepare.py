@@ -156,7 +156,9 @@ def test_the_model_card(runs: Runs, llama: Path, strategy: str) -> None:
     for dtype, row in report["parameters"]["by_dtype"].items():
         assert f"| {dtype} | {row['tensors']:,} | {row['parameters']:,} | {row['bytes']:,} |" in text
     for decision in report["decisions"]:
-        assert f"| {decision['what']} | {decision['requested']} | {decision['effective']} |" in text
+        change = f"- {decision['what']}: `{decision['requested']}` → `{decision['effective']}` – {decision['reason']}"
+        assert change in text.splitlines()
+    assert "- pad token: `none` → `<pad> (id 128)` – there was none" in text.splitlines()
     assert (f"its base is `{llama}`, which is not copied here" in text) == (strategy == "lora")
 
 
@@ -179,7 +181,7 @@ def test_lora_copies_a_base_of_another_dtype(tmp_path: Path) -> None:
     report = prepare(tmp_path / "source", tmp_path / "referenced", "--use_lora", "--base", "reference")
     assert report["parameters"]["by_dtype"].keys() == {"float32"}
     assert report["parameters"]["in_training"].keys() == {"bfloat16", "float32"}
-    assert [d["effective"] for d in report["decisions"] if d["what"] == "base_dtype"] == ["float32"]
+    assert [d["effective"] for d in report["decisions"] if d["what"] == "dtype of the base"] == ["float32"]
 
 
 def test_4_bits_pass_through(runs: Runs, tmp_path: Path) -> None:

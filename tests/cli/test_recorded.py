@@ -79,8 +79,8 @@ def test_what_flags_decide_and_warn_of_comes_and_goes(llama: Path, out: Path, tm
     for section in ("decisions", "warnings"):
         assert sorted(map(str, told[section])) == sorted(map(str, fresh[section]))
         assert len(told[section]) == len(plain[section]) + 1
-    assert "| hf_entity | publish | false |" in (out / CARD).read_text()
-    assert (out / CARD).read_text().count("publish") == 1
+    line = "- hf_entity: `upload` → `no upload` – ftload never uploads anything"
+    assert (out / CARD).read_text().splitlines().count(line) == 1
     back = prepare(llama, out, *FLAGS)
     assert back == plain
     assert "hf_entity" not in (out / CARD).read_text()
@@ -134,5 +134,5 @@ def test_strict_refuses_before_anything_is_rewritten(ftload: Ftload, llama: Path
     words = ["--model", llama, "--output_dir", out, "--lora_rank", "8", *FLAGS, *TOLD]
     refused = ftload("prepare", *words, "--strict")
     assert refused.code == 5
-    assert "hf_entity: publish → false" in refused.err
+    assert "hf_entity: upload → no upload" in refused.err
     assert times(out) == before

@@ -146,7 +146,7 @@ def test_layers_that_are_named_are_adapted_beside_experts(tmp_path: Path) -> Non
     flags = ("--lora_experts", "2", "--lora_target_modules", "q_proj")
     report = prepare_from(source, tmp_path / "out", *WAYS["qlora"], *flags)
     assert report["adapter"]["targets"] == {"q_proj": 2, "gate_up": 8, "down": 8}
-    assert "lora_targets" not in {decision["what"] for decision in report["decisions"]}
+    assert "LoRA targets" not in {decision["what"] for decision in report["decisions"]}
     assert check(tmp_path / "out").ok
 
 
@@ -155,14 +155,13 @@ def test_what_stays_untrained_is_said(tmp_path: Path, way: str) -> None:
     source = write_source(tmp_path / "source", "qwen3_moe", way)
     report = prepare_from(source, tmp_path / "out", *WAYS[way])
     assert (report["adapter"]["experts_r"], report["adapter"]["target_parameters"]) == (None, {})
-    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "lora_experts")
+    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "experts")
     # 2 layers of 4 experts: (512 + 64) at rank 8 and (64 + 256) more; weights 512·64 and 64·256
     assert decision == {
-        "what": "lora_experts",
-        "requested": "none",
-        "effective": "none",
-        "reason": "the 393,216 weights of the experts (4 fused parameters) stay untrained: --lora_experts 8 would "
-        "train 57,344 parameters more",
+        "what": "experts",
+        "requested": "untrained",
+        "effective": "untrained",
+        "reason": "393,216 weights in 4 fused parameters: --lora_experts 8 would train 57,344 parameters more",
     }
     more = prepare_from(source, tmp_path / "more", *WAYS[way], "--lora_experts", "8")
     assert more["parameters"]["trainable"] - report["parameters"]["trainable"] == 57_344
@@ -172,8 +171,8 @@ def test_experts_that_can_not_be_adapted(tmp_path: Path) -> None:
     write_tiny(tmp_path / "source", "llama4_text", vocab_size=144)
     write_llama(tmp_path / "source", vocab_size=128)
     report = prepare_from(tmp_path / "source", tmp_path / "out", *WAYS["lora"])
-    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "lora_experts")
-    assert decision["reason"].endswith("stay untrained: they are in a layout that --lora_experts does not reach")
+    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "experts")
+    assert decision["reason"].endswith("fused parameters: they are in a layout that --lora_experts does not reach")
     with pytest.raises(UsageError) as raised:
         prepare_from(tmp_path / "source", tmp_path / "no", *WAYS["lora"], "--lora_experts", "4")
     assert raised.value.message == (
@@ -201,7 +200,7 @@ def test_models_without_fused_experts(tmp_path: Path) -> None:
         prepare_from(tmp_path / "source", tmp_path / "out", *WAYS["lora"], "--lora_experts", "4")
     assert not (tmp_path / "out").exists()
     report = prepare_from(tmp_path / "source", tmp_path / "out", *WAYS["lora"])
-    assert "lora_experts" not in {decision["what"] for decision in report["decisions"]}
+    assert "experts" not in {decision["what"] for decision in report["decisions"]}
     with pytest.raises(UsageError, match="the experts of this model are linear layers") as raised:
         check_asked(4, Experts(packed=(), whole=()), [layer("h.0.experts.0.up_proj", component="experts")], ())
     assert raised.value.hint == "leave it out: --lora_rank is their rank too"

@@ -53,7 +53,7 @@ def test_all_linear_layers_of_the_blocks_where_some_name_is_missing() -> None:
     targets = _resolve(layers, asked=None, fused_experts=False)
     assert targets.patterns == ("qkv", "down_proj")
     (decision,) = targets.decisions
-    assert decision.what == "lora_targets"
+    assert decision.what == "LoRA targets"
     assert decision.effective == "qkv down_proj"
     assert "has no q_proj, o_proj, v_proj, k_proj, gate_proj, up_proj:" in decision.reason
 

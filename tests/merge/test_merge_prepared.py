@@ -83,7 +83,7 @@ def test_the_prepared_directory_may_have_been_moved(tmp_path: Path, prepared: Pa
         report = prepare_without_model(tmp_path / name, "--merge_adapter", given)
         assert_same_tensors(tmp_path / name, tmp_path / "before")
         assert report["source"]["path"] == str(moved)
-        assert {item["what"] for item in report["decisions"]} == {"get_tokenizer_fn", "attention"}
+        assert {item["what"] for item in report["decisions"]} == {"attention"}
 
 
 def test_a_trainers_checkpoint_names_its_base(tmp_path: Path, prepared: Path) -> None:

@@ -51,7 +51,7 @@ def test_peft_makes_what_is_chosen(tmp_path: Path, model_type: str) -> None:
     targets = list(report["adapter"]["targets"])
     expected, words = TARGETS[model_type]
     assert expected is None or {target.rpartition(".")[2] for target in targets} == expected
-    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "lora_targets")
+    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "LoRA targets")
     assert decision["requested"] == " ".join(REFERENCE_TARGETS)
     assert decision["effective"] == " ".join(targets)
     assert words in decision["reason"]
@@ -66,7 +66,7 @@ def test_mamba_beside_attention_that_has_the_usual_names(tmp_path: Path) -> None
     write_llama(tmp_path / "source", vocab_size=128)
     report = _prepare(tmp_path)
     assert report["adapter"]["targets"] == dict.fromkeys(REFERENCE_TARGETS, 2)
-    assert "lora_targets" not in {decision["what"] for decision in report["decisions"]}
+    assert "LoRA targets" not in {decision["what"] for decision in report["decisions"]}
     _load(tmp_path / "out")
 
 
