@@ -28,7 +28,6 @@ from .verify import verify
 app = typer.Typer(
     name="ftload",
     help="Materialise ready-to-train language models, and say exactly what is in them.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -102,6 +101,8 @@ def run(words: list[str]) -> int:
     try:
         return app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
     except (Exception, SystemExit, Interrupted) as error:
+        if isinstance(error, SystemExit) and error.__context__ is None:
+            return int(error.code or 0)  # how typer ends after completing a word, or installing that
         # no command got as far as its own `Output`: what can be understood of its flags says how to report it
         return Output.from_flags(read_command_line(words).values).end(error, *words[:1])
 

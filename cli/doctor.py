@@ -11,12 +11,19 @@ from .options import AsJson, Debug
 from .show.output import Output
 
 
+def _strategies() -> list[str]:
+    from ..loaders.strategy import STRATEGIES
+
+    return list(STRATEGIES)
+
+
 def doctor(
     wanted: Annotated[
         list[str] | None,
         typer.Option(
             "--for",
             metavar="STRATEGY",
+            autocompletion=_strategies,
             help="Exit with 5 unless it can be prepared and trained here; several with commas, or given again.",
             show_default=False,
         ),

@@ -8,11 +8,13 @@ for a hundred options, cuts off long names at 80 columns, and can't order its pa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
 
+from ..loaders.flags.completion import completions
 from ..loaders.flags.declared import PANELS, PLAN, Flag, all_flags, plan_flags
 
 if TYPE_CHECKING:
@@ -36,6 +38,15 @@ WIDEST = 120
 _TYPES = {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT", "list": "LIST", "str or list": "LIST"}
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A word that the shell may put in: click's `CompletionItem`, of which some versions of typer have their own."""
+
+    value: str
+    help: str | None = None
+    type: str = "plain"
+
+
 class FlagsCommand(TyperCommand):
     """A command that takes every flag. Its function finds the words, not yet parsed, in `ctx.obj`: a tuple."""
 
@@ -47,11 +58,20 @@ class FlagsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep `args` for the command's function, or show the help if it is asked for anywhere among them."""
-        if not set(args).isdisjoint(self.get_help_option_names(ctx)):
+        if not ctx.resilient_parsing and not set(args).isdisjoint(self.get_help_option_names(ctx)):
             self.format_help(ctx, ctx.make_formatter())
             raise typer.Exit
         ctx.obj = tuple(args)
         return []
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return what the word that is being typed can become: flags, or values of the one before it."""
+        from ..loaders.tokenizer.chat_templates import TEMPLATES
+        from ..loaders.tokenizer.tokenizer_functions import FUNCTIONS
+
+        known = {"chat_template_name": tuple(TEMPLATES), "get_tokenizer_fn": tuple(FUNCTIONS)}
+        found = completions(ctx.obj, incomplete, self.flags, known)
+        return [*(Completion(value, help) for value, help in found), *super().shell_complete(ctx, incomplete)]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what the usage line shows after the command's name."""

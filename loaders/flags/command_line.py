@@ -82,7 +82,7 @@ def read_command_line(argv: Sequence[str], more_flags: Mapping[str, Flag] | None
     """
     problems = Problems({**all_flags(), **(more_flags or {})})
     words = list(argv)
-    has_file = bool(words) and not _is_flag(words[0])
+    has_file = bool(words) and not is_flag(words[0])
     from_yaml = _read_file(words.pop(0), problems) if has_file else {}
     from_cli = _read_flags(words, problems)
     _check_plan_options(from_cli, problems)
@@ -118,7 +118,7 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _is_flag(word: str) -> bool:
+def is_flag(word: str) -> bool:
     """Whether `word` is a flag rather than a value: `-1e-3`, `-` and `- a b` are values, as for argparse."""
     if not word.startswith("-") or word == "-" or (" " in word and not word.startswith("--")):
         return False
@@ -135,15 +135,15 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
     models: dict[str, str] = {}
     while words:
         word = words.pop(0)
-        if not _is_flag(word):
+        if not is_flag(word):
             _add_stray(word, problems)
             continue
         typed, equals, attached = word.partition("=")
         given = [attached] if equals else []
-        while not equals and words and not _is_flag(words[0]):
+        while not equals and words and not is_flag(words[0]):
             given.append(words.pop(0))
 
-        names = _names_meant(typed, problems.flags)
+        names = names_meant(typed, problems.flags)
         if len(names) != 1:
             _add_unknown_or_ambiguous(typed, names, problems)
             continue
@@ -166,11 +166,11 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
     return values
 
 
-_Names: TypeAlias = dict[str, tuple[Flag, bool]]
+Names: TypeAlias = dict[str, tuple[Flag, bool]]
 """By name without dashes: the flag that the name means, and whether it turns that off."""
 
 
-def _names_meant(typed: str, flags: Mapping[str, Flag]) -> _Names:
+def names_meant(typed: str, flags: Mapping[str, Flag]) -> Names:
     """Return the name that `typed` is, or those that it is the beginning of: none, one or several.
 
     Names of the training script come first, so that what is short for one of them there is short for it here too,
@@ -179,8 +179,8 @@ def _names_meant(typed: str, flags: Mapping[str, Flag]) -> _Names:
     name = typed.removeprefix("--").replace("-", "_")
     if not typed.startswith("--") or not name:
         return {}
-    training: _Names = {}
-    own: _Names = {alias: (flags[meant], False) for alias, meant in ALIASES.items()}
+    training: Names = {}
+    own: Names = {alias: (flags[meant], False) for alias, meant in ALIASES.items()}
     for flag in flags.values():
         is_training = flag.group in (FlatArguments.__name__, TokenizerConfig.__name__)
         (training if is_training else own)[flag.name] = flag, False
