@@ -15,7 +15,7 @@ from .model.transformers_internals import attention_support, checkpoint_activati
 from .plan.vocabulary import set_padding
 from .report.outputs import read_report
 from .system.attention import resolve_attention
-from .system.quiet import quiet_transformers
+from .system.quiet import quiet_bitsandbytes, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +109,8 @@ def load_prepared(
             # frozen embeddings would leave the checkpointed blocks without an input that needs a gradient
             model.enable_input_require_grads()
     if report.adapter is not None:
-        from peft import PeftModel
+        with quiet_bitsandbytes():  # PEFT imports it
+            from peft import PeftModel
 
         with warnings.catch_warnings():
             # PEFT asks for `is_gradient_checkpointing`, which transformers renames: nothing that a user could change

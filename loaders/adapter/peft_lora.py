@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..decision import Decision
 from ..flags.request import Request
 from ..steps.step import Inputs, OutputTensor, Sink, Step, torch_dtype
+from ..system.quiet import quiet_bitsandbytes
 from .interface import AdaptedLayer
 from .targets import FusedTarget, Target, Targets, lora_names
 
@@ -138,7 +139,8 @@ class PeftLora:
 
     def peft_config(self, targets: Targets) -> LoraConfig:
         """PEFT's `LoraConfig` for a causal language model."""
-        from peft import LoraConfig
+        with quiet_bitsandbytes():
+            from peft import LoraConfig
 
         return LoraConfig(
             task_type="CAUSAL_LM",

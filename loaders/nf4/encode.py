@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, NESTED_BLOCK, STATE_SUFFIX, dynamic_map
 from ..errors import MissingRequirementError, said_by
+from ..system.quiet import quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,7 +183,8 @@ def _call(function: Any, values: Tensor) -> tuple[Tensor, Tensor]:
 def _bitsandbytes() -> Any:
     """bitsandbytes' functions. Raises `MissingRequirementError` where it does not import."""
     try:
-        import bitsandbytes.functional
+        with quiet_bitsandbytes():
+            import bitsandbytes.functional
     except Exception as error:  # a build for another machine raises whatever it likes
         raise MissingRequirementError(
             f"bitsandbytes does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"

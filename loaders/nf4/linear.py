@@ -20,6 +20,7 @@ from ..model.tensor_map import ModelTensor
 from ..steps.plain import All, Cast
 from ..steps.step import Encoder, OutputTensor, Step
 from ..system.cuda import cuda_problem
+from ..system.quiet import quiet_bitsandbytes
 from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
 from .quantise import Quantize
 from .slices import nested_in_slices
@@ -132,7 +133,9 @@ class Nf4Linear:
     def try_library(self) -> str:
         """Quantise a block by bitsandbytes, and back."""
         import torch
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        with quiet_bitsandbytes():
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         for device in devices:
