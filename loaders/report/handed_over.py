@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from ..flags.declared import FlatArguments
+from ..flags.declared import FlatArguments, all_flags
 from ..trainers.interface import Handover
 from .document import Report
-from .recorded import recorded_flags
+from .recorded_flags import recorded_flags
 
 _UNKNOWN_LENGTH = 10**9
 """Tokens; transformers has 10^30 where a tokenizer says nothing."""
@@ -44,10 +45,10 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         attention=report.attention.effective,
         attention_asked=report.attention.requested,
         liger=report.kernels is not None and report.kernels.liger.supported,
-        trust_remote_code=report.arguments["trust_remote_code"].value is True,
+        trust_remote_code=_value(report, "trust_remote_code") is True,
         max_length=flags.max_seq_length or (length if length is not None and length < _UNKNOWN_LENGTH else None),
         data=_data_sets(flags),
-        messages=str(report.arguments["sft_messages_key"].value),
+        messages=str(_value(report, "sft_messages_key")),
         output_dir=f"{directory}-trained",
         flags=flags,
         given=frozenset(name for name, argument in report.arguments.items() if argument.origin != "default"),
@@ -56,8 +57,14 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
 
 
 def _targets(report: Report) -> tuple[str, ...] | None:
-    asked = report.arguments["lora_target_modules"].value
-    return None if asked is None else tuple(map(str, asked))
+    asked = _value(report, "lora_target_modules")
+    return tuple(map(str, asked)) if isinstance(asked, list) else None
+
+
+def _value(report: Report, name: str) -> Any:
+    """A flag as it was given; its default where the report is of a version before it."""
+    argument = report.arguments.get(name)
+    return all_flags()[name].default if argument is None else argument.value
 
 
 def _data_sets(flags: FlatArguments) -> tuple[str, ...]:

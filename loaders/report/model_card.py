@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from ..system.safe_text import one_line
+from ..trainers.registry import TRAINERS
+from .handed_over import hand_over
 
 if TYPE_CHECKING:
     from ..decision import Decision
@@ -65,6 +67,7 @@ def model_card(report: Report) -> str:
         lines += [f"The embeddings grew from {rows.rows_before:,} to {rows.rows_after:,} rows ({rows.init}).", ""]
     if report.decisions:
         lines += ["What was decided:", "", *map(_decided, report.decisions), ""]
+    lines += _trainers(report)
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
     return "\n".join(lines)
 
@@ -94,3 +97,27 @@ def _prose(text: str) -> str:
     pieces[1::2] = (_code(name[1:-1]) for name in pieces[1::2])
     pieces[::2] = (re.sub(r"[<>`|*\[\]]", lambda match: f"&#{ord(match[0])};", piece) for piece in pieces[::2])
     return "".join(pieces)
+
+
+_HERE = "path/to/this/directory"
+"""A card can be read anywhere: where the directory is then, nobody knows."""
+
+
+def _trainers(report: Report) -> list[str]:
+    """Markdown: what `ftload recipe` writes in full, in short."""
+    handover = hand_over(report, _HERE)
+    lines = [
+        "## In a trainer",
+        "",
+        f"`ftload recipe {_HERE} --for TRAINER` prints a complete file. What it must say:",
+        "",
+    ]
+    for trainer in TRAINERS.values():
+        refusal = trainer.refusal(handover)
+        if refusal is not None:
+            lines += [f"{trainer.title} can't train it: {refusal.reason}.", ""]
+            continue
+        text = trainer.essentials(handover).rstrip("\n")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # a path can hold backticks
+        lines += [f"{trainer.title}:", "", f"{fence}{trainer.language}", text, fence, ""]
+    return lines

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError
-from ..flags.declared import FlatArguments, all_flags
+from ..flags.declared import FlatArguments
 from ..flags.request import Request, resolve_request
 from ..source.file_names import REPORT_FILE
 from ..write.staging import Staging
@@ -16,6 +15,7 @@ from .document import Report, WrittenFile
 from .json_values import to_json
 from .metadata_files import CARD_FILE, json_text
 from .model_card import model_card
+from .recorded_flags import recorded_value
 from .report import reported_arguments
 
 T = TypeVar("T")
@@ -36,7 +36,9 @@ def record(report: Report, request: Request) -> tuple[Report, dict[str, tuple[An
     before = resolve_request(
         dataclasses.replace(
             arguments,
-            flat=dataclasses.replace(arguments.flat, **{name: _value(name, old) for name, (old, _) in changed.items()}),
+            flat=dataclasses.replace(
+                arguments.flat, **{name: recorded_value(name, old) for name, (old, _) in changed.items()}
+            ),
             origins={**arguments.origins, **{name: then[name].origin for name in names}},
         )
     )
@@ -52,38 +54,6 @@ def _exchanged(items: tuple[T, ...], old: Sequence[T], new: Sequence[T]) -> tupl
     """`items` with `new` in the place of `old`."""
     place = next((index for index, item in enumerate(items) if item in old), len(items))
     return (*items[:place], *new, *(item for item in items[place:] if item not in old))
-
-
-def recorded_flags(report: Report) -> FlatArguments:
-    """The training script's flags as they were given to `prepare`.
-
-    Raises `CheckpointError` where a value is not what its flag takes.
-    """
-    values = {}
-    for field in dataclasses.fields(FlatArguments):
-        argument, flag = report.arguments.get(field.name), all_flags()[field.name]
-        if argument is None:  # of a version before the flag
-            continue
-        value = values[field.name] = _value(field.name, argument.value)
-        if not (isinstance(value, _TYPES[flag.kind]) or (value is None and flag.optional)):
-            raise CheckpointError(f"`{REPORT_FILE}`: `{field.name}` is {value!r}, which is no {flag.kind}")
-    return FlatArguments(**values)
-
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "list": (list,),
-    "str or list": (str, list),
-    "json": (str, dict),
-}
-
-
-def _value(name: str, recorded: Any) -> Any:
-    """A flag's value from its place in a report, where infinity and NaN are strings."""
-    return float(recorded) if all_flags()[name].kind == "float" and isinstance(recorded, str) else recorded
 
 
 def rewrite(report: Report, staging: Staging) -> Report:
