@@ -52,7 +52,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        False, "--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
     """Materialise ready-to-train language models, and say exactly what is in them."""
@@ -96,7 +96,7 @@ def run(words: list[str]) -> int:
     """Run a command line; returns the exit code."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
-    if "--version" in words:  # every command has the same
+    if "--version" in words or "-V" in words:  # every command has the same
         words = ["--version"]
     try:
         return app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0

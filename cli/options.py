@@ -1,8 +1,8 @@
 """The commands that take a training command line, and the options that the others have in common.
 
 typer can't parse these flags or print their help. Its parser has no lists that end at the next flag, no booleans
-with or without a value, and no YAML file before the flags: `read_command_line` has. Its help takes half a second
-for a hundred options, cuts off long names at 80 columns, and can't order its panels.
+with or without a value, and no YAML file or model before the flags: `read_command_line` has. Its help takes half a
+second for a hundred options, cuts off long names at 80 columns, and can't order its panels.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
 
-USAGE = "[RUN.yaml] [--FLAG [VALUE ...]] ..."
+USAGE = "[MODEL] [RUN.yaml] [--FLAG [VALUE ...]] ..."
 NOTES = (
-    "The flags are those of a training command line, which works here unchanged, and so does its YAML file, "
-    "given first: flags override it.",
+    "MODEL is a hub id, a directory or a .gguf file. The flags are those of a training command line, which works here "
+    "unchanged, and so does its YAML file: flags override it.",
     "In names `-` and `_` are alike. A flag without a type is a boolean: it stands alone, takes true or "
     "false, or is turned off with --no_ before its name. A LIST goes on to the next flag. The beginning of a name is "
     "enough where it is unique.",
 )
-EXAMPLES = ("--model Qwen/Qwen3-8B --use_qlora", "run.yaml --lora_rank 16 --output_dir prepared")
+EXAMPLES = ("Qwen/Qwen3-8B --use_qlora", "run.yaml --lora_rank 16 --output_dir prepared")
 WIDEST = 120
 """Columns beyond which lines of help are no easier to read."""
 

@@ -1,4 +1,4 @@
-"""From the words of a command line, and the YAML file that may be the first of them, to `Arguments`.
+"""From the words of a command line, and the YAML file that may come before its flags, to `Arguments`.
 
 What HfArgumentParser accepts is accepted and means the same: tests compare the two. All problems are reported in one
 error, to be corrected in one go. That is why this is not argparse, which stops at the first error, does not say which
@@ -8,10 +8,9 @@ words came after an unknown flag, and can't prefer the training script's flags w
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 from ..errors import UsageError
@@ -76,15 +75,15 @@ class CommandLine:
 
 
 def read_command_line(argv: Sequence[str], more_flags: Mapping[str, Flag] | None = None) -> CommandLine:
-    """Read `[run.yaml] [--flag [value ...]]...` as far as it can be understood.
+    """Read `[model] [run.yaml] [--flag [value ...]]...` as far as it can be understood.
 
-    `more_flags` can be given beside `all_flags`, though not in the file.
+    The word before the flags that ends as YAML files do is the file, and the other one the model, whichever comes
+    first. `more_flags` can be given beside `all_flags`, though not in the file.
     """
     problems = Problems({**all_flags(), **(more_flags or {})})
-    words = list(argv)
-    has_file = bool(words) and not is_flag(words[0])
-    from_yaml = _read_file(words.pop(0), problems) if has_file else {}
-    from_cli = _read_flags(words, problems)
+    leading = list(takewhile(lambda word: not is_flag(word), argv))
+    from_yaml, model = _read_leading(leading, problems)
+    from_cli = _read_flags(list(argv[len(leading) :]), model, problems)
     _check_plan_options(from_cli, problems)
     _check_ranges({**from_yaml, **from_cli}, problems)
     return CommandLine(from_yaml=from_yaml, from_cli=from_cli, problems=problems)
@@ -95,27 +94,25 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return read_command_line(argv).arguments()
 
 
-def _read_file(name: str, problems: Problems) -> dict[str, Any]:
-    """Return the values in the YAML file, which the first word must name unless it is a flag."""
-    if name.endswith(YAML_SUFFIXES):
+def _read_leading(words: list[str], problems: Problems) -> tuple[dict[str, Any], str | None]:
+    """Return the values in the YAML file, and the model, that the words before the flags name: one of each at most."""
+    files = [word for word in words if word.endswith(YAML_SUFFIXES)]
+    models = [word for word in words if word not in files]
+    values: dict[str, Any] = {}
+    for word in files[:1]:
         try:
-            return read_yaml(name, problems)
+            values = read_yaml(word, problems)
         except UsageError as error:
             problems.add(error.message, error.hint)
-            return {}
-    looks_like_model = re.fullmatch(r"[\w.-]+(/[\w.-]+)?|.*[/\\].*", name) or _exists(name)
-    problems.add(
-        f"`{printable(name)}` is not a YAML file (.yaml or .yml); nothing else can come before the flags",
-        f"name the model with `--model {printable(name)}`" if looks_like_model else None,
-    )
-    return {}
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # the name is too long
-        return False
+    for word in files[1:]:
+        _add_stray(word, problems)
+    if models and models[0].endswith(".json"):
+        problems.add(f"`{printable(models[0])}` is neither a model nor a YAML file (.yaml or .yml)")
+    for word in models[1:]:
+        problems.add(
+            f"`{printable(models[0])}` and `{printable(word)}` come before the flags: only one can be the model"
+        )
+    return values, models[0] if models else None
 
 
 def is_flag(word: str) -> bool:
@@ -129,10 +126,12 @@ def is_flag(word: str) -> bool:
     return False
 
 
-def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
-    """Return the value of every flag among `words`, by the flag's name."""
+def _read_flags(words: list[str], model: str | None, problems: Problems) -> dict[str, Any]:
+    """Return the value of every flag among `words`, by the flag's name; a `model` came before them."""
     values: dict[str, Any] = {}
     models: dict[str, str] = {}
+    if model is not None:
+        values[ALIASES["model"]] = models[""] = model
     while words:
         word = words.pop(0)
         if not is_flag(word):
@@ -161,7 +160,7 @@ def _read_flags(words: list[str], problems: Problems) -> dict[str, Any]:
             models[name] = value
         values[flag.name] = value
     if len(set(models.values())) > 1:
-        both = " and ".join(f"`--{name} {printable(value)}`" for name, value in models.items())
+        both = " and ".join(f"`{name and f'--{name} '}{printable(value)}`" for name, value in models.items())
         problems.add(f"{both} name different models")
     return values
 
@@ -238,6 +237,8 @@ def _add_stray(word: str, problems: Problems, after: str = "", hint: str | None 
     place = f" after `{after}`" if after else ""
     if word.endswith(YAML_SUFFIXES):
         problems.add(f"`{printable(word)}`{place} is out of place: one YAML file can be given, before the flags")
+    elif "/" in word or word.endswith(".gguf"):
+        problems.add(f"`{printable(word)}`{place} belongs to no flag", "a model comes before the flags")
     else:
         problems.add(f"`{printable(word)}`{place} belongs to no flag", hint)
 

@@ -77,7 +77,7 @@ def resolve_request(arguments: Arguments) -> Request:
     flat, own = arguments.flat, arguments.own
     adapters = tuple(own.merge_adapter or ())
     if not flat.model_name_or_path and not adapters:
-        raise UsageError("no model is given", hint="pass --model with a hub id, a directory or a .gguf file")
+        raise UsageError("no model is given", hint="give a hub id, a directory or a .gguf file before the flags")
     texts = [("--model", flat.model_name_or_path or ""), ("--output_dir", flat.output_dir)]
     for flag, value in (*texts, *(("--merge_adapter", name) for name in adapters)):
         if not value.isascii() and value != value.encode(errors="replace").decode():

@@ -139,7 +139,7 @@ def offered(home: Path, line: str) -> set[str]:
     return set(done.stdout.split())
 
 
-COMMANDS = {"prepare", "plan", "merge", "fuse", "verify", "inspect", "doctor"}
+COMMANDS = {"prepare", "plan", "merge", "fuse", "verify", "inspect", "recipe", "doctor"}
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,12 @@ ROOT = "a command comes first: prepare, plan, merge, fuse, verify, inspect, reci
         ("help", "--help"),
         ("help prepare", "prepare --help"),
         ("help verify", "verify --help"),
+        ("-V", "--version"),
         ("prepare --version", "--version"),
+        ("prepare -V", "--version"),
         ("verify --version", "--version"),
         ("inspect x --version", "--version"),
+        ("inspect x -V", "--version"),
     ],
 )
 def test_other_ways_to_ask(ftload: Ftload, words: str, same: str) -> None:
@@ -53,9 +56,10 @@ def test_other_ways_to_ask(ftload: Ftload, words: str, same: str) -> None:
         ("--model x", ROOT),
         ("help load", ROOT),
         ("prepare --lora_rnak 8", "`--help` lists every flag"),
-        ("prepare org/name", "name the model with `--model org/name`"),
+        ("prepare org/name --model other/name", None),
+        ("prepare --use_qlora org/name", "a model comes before the flags"),
         ("prepare --model", None),
-        ("prepare", "pass --model with a hub id, a directory or a .gguf file"),
+        ("prepare", "give a hub id, a directory or a .gguf file before the flags"),
     ],
 )
 def test_each_command_points_to_its_own_help(ftload: Ftload, words: str, hint: str | None) -> None:

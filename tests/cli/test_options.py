@@ -78,7 +78,7 @@ def test_panels_are_in_order() -> None:
 
 def test_help_tells_usage_types_choices_and_defaults() -> None:
     lines = [" ".join(line.strip("│ ").split()) for line in help_at(120).splitlines()]
-    assert lines[1] == "Usage: root prepare [RUN.yaml] [--FLAG [VALUE ...]] ..."
+    assert lines[1] == "Usage: root prepare [MODEL] [RUN.yaml] [--FLAG [VALUE ...]] ..."
     assert "Turn a model into a directory." in lines
     assert "root prepare run.yaml --lora_rank 16 --output_dir prepared" in lines
     assert "--lora_rank INT Rank of the LoRA matrices [default: 64]" in lines

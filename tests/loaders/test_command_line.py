@@ -496,27 +496,51 @@ def test_a_value_that_looks_like_a_flag_gets_a_hint() -> None:
     assert refusal(["--exp_name", "-foo"]).hint == "write `--exp_name=-foo` if that is the value"
 
 
+MODELS = ["meta-llama/Llama-3.1-8B", "gpt2", "/models/llama", "model.gguf", "what is this?", "run.yaml.gguf"]
+
+
+@pytest.mark.parametrize("word", MODELS)
+def test_the_model_may_come_before_the_flags(word: str) -> None:
+    arguments = parse_arguments([word, "--use_lora"])
+    assert given_values(arguments) == {"model_name_or_path": word, "use_lora": True}
+    assert arguments.origins["model_name_or_path"] == "cli"
+    assert parse_arguments([word, "--use_lora", "--model", word]) == arguments
+    assert parse_arguments([word, "--use_lora", "--model_name", word]) == arguments
+
+
+def test_model_and_yaml_file_come_in_either_order(tmp_path: Path) -> None:
+    name = yaml_file(tmp_path, "model: a/b\nlora_rank: 64\n")
+    expected = {"model_name_or_path": "c/d", "lora_rank": 64, "seed": 1}
+    for words in ([name, "c/d"], ["c/d", name], [name, "--model", "c/d"]):
+        assert given_values(parse_arguments([*words, "--seed", "1"])) == expected
+    assert given_values(parse_arguments([name])) == {"model_name_or_path": "a/b", "lora_rank": 64}
+
+
 @pytest.mark.parametrize(
-    ("word", "hint"),
+    ("line", "message", "hint"),
     [
-        ("meta-llama/Llama-3.1-8B", "name the model with `--model meta-llama/Llama-3.1-8B`"),
-        ("gpt2", "name the model with `--model gpt2`"),
-        ("/models/llama", "name the model with `--model /models/llama`"),
-        ("model.gguf", "name the model with `--model model.gguf`"),
-        ("what is this?", None),
-        ("so long that it is the name of no file".ljust(300, "?"), None),
+        ("a --model b", "`a` and `--model b` name different models", None),
+        ("a --model a --model_name b", "`a` and `--model a` and `--model_name_or_path b` name different models", None),
+        ("a b --seed 1", "`a` and `b` come before the flags: only one can be the model", None),
+        ("run.json --seed 1", "`run.json` is neither a model nor a YAML file (.yaml or .yml)", None),
+        ("--use_qlora a/b", "`a/b` after `--use_qlora` belongs to no flag", "a model comes before the flags"),
+        ("--seed 1 m.gguf", "`m.gguf` after `--seed 1` belongs to no flag", "a model comes before the flags"),
+        (
+            "--use_qlora a",
+            "`a` after `--use_qlora` belongs to no flag",
+            "`--use_qlora` stands alone, or takes true or false",
+        ),
     ],
 )
-def test_only_a_yaml_file_comes_before_the_flags(word: str, hint: str | None) -> None:
-    error = refusal([word, "--use_lora"])
-    shown = word if len(word) <= 80 else f"{word[:77]}..."
-    assert error.message == f"`{shown}` is not a YAML file (.yaml or .yml); nothing else can come before the flags"
-    assert error.hint == hint
+def test_one_model_at_most(line: str, message: str, hint: str | None) -> None:
+    error = refusal(shlex.split(line))
+    assert (error.message, error.hint) == (message, hint)
 
 
 def test_one_yaml_file_at_most(tmp_path: Path) -> None:
     name = yaml_file(tmp_path, "seed: 1\n")
     assert refusal([name, "b.yml"]).message.startswith("`b.yml` is out of place")
+    assert refusal([name, "a/b", "b.yml"]).message.startswith("`b.yml` is out of place")
 
 
 # YAML, rule by rule
