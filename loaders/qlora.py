@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .errors import MissingRequirementError
+from .flags.request import Request
 from .lora import Lora
 from .model.tensor_map import ModelTensor
 from .nf4.linear import NF4_LINEAR
@@ -20,6 +23,10 @@ class Qlora(Lora):
     name: str = "qlora"
     packages: tuple[str, ...] = ("peft", "bitsandbytes")
     quantisation: Quantisation = NF4_LINEAR
+
+    def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Qlora:
+        """With the quantisation's settings."""
+        return replace(self, quantisation=self.quantisation.configured(request, stored))
 
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
         """Quantise what the quantisation covers, treat the rest as standard.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .adapter.interface import Adapter
 from .errors import CheckpointError
@@ -20,6 +22,10 @@ class Standard:
     name: str = "standard"
     packages: tuple[str, ...] = ()
     quantisation: Quantisation | None = None
+
+    def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Standard:
+        """The same: nothing is quantised."""
+        return self
 
     def adapter(self, request: Request) -> Adapter | None:
         """None: all weights are trained."""

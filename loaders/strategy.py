@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from .adapter.interface import Adapter
 from .flags.request import Request
@@ -31,6 +32,13 @@ class Strategy(Protocol):
     @property
     def quantisation(self) -> Quantisation | None:
         """How weights of the base are quantised; None for 16-bit weights."""
+        ...
+
+    def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Strategy:
+        """The same with the settings that are asked for; `stored` is the checkpoint's own `quantization_config`.
+
+        Raises `CheckpointError` for stored settings that have no meaning.
+        """
         ...
 
     def adapter(self, request: Request) -> Adapter | None:

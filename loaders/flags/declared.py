@@ -207,6 +207,18 @@ class OwnOptions:
     quantize_experts: bool = field(
         True, QUANTISATION, "Quantise fused experts too; false leaves them 16-bit, as transformers does"
     )
+    bnb_4bit_quant_storage: str | None = field(
+        None,
+        QUANTISATION,
+        "Dtype that 4-bit codes are stored under; FSDP divides floats alone; unset takes uint8, or the checkpoint's",
+        choices=("uint8", "bfloat16", "float16"),
+    )
+    bnb_4bit_compute_dtype: str | None = field(
+        None,
+        QUANTISATION,
+        "Dtype that 4-bit layers compute in; T4 and V100 need float16; unset takes bfloat16, or the checkpoint's",
+        choices=("bfloat16", "float16", "float32"),
+    )
     lora_experts: int | None = field(
         None, ADAPTER, "Train the experts of a mixture too, each by an adapter of this rank; unset leaves them"
     )

@@ -45,6 +45,10 @@ class Request:
     lora_experts: int | None
     """Rank of the adapters of experts; None leaves them untrained."""
     quantize_experts: bool
+    bnb_4bit_quant_storage: str | None
+    """torch's name of the dtype that 4-bit codes are stored under; None for what the checkpoint has, else uint8."""
+    bnb_4bit_compute_dtype: str | None
+    """torch's name of the dtype that 4-bit layers compute in; None for what the checkpoint has, else bfloat16."""
     use_liger_kernel: bool
     use_flash_attn: bool
     gradient_checkpointing: bool
@@ -120,6 +124,9 @@ def resolve_request(arguments: Arguments) -> Request:
     ]
     if adapter_only and not (flat.use_lora or flat.use_qlora):
         raise UsageError(f"`--{adapter_only[0]}` is for adapters", hint="pass --use_lora or --use_qlora as well")
+    for name in ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"):
+        if getattr(own, name) is not None and not flat.use_qlora:
+            raise UsageError(f"`--{name}` is for 4-bit weights", hint="pass --use_qlora as well")
     try:
         output = Path(flat.output_dir).expanduser().absolute()
     except RuntimeError as error:  # `~name` of nobody
@@ -144,6 +151,8 @@ def resolve_request(arguments: Arguments) -> Request:
         lora_targets=tuple(own.lora_target_modules) if own.lora_target_modules is not None else None,
         lora_experts=own.lora_experts,
         quantize_experts=own.quantize_experts,
+        bnb_4bit_quant_storage=own.bnb_4bit_quant_storage,
+        bnb_4bit_compute_dtype=own.bnb_4bit_compute_dtype,
         use_liger_kernel=flat.use_liger_kernel,
         use_flash_attn=flat.use_flash_attn,
         gradient_checkpointing=flat.gradient_checkpointing,

@@ -12,9 +12,10 @@ from math import prod
 from typing import Any
 
 from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, STATE_SUFFIX
-from ..checkpoint.tensors import TORCH_NAMES
+from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES, TORCH_NAMES
 from ..decision import Decision
-from ..errors import MissingRequirementError
+from ..errors import CheckpointError, MissingRequirementError, UsageError
+from ..flags.request import Request
 from ..model.experts.fused import FusedExperts
 from ..model.tensor_map import ModelTensor
 from ..steps.plain import All, Cast
@@ -33,6 +34,25 @@ class Nf4Linear:
     tag: str = "nf4"
     bits: int = 4
     block_size: int = BLOCK
+    storage: str = "U8"
+    """safetensors code of the dtype that codes are stored under: always the same bytes."""
+    compute: str = "bfloat16"
+    """torch's name of the dtype that layers compute in."""
+
+    def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Nf4Linear:
+        """The dtypes that are asked for, else those of the checkpoint's `quantization_config`, else QLoRA's own.
+
+        Raises `CheckpointError` for a storage that is no dtype.
+        """
+        found = stored or {}
+        storage = request.bnb_4bit_quant_storage or found.get("bnb_4bit_quant_storage", "uint8")
+        if not isinstance(storage, str) or storage not in DTYPE_CODES:
+            raise CheckpointError(
+                f"`bnb_4bit_quant_storage` of config.json is {storage!r}, which is no dtype",
+                hint="pass --bnb_4bit_quant_storage uint8",
+            )
+        compute = request.bnb_4bit_compute_dtype or found.get("bnb_4bit_compute_dtype", "bfloat16")
+        return replace(self, storage=DTYPE_CODES[storage], compute=compute)
 
     def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
         """The weights of linear layers, fused experts, and what the checkpoint holds in NF4 already."""
@@ -43,7 +63,7 @@ class Nf4Linear:
         """Encode a weight, or take over the parts that it is stored in."""
         (tensor,) = tensors
         if tensor.packed is not None:
-            return _take_over(tensor)
+            return self._take_over(tensor)
         transposed = tensor.linear is not None and tensor.linear.transposed
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(
@@ -51,11 +71,62 @@ class Nf4Linear:
                 source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.quantised_from
             ),
             outputs=tuple(
-                _part(tensor, tensor.name + suffix, stored, dtype)
+                self._part(tensor, suffix, stored, dtype)
                 for suffix, (stored, dtype) in stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
             ),
             encodes=True,
         )
+
+    def _take_over(self, tensor: ModelTensor) -> Step:
+        assert tensor.packed is not None
+        weight = tensor.packed.name
+        outputs = tuple(
+            replace(
+                self._part(tensor, part.name.removeprefix(weight), part.shape, part.dtype),
+                variable=False,
+            )
+            for part in tensor.packed.parts
+        )
+        copies = tuple(
+            Cast(
+                source=replace(part, shape=output.shape, dtype=output.dtype), name=output.name, dtype=output.dtype,
+                codes=part.name == weight,
+            )
+            for part, output in zip(tensor.packed.parts, outputs, strict=True)
+        )  # fmt: skip
+        return Step(operation=All(operations=copies), outputs=outputs)
+
+    def _part(self, tensor: ModelTensor, suffix: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
+        """One of the tensors that a weight is stored in: its codes where there is no `suffix`, else a statistic."""
+        is_codes, is_state = not suffix, suffix == STATE_SUFFIX
+        if is_codes:
+            shape, dtype = self._codes_shape(tensor, prod(shape) * ITEM_BYTES[dtype]), self.storage
+        return OutputTensor(
+            name=tensor.name + suffix,
+            shape=shape,
+            dtype=dtype,
+            component=tensor.component,
+            counted_as=self.tag,
+            parameters=prod(tensor.shape) if is_codes else 0,
+            part_of=None if is_codes else tensor.name,
+            overhead=is_state,
+            variable=is_state,
+        )
+
+    def _codes_shape(self, tensor: ModelTensor, size: int) -> tuple[int, int]:
+        """The shape of so many bytes of codes as they are stored.
+
+        Raises `UsageError` where they are no whole elements: bitsandbytes raises on a CPU, and on a GPU it takes memory
+        for fewer bytes than it writes.
+        """
+        width = ITEM_BYTES[self.storage]
+        if size % width:
+            raise UsageError(
+                f"tensor `{tensor.name}`: its {size:,} bytes of 4-bit codes are no whole number of "
+                f"{TORCH_NAMES[self.storage]}, under which bitsandbytes would store them",
+                hint="pass --bnb_4bit_quant_storage uint8",
+            )
+        return size // width, 1
 
     def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:
         """Where an expert's double-quantised absmax are no slice of all, all absmax themselves are held, in float32."""
@@ -70,16 +141,20 @@ class Nf4Linear:
         """What keeps transformers from loading a group in 4 bits: the same for all of its tensors."""
         return tensors[0].quantised_problem
 
-    def config(self) -> dict[str, Any]:
-        """transformers' `BitsAndBytesConfig` as the reference builds it."""
+    def config(self, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+        """transformers' `BitsAndBytesConfig` as the reference builds it, or the stored one with these dtypes."""
         import torch
         from transformers import BitsAndBytesConfig
 
+        storage = TORCH_NAMES[self.storage]
+        if stored is not None:
+            return {**stored, "bnb_4bit_quant_storage": storage, "bnb_4bit_compute_dtype": self.compute}
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, self.compute),
+            bnb_4bit_quant_storage=getattr(torch, storage),
         ).to_dict()
 
     def compute_dtype(self, config: Mapping[str, Any]) -> str:
@@ -151,38 +226,6 @@ class Nf4Linear:
         if problem is not None:
             raise MissingRequirementError(problem.partition(": ")[2])
         return "compiles the NF4 encoder"
-
-
-def _part(tensor: ModelTensor, name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
-    is_codes, is_state = name == tensor.name, name.endswith(STATE_SUFFIX)
-    return OutputTensor(
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        component=tensor.component,
-        counted_as=NF4_LINEAR.tag,
-        parameters=prod(tensor.shape) if is_codes else 0,
-        part_of=None if is_codes else tensor.name,
-        overhead=is_state,
-        variable=is_state,
-    )
-
-
-def _take_over(tensor: ModelTensor) -> Step:
-    assert tensor.packed is not None
-    weight = tensor.packed.name
-    names = [tensor.name + part.name.removeprefix(weight) for part in tensor.packed.parts]
-    copies = tuple(
-        Cast(source=part, name=name, dtype=part.dtype, codes=part.name == weight)
-        for part, name in zip(tensor.packed.parts, names, strict=True)
-    )
-    return Step(
-        operation=All(operations=copies),
-        outputs=tuple(
-            replace(_part(tensor, name, part.shape, part.dtype), variable=False)
-            for part, name in zip(tensor.packed.parts, names, strict=True)
-        ),
-    )
 
 
 NF4_LINEAR = Nf4Linear()

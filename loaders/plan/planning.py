@@ -39,7 +39,8 @@ def make_plan(
     skeleton: Skeleton,
 ) -> Plan:
     """Decide everything. Raises the error that carrying out the plan would run into, before anything is written."""
-    strategy, checkpoint = STRATEGIES[request.strategy], merged.checkpoint
+    checkpoint, quantization_config = merged.checkpoint, skeleton.stored_quantization
+    strategy = STRATEGIES[request.strategy].configured(request, quantization_config)
     row_warnings = check_rows(
         tokenizer_size=tokenizer.facts()["size"],
         before=skeleton.rows_before,
@@ -53,9 +54,8 @@ def make_plan(
 
     steps = tuple(_steps(strategy, skeleton.tensors))
     quantisation = strategy.quantisation
-    quantization_config = skeleton.stored_quantization
-    if quantization_config is None and quantisation is not None:
-        quantization_config = quantisation.config()
+    if quantisation is not None:
+        quantization_config = quantisation.config(quantization_config)
     coverage = None
     quantised = quantised_layers(strategy, skeleton, steps)
     packed = quantised_experts(strategy, skeleton, steps)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..decision import Decision
+from ..flags.request import Request
 from ..model.experts.fused import FusedExperts
 from ..model.tensor_map import ModelTensor
 from .step import Encoder, OutputTensor, Step
@@ -32,6 +33,13 @@ class Quantisation(Protocol):
         """Weights that share an absmax."""
         ...
 
+    def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Quantisation:
+        """The same with the settings that are asked for; `stored` is the checkpoint's own `quantization_config`.
+
+        Raises `CheckpointError` for stored settings that have no meaning.
+        """
+        ...
+
     def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
         """Whether it is this that stores a group of tensors; all others are stored as without quantisation."""
         ...
@@ -48,8 +56,8 @@ class Quantisation(Protocol):
         """Why a model with these tensors could not be loaded once it is quantised; None where it could."""
         ...
 
-    def config(self) -> dict[str, Any]:
-        """config.json's `quantization_config`."""
+    def config(self, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+        """config.json's `quantization_config`, made from the checkpoint's own where that is already quantised."""
         ...
 
     def compute_dtype(self, config: Mapping[str, Any]) -> str:

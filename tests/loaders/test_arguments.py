@@ -63,6 +63,8 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("lora_target_modules", "list[str] | None", None, ()),
         ("min_quantized", "float", 90.0, ()),
         ("quantize_experts", "bool", True, ()),
+        ("bnb_4bit_quant_storage", "str | None", None, ("uint8", "bfloat16", "float16")),
+        ("bnb_4bit_compute_dtype", "str | None", None, ("bfloat16", "float16", "float32")),
         ("lora_experts", "int | None", None, ()),
         ("device", "str", "cpu", ("cpu", "cuda")),
         ("max_shard_size", "str", "5GB", ()),
@@ -73,7 +75,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 104
+    assert len(all_flags()) == 106
 
 
 def test_what_plan_takes_beside_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ def run_reference(
     seed: int = 42,
     rank: int = 8,
     targets: list[str] | None = None,
+    four_bit: Mapping[str, Any] | None = None,
     **load_arguments: Any,
 ) -> None:
     """Load, seed, resize, save the base to `output`, wrap it and save the adapter to `output/adapter`.
 
-    The seed is set after loading: some models draw from the global generator within `from_pretrained`.
+    The seed is set after loading: some models draw from the global generator within `from_pretrained`. `four_bit` are
+    settings of `BitsAndBytesConfig` in the place of the script's, or beside them.
     """
     import torch
     import transformers
@@ -36,12 +39,13 @@ def run_reference(
     )
 
     if strategy == "qlora":
-        load_arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        settings: dict[str, Any] = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+        load_arguments["quantization_config"] = BitsAndBytesConfig(**{**settings, **(four_bit or {})})
     model_class = AutoModelForCausalLM
     if "gguf_file" not in load_arguments:
         config = load_arguments["config"] = AutoConfig.from_pretrained(source)
@@ -52,7 +56,8 @@ def run_reference(
     if tokenizer_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)
     if strategy == "qlora":
-        experts = take_out_experts(model)
+        storage = load_arguments["quantization_config"].bnb_4bit_quant_storage
+        experts = take_out_experts(model, storage)
         if experts:
             output.mkdir()
             save_file(experts, output / "experts.safetensors")
@@ -72,10 +77,11 @@ def run_reference(
     get_peft_model(model, config).save_pretrained(output / "adapter", save_embedding_layers=False)
 
 
-def take_out_experts(model: Any) -> dict[str, Any]:
+def take_out_experts(model: Any, storage: Any) -> dict[str, Any]:
     """Quantise fused experts by bitsandbytes; returns what it stores them in, by name, and leaves the model without.
 
-    Experts are those that transformers' decorator has marked, in either orientation.
+    `replace_parameter_4bit` knows no dtype of storage: the codes are viewed as `storage`, as `quantize_4bit` does for
+    linear layers. Experts are those that transformers' decorator has marked, in either orientation.
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
@@ -91,7 +97,7 @@ def take_out_experts(model: Any) -> dict[str, Any]:
     for module in {module for _, module, _ in parameters}:
         del module.parametrizations
     return {
-        stored: state[stored]
+        stored: state[stored].view(-1).view(storage).view(-1, 1) if stored == f"{path}.{name}" else state[stored]
         for path, _, name in parameters
         for stored in state
         if stored == f"{path}.{name}" or stored.startswith(f"{path}.{name}.")
