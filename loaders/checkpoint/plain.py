@@ -46,9 +46,8 @@ class PlainReader:
         """The elements in order, flat, at most `elements` at a time; see `Checkpoint.chunks`."""
         import torch
 
-        dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
         if tensor.name in self.loaded:
-            yield from self.loaded[tensor.name].reshape(-1).view(dtype).split(elements)
+            yield from self.loaded[tensor.name].reshape(-1).split(elements)
             return
         if tensor.strides is not None:
             span = self._span(tensor)
@@ -56,6 +55,7 @@ class PlainReader:
                 end = min(begin + elements, tensor.parameters)
                 yield span[_scattered(tensor.shape, tensor.strides, begin, end)]
             return
+        dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
         size = elements * ITEM_BYTES[tensor.dtype]
         path = self.source.root / tensor.file
         try:

@@ -1,18 +1,20 @@
-"""The dtypes of 4-bit weights, as `BitsAndBytesConfig` names them: what ftload writes against what the libraries write."""
+"""The dtypes of 4-bit weights, by the names of `BitsAndBytesConfig`: what ftload writes, and what the libraries do."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ftload.loaders.checkpoint.tensors import TORCH_NAMES
+from safetensors.torch import load_file, save_file
 
 from ..cli.spoilt import edit_json
 from ..conftest import Result
+from ..experts.checkpoints import random_model
 from ..tokenizers import write_llama
 from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 from .models import write_model
@@ -32,8 +34,8 @@ def flags(storage: str | None, compute: str | None) -> list[str]:
     return [word for name, value in given.items() if value is not None for word in (name, value)]
 
 
-def source_of(directory: Path, architecture: str = "llama") -> Path:
-    write_model(directory, architecture, vocab_size=128, dtype="float32", shards=True)
+def source_of(directory: Path, architecture: str = "llama", *, rows: int = 128) -> Path:
+    write_model(directory, architecture, vocab_size=rows, dtype="float32", shards=True)
     write_llama(directory, vocab_size=128)
     return directory
 
@@ -66,3 +68,123 @@ def test_dtypes_are_the_libraries_own(
     codes = {tensor.dtype for name, tensor in read_tensors(out).items() if f"{name}.absmax" in read_tensors(out)}
     assert codes == {getattr(torch, said["storage_dtype"])}
     assert ftload("verify", out).code == 0
+
+
+def test_a_checkpoint_in_4_bits_keeps_its_codes_and_gets_the_dtypes_that_are_asked_for(
+    ftload: Ftload, tmp_path: Path
+) -> None:
+    """Nothing is quantised anew; without a flag all stays as it is."""
+    source = source_of(tmp_path / "source", rows=144)
+    made = {
+        (storage, compute): tmp_path / f"{storage} {compute}"
+        for storage, compute in (("uint8", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32"))
+    }
+    for (storage, compute), directory in made.items():
+        prepared(ftload, source, directory, *flags(storage, compute))
+    for (storage, compute), directory in made.items():
+        for number, (asked, asked_compute) in enumerate([(None, None), ("float16", None), *made]):
+            out = tmp_path / f"{directory.name} {number}"
+            report = prepared(ftload, directory, out, *flags(asked, asked_compute))
+            expected = (asked or storage, asked_compute or compute)
+            assert (report["quantization"]["storage_dtype"], report["quantization"]["compute_dtype"]) == expected
+            same = next((one for one in made if one == expected), None)
+            if same is not None:
+                assert_same_tensors(out, made[same])
+                assert_same_json(out / "config.json", made[same] / "config.json")
+                assert_same_tensors(out / "adapter", made[same] / "adapter")
+    assert ftload("verify", out).code == 0
+
+
+def test_pickled_codes_are_taken_over_under_another_dtype(ftload: Ftload, tmp_path: Path) -> None:
+    source, first, out, pickled = (tmp_path / name for name in ("source", "first", "out", "pickled"))
+    prepared(ftload, source_of(source, rows=144), first)
+    shutil.copytree(first, pickled, ignore=shutil.ignore_patterns("*.safetensors", "adapter", "ftload_report.json"))
+    torch.save(read_tensors(first), pickled / "pytorch_model.bin")
+    prepared(ftload, pickled, out, "--allow_pickle", *flags("bfloat16", None))
+    prepared(ftload, source, tmp_path / "expected", *flags("bfloat16", None))
+    assert_same_tensors(out, tmp_path / "expected")
+
+
+def test_codes_that_are_no_whole_elements_are_refused(ftload: Ftload, tmp_path: Path) -> None:
+    """bitsandbytes fails as well, on a CPU."""
+    from bitsandbytes.functional import quantize_4bit
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    random_model("qwen3_moe_odd", vocab_size=144).save_pretrained(source)
+    write_llama(source, vocab_size=128)
+    with pytest.raises(RuntimeError, match="must be divisible by 2"):
+        quantize_4bit(torch.ones(5, 26, 35), quant_type="nf4", quant_storage=torch.bfloat16)
+    for command in ("plan", "prepare"):
+        result = ftload(command, "--model", source, "--output_dir", out, *QLORA, *flags("bfloat16", None))
+        assert (result.code, result.err) == (
+            2,
+            "error: tensor `model.layers.0.mlp.experts.gate_up_proj`: its 2,275 bytes of 4-bit codes are no whole "
+            "number of bfloat16, under which bitsandbytes would store them\n"
+            "hint: pass --bnb_4bit_quant_storage uint8\n",
+        )
+    assert prepared(ftload, source, out, *flags("uint8", None))["quantization"]["storage_dtype"] == "uint8"
+
+
+@pytest.mark.parametrize("strategy", [[], ["--use_lora"], ["--use_liger_kernel"]])
+@pytest.mark.parametrize("name", ["bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"])
+def test_they_are_for_4_bit_weights_alone(ftload: Ftload, tmp_path: Path, name: str, strategy: list[str]) -> None:
+    result = ftload(
+        "prepare", "--model", tmp_path, "--output_dir", tmp_path / "out", *strategy, f"--{name}", "bfloat16"
+    )
+    assert (result.code, result.err) == (
+        2,
+        f"error: `--{name}` is for 4-bit weights\nhint: pass --use_qlora as well\n",
+    )
+
+
+@pytest.mark.parametrize("value", ["float", 3, None, ["bfloat16"]])
+def test_a_storage_that_is_no_dtype(ftload: Ftload, tmp_path: Path, value: object) -> None:
+    first = tmp_path / "first"
+    prepared(ftload, source_of(tmp_path / "source"), first)
+    section = json.loads((first / "config.json").read_text())["quantization_config"]
+    edit_json(first / "config.json", quantization_config={**section, "bnb_4bit_quant_storage": value})
+    result = ftload("plan", "--model", first, "--use_qlora")
+    assert (result.code, result.out) == (4, "")
+    assert "bnb_4bit_quant_storage" in result.err
+
+
+def test_another_dtype_is_another_output(ftload: Ftload, tmp_path: Path) -> None:
+    source, out = source_of(tmp_path / "source"), tmp_path / "out"
+    words = ["prepare", "--model", source, "--output_dir", out, *QLORA]
+    assert ftload(*words, *flags("bfloat16", None)).code == 0
+    assert "up to date" in ftload(*words[:-1], *flags("bfloat16", None)).out
+    assert ftload(*words, *flags("float16", None)).code == 8
+    assert ftload(*words, *flags("bfloat16", "float16")).code == 8
+
+
+def test_what_is_stored_is_told(ftload: Ftload, tmp_path: Path) -> None:
+    """`inspect`, and what `verify` finds where config.json or the codes are not as the report says."""
+    out = tmp_path / "out"
+    report = prepared(ftload, source_of(tmp_path / "source"), out, *flags("bfloat16", "float16"))
+    inspected = json.loads(ftload("inspect", out, "--json").out)
+    counted = report["parameters"]["by_dtype"]["nf4"]
+    assert (counted["tensors"], counted["parameters"]) == (14, 61_440)
+    assert inspected["by_dtype"]["nf4"] == counted
+    edit_json(out / "config.json", quantization_config={**config_of(out), "bnb_4bit_quant_storage": "float16"})
+    found = ftload("verify", out)
+    assert found.code == 7
+    assert "`bnb_4bit_quant_storage` is float16, the report says bfloat16" in found.err + found.out
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def test_an_adapter_is_merged_into_codes_under_any_dtype(ftload: Ftload, tmp_path: Path) -> None:
+    source, outs = source_of(tmp_path / "source"), {}
+    for storage in ("uint8", "bfloat16"):
+        base, merged = tmp_path / storage, tmp_path / f"{storage} merged"
+        prepared(ftload, source, base, *flags(storage, None))
+        adapter = load_file(base / "adapter" / "adapter_model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        trained = {name: torch.randn(value.shape, generator=generator) * 0.1 for name, value in sorted(adapter.items())}
+        save_file(trained, base / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        result = ftload("merge", base / "adapter", "--dequantize", "--output_dir", merged)
+        assert result.code == 0, result.err
+        outs[storage] = merged
+    assert_same_tensors(outs["bfloat16"], outs["uint8"])
