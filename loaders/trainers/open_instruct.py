@@ -63,7 +63,7 @@ class OpenInstruct:
 
     def notes(self, handover: Handover) -> tuple[str, ...]:
         """What the script does with the directory."""
-        notes = []
+        notes = ["Run it in a checkout of Open Instruct."]
         if _is_directory(handover):
             notes.append(
                 "finetune.py downloads its model by hub id (snapshot_download) and ends with HFValidationError for a "
@@ -89,8 +89,8 @@ class OpenInstruct:
         return tuple(notes)
 
     def launch(self, handover: Handover, file: str) -> str:
-        """In a checkout of Open Instruct."""
-        return f"bash {shlex.quote(file)}, in a checkout of Open Instruct"
+        """A shell script."""
+        return f"bash {shlex.quote(file)}"
 
     def body(self, handover: Handover) -> str:
         """A copy of the script where that is needed, and the command line."""
