@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from ..source.file_names import REPORT_FILE
 from ..source.source import Source
 from .formats.interface import PackedTensor
 from .formats.registry import logical_tensors
@@ -140,7 +141,10 @@ def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True, 
     elif PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
         return _open_pickles(source, allow_pickle=allow_pickle, strict=strict, dequantize=dequantize)
     else:
-        raise CheckpointError(f"`{source.model}` holds no weights", hint=f"looked for {SINGLE_FILE} and {INDEX_FILE}")
+        hint = f"looked for {SINGLE_FILE} and {INDEX_FILE}"
+        if REPORT_FILE in names:
+            hint = "it was prepared, and its base lies elsewhere: give that, `ftload inspect` names it"
+        raise CheckpointError(f"`{source.model}` holds no weights", hint=hint)
     for name in files:
         if name not in names:
             raise absent_error(source, f"`{name}` is listed in `{INDEX_FILE}` but missing", "download the model again")

@@ -118,6 +118,12 @@ def settings_hash(path: Path) -> str | None:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def differing_settings(one: PretrainedConfig, other: PretrainedConfig) -> list[str]:
+    """The names of settings that differ; versions, paths, dtypes and the class aside."""
+    values = [{**_settings(config.to_dict()), "architectures": None} for config in (one, other)]
+    return sorted(name for name in values[0] | values[1] if values[0].get(name) != values[1].get(name))
+
+
 def _settings(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _settings(inner) for key, inner in value.items() if key not in _NO_SETTING}

@@ -29,10 +29,12 @@ def write_report(run: Run, plan: Plan, written: Written) -> Report:
     stage, watch = run.staging.stage, run.watch
     with watch.stage("save"), disk_errors(stage):
         with quiet_transformers():
-            save_tokenizer(plan.tokenizer, stage)
-            if plan.base == "copy":
-                _save_config(plan, stage)
+            tokenizer = _save_tokenizer(plan, stage)
+            _save_config(plan, stage)
         if plan.adapter is not None and plan.targets is not None:
+            for name in tokenizer:  # an adapter is loaded and shared by itself too
+                (stage / "adapter" / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(stage / name, stage / "adapter" / name)
             config = plan.adapter.config(plan.targets, base=adapter_base(plan), revision=adapter_revision(plan))
             _write_json(stage / "adapter" / "adapter_config.json", config)
         if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
@@ -55,10 +57,19 @@ def write_report(run: Run, plan: Plan, written: Written) -> Report:
     return report
 
 
+def _save_tokenizer(plan: Plan, stage: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files, code of its own among them; returns their names."""
+    before = set(stage.rglob("*"))
+    save_tokenizer(plan.tokenizer, stage)
+    new = set(stage.rglob("*")) - before
+    return tuple(sorted(path.relative_to(stage).as_posix() for path in new if path.is_file()))
+
+
 def _save_config(plan: Plan, stage: Path) -> None:
+    """The configuration; of a base that is another's it tells tools that look here which model that is."""
     root = plan.checkpoint.source.root
     plan.config.save_pretrained(stage)
-    if plan.skeleton.model.can_generate():
+    if plan.base == "copy" and plan.skeleton.model.can_generate():
         try:
             plan.generation_config.save_pretrained(stage)
         except ValueError:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.json_files import fetch_config
 from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
-from ..model.config import load_config, load_generation_config, settings_hash
+from ..model.config import differing_settings, load_config, load_generation_config, settings_hash
 from ..model.skeleton import Skeleton, build_skeleton
+from ..plan.vocabulary import set_padding
 from ..report.document import Report
 from ..report.json_values import from_json
 from ..report.schema import published_schema
@@ -227,6 +229,7 @@ def check_config(context: Context) -> Iterator[str]:
     for name, digest in context.report.configuration.items():
         if settings_hash(context.base_source.root / name) != digest:
             yield f"`{name}` has other settings than when this was prepared"
+    yield from _check_copied_config(context)
     stored: Any = getattr(context.config, "quantization_config", None)
     if (stored is None) != (expected is None):
         yield "`quantization_config` is " + ("missing" if stored is None else "there, the report knows of none")
@@ -251,6 +254,20 @@ def check_config(context: Context) -> Iterator[str]:
     if type(skeleton.model).__name__ != source.architecture:
         yield f"the model is a `{type(skeleton.model).__name__}`, the report says `{source.architecture}`"
     yield from _check_parameters(context)
+
+
+def _check_copied_config(context: Context) -> Iterator[str]:
+    """Whether config.json is the configuration of the base that lies elsewhere, with the tokenizer's padding."""
+    if context.report.base == "copy" or "config.json" not in {file.path for file in context.report.files}:
+        return  # reports of 0.1 know of none
+    expected, pad = deepcopy(context.config), context.report.embeddings.pad_token_id
+    if pad is not None:
+        set_padding(expected, pad)
+    with quiet_transformers():
+        config, _ = load_config(context.root, overrides={}, trust_remote_code=context.trust_remote_code)
+    for name in differing_settings(config, expected):
+        found, other = getattr(config, name, None), getattr(expected, name, None)
+        yield f"`{name}` of config.json is `{found}`, the base has `{other}`"
 
 
 def _check_parameters(context: Context) -> Iterator[str]:

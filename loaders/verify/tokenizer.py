@@ -10,7 +10,7 @@ from ..plan.vocabulary import stop_problem, stored_padding
 from ..system.quiet import quiet_transformers
 from ..tokenizer.rendering import look_at_turns
 from ..tokenizer.tokenizer import template_hash
-from .files import Context
+from .files import PREPARE_AGAIN, Context
 
 
 def check_tokenizer(context: Context) -> Iterator[str]:
@@ -42,6 +42,11 @@ def check_tokenizer(context: Context) -> Iterator[str]:
         yield "there is no pad token"
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield f"pad and eos are the same token, `{tokenizer.eos_token}`: the model would not learn to stop"
+    context.hint = PREPARE_AGAIN
+    listed = {file.path: file.sha256 for file in context.report.files}
+    for name in sorted(listed.keys() & {f"adapter/{name}" for name in listed}):
+        if listed[name] != listed[name.removeprefix("adapter/")]:
+            yield f"`{name}` is another than `{name.removeprefix('adapter/')}`"
     context.found = f"{len(tokenizer):,} tokens, pad `{tokenizer.pad_token}`, eos `{tokenizer.eos_token}`"
 
 

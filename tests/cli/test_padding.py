@@ -76,7 +76,9 @@ def test_a_base_that_is_referred_to_keeps_its_files(ftload: Ftload, tmp_path: Pa
     report = prepare(source, out, "--use_lora")
     assert report["base"] == "reference"
     assert json.loads((source / "config.json").read_text())["pad_token_id"] == EOS
-    assert not (out / "config.json").exists()
+    assert json.loads((out / "config.json").read_text()) == {
+        **json.loads((source / "config.json").read_text()), "pad_token_id": PAD,
+    }  # fmt: skip
     (decision,) = said(report)
     assert (decision["requested"], decision["effective"]) == ("2 (the eos token) and none", "128")
     assert decision["reason"] == (

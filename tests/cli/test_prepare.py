@@ -30,11 +30,14 @@ Runs = dict[str, tuple[Path, dict[str, Any]]]
 
 SIDE = {"README.md", "ftload_report.json", "tokenizer.json", "tokenizer_config.json"}
 BASE = {"config.json", "generation_config.json", "model.safetensors"}
-ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+ADAPTER = {
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    "adapter/tokenizer.json", "adapter/tokenizer_config.json",
+}  # fmt: skip
 FILES = {
     "standard": SIDE | BASE,
     "liger": SIDE | BASE,
-    "lora": SIDE | ADAPTER,
+    "lora": SIDE | ADAPTER | {"config.json"},
     "qlora": SIDE | BASE | ADAPTER,
 }
 

@@ -60,7 +60,7 @@ def test_an_adapter_trained_since_is_another_source(
 
 def test_the_trained_one_of_two_is_told(prepared: Path, tmp_path: Path) -> None:
     weights = prepared / "adapter" / "adapter_model.safetensors"
-    before, beside = weights.read_bytes(), [prepared / path.name for path in (prepared / "adapter").iterdir()]
+    before, beside = weights.read_bytes(), [prepared / path.name for path in (prepared / "adapter").glob("adapter_*")]
     try:
         for path in beside:
             path.write_bytes((prepared / "adapter" / path.name).read_bytes())
@@ -83,7 +83,7 @@ def test_a_trained_one_is_a_decision(
     try:
         _train(weights)
         if place == ".":
-            for path in (prepared / "adapter").iterdir():
+            for path in (prepared / "adapter").glob("adapter_*"):
                 moved.append(prepared / path.name)
                 (prepared / path.name).write_bytes(path.read_bytes())
             weights.write_bytes(before)
