@@ -17,7 +17,7 @@ from ..loaders.flags.command_line import read_command_line
 from .doctor import doctor
 from .errors import Interrupted
 from .inspect import InspectCommand, inspect
-from .merge import fuse, merge
+from .merge import merge
 from .options import FlagsCommand, MergeCommand, PlanCommand
 from .plan import plan
 from .prepare import prepare
@@ -34,7 +34,6 @@ app = typer.Typer(
 app.command("prepare", cls=FlagsCommand)(prepare)
 app.command("plan", cls=PlanCommand)(plan)
 app.command("merge", cls=MergeCommand)(merge)
-app.command("fuse")(fuse)
 app.command("verify")(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
 app.command("recipe")(recipe)

@@ -1,16 +1,14 @@
-"""`ftload merge` and `ftload fuse`."""
+"""`ftload merge`."""
 
 from __future__ import annotations
 
 from itertools import takewhile
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ..loaders.errors import UsageError
-from ..loaders.flags.command_line import read_command_line
-from .options import AsJson, Debug
+from ..loaders.flags.command_line import CommandLine, read_command_line
+from ..loaders.flags.declared import merge_flags
 from .prepare import run_prepare
 from .show.output import Output
 
@@ -22,28 +20,23 @@ def merge(ctx: typer.Context) -> None:
     --model names another. All other flags are those of `prepare`; without any, the model is a plain bfloat16 one.
     """
     words = tuple(ctx.obj)
+    given = read_command_line(("--merge_adapter", *words), merge_flags())
     if not any(True for _ in takewhile(lambda word: not word.startswith("-"), words)):
-        with Output.from_flags(read_command_line(words).values):
+        with Output.from_flags(given.values):
             raise UsageError("no adapter is given", hint="ftload merge ADAPTER --output_dir DIRECTORY")
-    run_prepare(("--merge_adapter", *words))
+    if given.values.get("adapter_only"):
+        _write_adapter(given)
+    else:
+        run_prepare(given)
 
 
-def fuse(
-    adapter: Annotated[str, typer.Argument(help="A trained adapter: a directory, or a repository on the hub.")],
-    model: Annotated[str, typer.Option("--model", help="The 16-bit model: a hub id or a directory.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="Where the new adapter is written.")],
-    json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Write an adapter that was trained on 4-bit experts for the same model in 16 bits.
+def _write_adapter(given: CommandLine) -> None:
+    with Output.from_flags(given.values) as output:
+        from ..loaders.flags.request import resolve_request
+        from ..loaders.fuse import fuse
 
-    There, all experts of a layer are one parameter: PEFT's `target_parameters`. The weights are the same, and nothing
-    is merged; `ftload merge` does that.
-    """
-    with Output.from_flags({"json": json, "quiet": quiet, "debug": debug}) as output:
-        from ..loaders.fuse import fuse as run
-
+        request = resolve_request(given.arguments())
+        assert request.model is not None
         with output.progress() as progress:
-            fused = run(adapter, model, output_dir.expanduser().absolute(), progress)
+            fused = fuse(request.merge_adapters[0], request.model, request.revision, request.output, progress)
         output.fused(fused)

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..loaders.flags.completion import completions
-from ..loaders.flags.declared import PANELS, PLAN, Flag, all_flags, plan_flags
+from ..loaders.flags.declared import MERGE, PANELS, PLAN, Flag, all_flags, merge_flags, plan_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,13 +105,16 @@ class PlanCommand(FlagsCommand):
 
 
 class MergeCommand(FlagsCommand):
-    """`ftload merge`: adapters come first, then every flag."""
+    """`ftload merge`: adapters come first, then every flag, and one of its own."""
 
+    flags: ClassVar[Mapping[str, Flag]] = {**merge_flags(), **all_flags()}
+    panels: ClassVar[tuple[str, ...]] = (MERGE, *PANELS)
     usage: ClassVar[str] = "ADAPTER [ADAPTER ...] [--FLAG [VALUE ...]] ..."
     notes: ClassVar[tuple[str, ...]] = NOTES[1:]  # there is no YAML file
     examples: ClassVar[tuple[str, ...]] = (
         "runs/checkpoint-500 --output_dir merged",
         "prepared --output_dir merged --max_shard_size 2GB",
+        "runs/checkpoint-500 --adapter_only --model Qwen/Qwen3-30B-A3B --output_dir adapter",
     )
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import typer
 
-from ..loaders.flags.command_line import read_command_line
+from ..loaders.flags.command_line import CommandLine, read_command_line
 from .show.output import Output
 
 
 def prepare(ctx: typer.Context) -> None:
     """Turn a pretrained causal language model into a directory that training can start from."""
-    run_prepare(ctx.obj)
+    run_prepare(read_command_line(ctx.obj))
 
 
-def run_prepare(words: Sequence[str]) -> None:
-    """Prepare what the words of a command line ask for, and show what was done."""
-    given = read_command_line(words)
+def run_prepare(given: CommandLine) -> None:
+    """Prepare what a command line asks for, and show what was done."""
     with Output.from_flags(given.values) as output:
         arguments = given.arguments()
         from ..loaders.prepare import prepare as run

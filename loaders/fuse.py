@@ -61,8 +61,8 @@ class FusedAdapter:
     parameters: int
 
 
-def fuse(adapter: str, base: str, output: Path, progress: Progress) -> FusedAdapter:
-    """Write `adapter` (directory or hub id), whose experts are layers, into `output` for the 16-bit model `base`.
+def fuse(adapter: str, base: str, revision: str | None, output: Path, progress: Progress) -> FusedAdapter:
+    """Write `adapter` (directory or hub id), whose experts are layers, into `output` for `base`, the model in 16 bits.
 
     Everything else of it stays as it is. It has no dropout any longer: PEFT refuses that for parameters. Memory holds
     the adapter of one parameter at a time. Raises `CheckpointError` for an adapter without layers of experts, or whose
@@ -71,7 +71,7 @@ def fuse(adapter: str, base: str, output: Path, progress: Progress) -> FusedAdap
     check_output(output, overwrite=False)
     watch = Stopwatch(progress)
     with watch.stage("headers"):
-        source = resolve_source(base, None)
+        source = resolve_source(base, revision)
         fetch_config(source)
         checkpoint = open_checkpoint(source, allow_pickle=False, dequantize=True)
         weights = open_weights(find_adapter(adapter), headers_only=False)
@@ -83,7 +83,7 @@ def fuse(adapter: str, base: str, output: Path, progress: Progress) -> FusedAdap
         if not layers:
             raise CheckpointError(
                 f"the adapter `{adapter}` has no layers of experts",
-                hint="PEFT takes it as it is: nothing is to be fused",
+                hint="PEFT takes it as it is, for the model in 16 bits too",
             )
         targets = Experts.of((experts[name] for name in layers), ()).added_to(
             Targets(patterns=(), layers=(), matches={}, decisions=()), modules=()
@@ -135,8 +135,8 @@ def _layers(adapter: TrainedAdapter, change: ExpertLayers, count: int) -> tuple[
         problem = "its experts differ in rank or scale"
     if problem is not None:
         raise CheckpointError(
-            f"the adapter `{adapter.name}` can't be fused: {problem} (`{name}`)",
-            hint="`ftload merge` merges it into the model",
+            f"the adapter `{adapter.name}` can't be written for 16 bits: {problem} (`{name}`)",
+            hint="leave out --adapter_only to merge it into the model",
         )
     return layers
 
@@ -231,8 +231,9 @@ def _config(
         }
         if len(matched) > 1:
             raise CheckpointError(
-                f"the adapter `{adapter.name}` can't be fused: ranks or scales of `{pattern}` differ between layers",
-                hint="`ftload merge` merges it into the model",
+                f"the adapter `{adapter.name}` can't be written for 16 bits: ranks or scales of `{pattern}` differ "
+                "between layers",
+                hint="leave out --adapter_only to merge it into the model",
             )
         ((rank, scaling),) = matched
         alpha = scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -287,5 +288,6 @@ def _check(checkpoint: Checkpoint, directory: Path, layers: Mapping[str, tuple[L
         problem = error.message
     if problem is not None:
         raise CheckpointError(
-            f"PEFT does not load the fused adapter as it was: {problem}", hint="`ftload merge` merges it into the model"
+            f"PEFT does not load the written adapter as it was: {problem}",
+            hint="leave out --adapter_only to merge it into the model",
         )

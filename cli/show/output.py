@@ -84,7 +84,7 @@ class Output:
             print_plan(outcome, directory)
 
     def fused(self, fused: FusedAdapter) -> None:
-        """The result of `fuse`."""
+        """The result of `merge --adapter_only`."""
         if self.as_json:
             print(json.dumps(asdict(fused)))
         elif not self.quiet:

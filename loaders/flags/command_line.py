@@ -18,6 +18,7 @@ from .declared import (
     Arguments,
     Flag,
     FlatArguments,
+    MergeOptions,
     Origin,
     OwnOptions,
     PlanOptions,
@@ -31,6 +32,10 @@ from .yaml_file import read_yaml
 YAML_SUFFIXES = (".yaml", ".yml")
 MOST_GPUS = 100_000
 """More than train any model: a larger number is a slip."""
+ADAPTER_ONLY = frozenset(
+    ("adapter_only", "merge_adapter", "model_name_or_path", "model_revision", "output_dir", "json", "quiet", "debug")
+)
+"""All flags that have a meaning where `ftload merge` writes an adapter alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +74,11 @@ class CommandLine:
         self.problems.raise_if_any()
         return self._group(PlanOptions)
 
+    def merge_options(self) -> MergeOptions:
+        """Return the value of every flag that only `ftload merge` takes. Raises `UsageError` as `arguments` does."""
+        self.problems.raise_if_any()
+        return self._group(MergeOptions)
+
     def _group(self, kind: type) -> Any:
         flags = self.problems.flags
         return kind(**{name: value for name, value in self.values.items() if flags[name].group == kind.__name__})
@@ -85,6 +95,8 @@ def read_command_line(argv: Sequence[str], more_flags: Mapping[str, Flag] | None
     from_yaml, model = _read_leading(leading, problems)
     from_cli = _read_flags(list(argv[len(leading) :]), model, problems)
     _check_plan_options(from_cli, problems)
+    if from_cli.get("adapter_only"):
+        _check_adapter_only(from_cli, problems)
     _check_ranges({**from_yaml, **from_cli}, problems)
     return CommandLine(from_yaml=from_yaml, from_cli=from_cli, problems=problems)
 
@@ -255,6 +267,18 @@ def _check_plan_options(values: Mapping[str, Any], problems: Problems) -> None:
     for name, count in (("fsdp", fsdp), ("gpus", gpus)):
         if count is not None and not 2 <= count <= MOST_GPUS:
             problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
+
+
+def _check_adapter_only(values: Mapping[str, Any], problems: Problems) -> None:
+    """Refuse what changes nothing of an adapter that `ftload merge` writes unmerged."""
+    for name in values:
+        if name not in ADAPTER_ONLY:
+            problems.add(f"`--{name}` has no effect with `--adapter_only`: no model is written", "leave it out")
+    adapters = values.get("merge_adapter") or ()
+    if len(adapters) > 1:
+        problems.add(f"`--adapter_only` writes one adapter, not {len(adapters)}")
+    if values.get("model_name_or_path") is None:
+        problems.add("`--adapter_only` needs `--model`: the model in 16 bits that the adapter is for")
 
 
 def _check_ranges(values: Mapping[str, Any], problems: Problems) -> None:

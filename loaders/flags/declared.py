@@ -32,7 +32,8 @@ TRAINING = "Training: recorded only"
 PANELS = (MODEL, ADAPTER, QUANTISATION, TOKENIZER, OUTPUT, TRAINING)
 """The panels of `--help`, in the order in which they are shown."""
 PLAN = "Plan"
-"""The panel that `ftload plan` shows before them."""
+MERGE = "Merge"
+"""The panels that `ftload plan` and `ftload merge` show before them."""
 
 Origin: TypeAlias = Literal["default", "yaml", "cli"]
 """Where a flag's value came from."""
@@ -254,6 +255,17 @@ class PlanOptions:
     gpus: int = field(8, PLAN, "GPUs that --zero divides among")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeOptions:
+    """What `ftload merge` takes beside all other flags."""
+
+    adapter_only: bool = field(
+        False,
+        MERGE,
+        "Merge nothing: write an adapter of 4-bit experts as PEFT needs it for --model, the same model in 16 bits",
+    )
+
+
 _KINDS: dict[str, Kind] = {
     "bool": "bool",
     "int": "int",
@@ -297,6 +309,12 @@ def all_flags() -> Mapping[str, Flag]:
 def plan_flags() -> Mapping[str, Flag]:
     """Return by name what `ftload plan` takes beside `all_flags`."""
     return MappingProxyType({flag.name: flag for flag in _declared(PlanOptions)})
+
+
+@functools.cache
+def merge_flags() -> Mapping[str, Flag]:
+    """Return by name what `ftload merge` takes beside `all_flags`."""
+    return MappingProxyType({flag.name: flag for flag in _declared(MergeOptions)})
 
 
 def _declared(group: type) -> Iterator[Flag]:

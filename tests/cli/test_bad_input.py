@@ -401,4 +401,4 @@ def test_a_path_that_is_no_text(ftload: Ftload, llama: Path, tmp_path: Path, fla
 
 def test_no_model(ftload: Ftload, tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path / "out")]
-    assert_refused(ftload, tmp_path, words, code=2, culprit="no model is given", hint="--model")
+    assert_refused(ftload, tmp_path, words, code=2, culprit="no model is given", hint="before the flags")

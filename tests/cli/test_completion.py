@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from ftload.loaders.flags.completion import completions
-from ftload.loaders.flags.declared import all_flags, plan_flags
+from ftload.loaders.flags.declared import Flag, all_flags, merge_flags, plan_flags
 from ftload.loaders.strategy import STRATEGIES
 from ftload.loaders.tokenizer.chat_templates import TEMPLATES
 from ftload.loaders.tokenizer.tokenizer_functions import FUNCTIONS
@@ -112,6 +112,7 @@ def terminal(home: Path) -> Iterator[Terminal]:
         ("plan mod\t", "plan models/"),
         ("prepare --model models/t\t --st\t", "prepare --model models/tiny.gguf --strict"),
         ("prepare --merge_adapter x models/l\t", "prepare --merge_adapter x models/llama/"),
+        ("merge models/l\t --adap\t --mo\t", "merge models/llama/ --adapter_only --model"),
         ("merge models/l\t --max_sh\t", "merge models/llama/ --max_shard_size"),
         ("verify mod\t --qui\t", "verify models/ --qui"),
         ("verify --quic\t", "verify --quick"),
@@ -139,7 +140,7 @@ def offered(home: Path, line: str) -> set[str]:
     return set(done.stdout.split())
 
 
-COMMANDS = {"prepare", "plan", "merge", "fuse", "verify", "inspect", "recipe", "doctor"}
+COMMANDS = {"prepare", "plan", "merge", "verify", "inspect", "recipe", "doctor"}
 
 
 @pytest.mark.parametrize(
@@ -165,11 +166,11 @@ def test_all_values_are_offered(home: Path, line: str, values: set[str]) -> None
 
 @pytest.mark.parametrize(
     ("command", "flags"),
-    [("prepare", {}), ("plan", plan_flags()), ("merge", {})],
+    [("prepare", {}), ("plan", plan_flags()), ("merge", merge_flags())],
 )
-def test_all_flags_are_offered(home: Path, command: str, flags: Mapping[str, object]) -> None:
+def test_all_flags_are_offered(home: Path, command: str, flags: Mapping[str, Flag]) -> None:
     assert offered(home, f"ftload {command} --") == {f"--{name}" for name in (*all_flags(), *flags, "model", "help")}
-    negated = {f"--no_{name}" for name, flag in all_flags().items() if flag.kind == "bool"}
+    negated = {f"--no_{name}" for name, flag in {**all_flags(), **flags}.items() if flag.kind == "bool"}
     assert offered(home, f"ftload {command} --no") == negated
 
 

@@ -15,7 +15,7 @@ from ftload.loaders.system.versions import ftload_version
 from ..conftest import Result
 
 Ftload = Callable[..., Result]
-ROOT = "a command comes first: prepare, plan, merge, fuse, verify, inspect, recipe, doctor; see `ftload --help`"
+ROOT = "a command comes first: prepare, plan, merge, verify, inspect, recipe, doctor; see `ftload --help`"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,8 @@ def test_other_ways_to_ask(ftload: Ftload, words: str, same: str) -> None:
         ("inspect", "see `ftload inspect --help`"),
         ("inspect a b c", "see `ftload inspect --help`"),
         ("doctor --for", "see `ftload doctor --help`"),
-        ("fuse adapter", "see `ftload fuse --help`"),
+        ("fuse adapter", ROOT),
+        ("merge --output_dir x", "ftload merge ADAPTER --output_dir DIRECTORY"),
         ("load x", ROOT),
         ("run.yaml", ROOT),
         ("--model x", ROOT),
@@ -101,6 +102,39 @@ def test_a_bad_command_line_is_reported_as_far_as_it_is_understood(
     assert list(json.loads(result.out)) == ["error"]
     for but in ("--json=false", "--no_json"):
         assert ftload("prepare", "run.yaml", "--nonsense", but).out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a", "`--adapter_only` needs `--model`: the model in 16 bits that the adapter is for"),
+        ("a b --model m", "`--adapter_only` writes one adapter, not 2"),
+        ("a --merge_adapter b --model m", "`--adapter_only` writes one adapter, not 2"),
+        (
+            "a --model m --use_qlora --seed 1 --overwrite",
+            "`--use_qlora` has no effect with `--adapter_only`: no model is written; "
+            "`--seed` has no effect with `--adapter_only`: no model is written; "
+            "`--overwrite` has no effect with `--adapter_only`: no model is written",
+        ),
+        ("a --model m --lora-r 8", "`--lora_rank` has no effect with `--adapter_only`: no model is written"),
+        ("a --model m --lora_rank x", "`--lora_rank` takes an int, not `x`; `--lora_rank` has no effect with "
+         "`--adapter_only`: no model is written"),
+        ("run.yaml a --model m", "`--adapter_only` writes one adapter, not 2"),
+    ],
+)  # fmt: skip
+def test_an_adapter_alone_takes_few_flags(ftload: Ftload, words: str, message: str) -> None:
+    result = ftload("merge", *words.split(), "--adapter_only", "--json")
+    assert result.code == 2
+    assert json.loads(result.out)["error"]["message"] == message
+
+
+def test_an_adapter_alone_is_asked_of_merge(ftload: Ftload) -> None:
+    for command in ("prepare", "plan"):
+        assert "unknown flag `--adapter_only`" in ftload(command, "m", "--adapter_only").err
+    assert "`--adapter_only` takes true or false, not `maybe`" in ftload("merge", "a", "--adapter_only=maybe").err
+    # merged after all
+    refused = ftload("merge", "/no/adapter", "--adapter_only", "false", "--use_qlora")
+    assert (refused.code, refused.err.splitlines()[0]) == (3, "error: `/no/adapter` does not exist")
 
 
 def test_debug_shows_where_an_error_in_the_flags_was_raised(ftload: Ftload) -> None:

@@ -91,8 +91,12 @@ def test_help_tells_usage_types_choices_and_defaults() -> None:
     assert "--dataset_cache_mode TEXT Where the processed data set is cached: hf, local [default: local]" in lines
 
 
-def test_the_options_of_plan_come_first() -> None:
-    result = CliRunner().invoke(ftload_app, ["plan", "--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+@pytest.mark.parametrize(
+    ("command", "panel", "flags"),
+    [("plan", "Plan", ["html", "fsdp", "zero", "gpus"]), ("merge", "Merge", ["adapter_only"])],
+)
+def test_a_commands_own_flags_come_first(command: str, panel: str, flags: list[str]) -> None:
+    result = CliRunner().invoke(ftload_app, [command, "--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert result.exit_code == 0
-    assert re.findall(r"^╭─ ([^─]+) ─", result.stdout, re.MULTILINE) == ["Plan", *PANELS]
-    assert re.findall(r"^│ --(\w+)", result.stdout, re.MULTILINE)[:4] == ["html", "fsdp", "zero", "gpus"]
+    assert re.findall(r"^╭─ ([^─]+) ─", result.stdout, re.MULTILINE) == [panel, *PANELS]
+    assert re.findall(r"^│ --(\w+)", result.stdout, re.MULTILINE)[: len(flags) + 1] == [*flags, "model_name_or_path"]

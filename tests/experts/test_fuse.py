@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ..conftest import Result
+from ..hub import LoopbackHub
 from ..merge.adapters import move
 from ..merge.expert_layers import load, put_together, take_apart, write_expert_adapter
 from .checkpoints import random_model
@@ -64,7 +67,7 @@ def merged_weights(base: Path, adapter: Path, *, apart: bool) -> dict[str, torch
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gpt_oss_square", "nemotron_h", "mixtral", "granitemoe"])
 def test_every_expert_has_its_delta(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     base, adapter = written(tmp_path, name, **settings)
-    fused = fuse(str(adapter), str(base), tmp_path / "fused", Silent())
+    fused = fuse(str(adapter), str(base), None, tmp_path / "fused", Silent())
     config = json.loads((tmp_path / "fused" / "adapter_config.json").read_text())
     first = "up" if name == "nemotron_h" else "gate_up"
     assert config["target_parameters"] == ["experts.down_proj", f"experts.{first}_proj"]
@@ -96,7 +99,7 @@ def test_what_was_trained_on_an_output(tmp_path: Path) -> None:
     move(model)
     model.save_pretrained(str(tmp_path / "trained"))
     base = tmp_path / "source"
-    fuse(str(tmp_path / "trained"), str(base), tmp_path / "fused", Silent())
+    fuse(str(tmp_path / "trained"), str(base), None, tmp_path / "fused", Silent())
     ours = merged_weights(base, tmp_path / "fused", apart=False)
     theirs = merged_weights(base, tmp_path / "trained", apart=True)
     plain = load(base).state_dict()
@@ -129,7 +132,7 @@ def test_what_parameters_can_not_hold_is_refused(tmp_path: Path, case: str) -> N
     # of Qwen's types PEFT takes a pattern for the last names that it hits
     base, adapter = written(tmp_path, "gpt_oss" if case == "some" else "qwen3_moe", **settings)
     with pytest.raises(CheckpointError) as raised:
-        fuse(str(adapter), str(base), tmp_path / "fused", Silent())
+        fuse(str(adapter), str(base), None, tmp_path / "fused", Silent())
     assert words in raised.value.message
     assert not (tmp_path / "fused").exists()
 
@@ -138,22 +141,40 @@ def test_what_is_damaged_or_another_models_is_refused(tmp_path: Path) -> None:
     base, adapter = written(tmp_path, "qwen3_moe")
     spoil_one(adapter)
     with pytest.raises(CheckpointError, match=r"lacks the tensor `.*layers\.1\.mlp\.experts\.2\.down"):
-        fuse(str(adapter), str(base), tmp_path / "fused", Silent())
+        fuse(str(adapter), str(base), None, tmp_path / "fused", Silent())
     random_model("mixtral").save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="has shape"):
-        fuse(str(adapter), str(tmp_path / "other"), tmp_path / "fused", Silent())
+        fuse(str(adapter), str(tmp_path / "other"), None, tmp_path / "fused", Silent())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "other"]
 
 
 def test_the_command(tmp_path: Path, ftload: Any) -> None:
     base, adapter = written(tmp_path, "qwen3_moe")
-    words = ("fuse", str(adapter), "--model", str(base), "--output_dir", str(tmp_path / "fused"))
+    words = ("merge", str(adapter), "--adapter_only", "--model", str(base), "--output_dir", str(tmp_path / "fused"))
     done: Result = ftload(*words, "--json")
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["target_parameters"] == {"experts.down_proj": 2, "experts.gate_up_proj": 2}
     assert ftload(*words).code == 8
     with pytest.raises(OutputError, match="exists and is not empty"):
-        fuse(str(adapter), str(base), tmp_path / "fused", Silent())
+        fuse(str(adapter), str(base), None, tmp_path / "fused", Silent())
     again = ftload(*words[:-1], str(tmp_path / "again"))
     assert again.out.startswith(str(tmp_path / "again"))
     assert "experts.down_proj ×2, experts.gate_up_proj ×2" in again.out
+
+
+def test_the_model_may_lie_on_a_hub(tmp_path: Path) -> None:
+    base, adapter = written(tmp_path, "qwen3_moe")
+    with LoopbackHub() as hub:
+        commit = hub.add("org/model", base, tags=("v1",))
+        hub.add("org/model", {"config.json": b"{}"})  # what the branch holds by now
+        words = ["merge", adapter, "--adapter_only", "--model", "org/model", "--model_revision", "v1", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ftload.cli", *words], cwd=tmp_path, env=hub.env(tmp_path / "home"),
+            capture_output=True, text=True, check=False, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert hub.sent("*.safetensors") < (base / "model.safetensors").stat().st_size  # headers
+    said = json.loads(done.stdout)
+    assert (said["directory"], said["base"], said["revision"]) == (str(tmp_path / "output"), "org/model", commit)
+    config = json.loads((tmp_path / "output" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", commit)

@@ -18,6 +18,7 @@ from ftload.loaders.flags.declared import (
     OwnOptions,
     TokenizerConfig,
     all_flags,
+    merge_flags,
     parse_size,
     plan_flags,
 )
@@ -87,6 +88,12 @@ def test_what_plan_takes_beside_them() -> None:
         ("gpus", "int", 8, ()),
     ]
     assert not plan_flags().keys() & all_flags().keys()
+
+
+def test_what_merge_takes_beside_them() -> None:
+    declared = [(flag.name, flag.type, flag.default, flag.choices) for flag in merge_flags().values()]
+    assert declared == [("adapter_only", "bool", False, ())]
+    assert not merge_flags().keys() & all_flags().keys()
 
 
 def test_every_flag_has_a_panel_and_one_sentence_of_help() -> None:
