@@ -208,7 +208,7 @@ def _begin(
         yield Run(fingerprint=fingerprint, staging=staging, processes=processes, watch=watch), None
         return
     with staged(request.output) as staging:
-        finished = find_finished(request.output, fingerprint, overwrite=request.overwrite)
+        finished = find_finished(request.output, fingerprint, watch, overwrite=request.overwrite)
         if finished is None:
             check_output(request.output, overwrite=request.overwrite)
         processes.agree_on("place", str(staging.directory) if finished is None else None)

@@ -13,15 +13,15 @@ class Progress(Protocol):
     """Receives how far the work has come."""
 
     def stage(self, name: str) -> None:
-        """A new stage begins."""
+        """A new stage begins. Nothing is known of its length before `expect`."""
         ...
 
     def expect(self, *, bytes: int, tensors: int) -> None:
-        """This much will be written."""
+        """This much will be written, fetched or hashed in this stage."""
         ...
 
     def advance(self, *, bytes: int, tensors: int) -> None:
-        """This much more has been written. Called from several threads, one at a time."""
+        """This much more has been. Called from several threads, one at a time."""
         ...
 
 

@@ -179,10 +179,12 @@ class Output:
             return
         from rich.console import Console
 
-        from .progress import ProgressBar, make_bar
+        from .progress import ProgressBar, imports_shown, make_bar
 
         with make_bar(Console(stderr=True)) as bar:
-            yield ProgressBar(bar)
+            progress = ProgressBar(bar)
+            with imports_shown(progress):
+                yield progress
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

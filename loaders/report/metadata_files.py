@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..plan.plan import Plan
 from ..source.file_names import REPORT_FILE
-from ..system.durable import disk_errors, hash_file, sync_file
+from ..system.durable import disk_errors, hash_file, hash_files, sync_file
 from ..system.quiet import quiet_transformers
 from ..tokenizer.tokenizer import save_tokenizer
 from ..write.run import Run
@@ -40,14 +39,18 @@ def write_report(run: Run, plan: Plan, written: Written) -> Report:
         if [file.path for file in plan.model_files] not in ([], ["model.safetensors"]):
             _write_json(stage / "model.safetensors.index.json", _index(plan))
     with watch.stage("hash"), disk_errors(stage):
-        files = tuple(_written(path, stage, written.hashes) for path in sorted(stage.rglob("*")) if path.is_file())
+        paths = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+        known = {stage / name: digest for name, digest in written.hashes.items()}
+        sizes = {path: path.stat().st_size for path in paths if path not in known}
+        known |= hash_files(sizes, watch.progress)
+        files = tuple(_written(path, stage, known[path]) for path in paths)
     base = stage if plan.base == "copy" else plan.checkpoint.source.root
     report = build_report(
         plan, fingerprint=run.fingerprint, base=base, files=files, timings=watch.stages, written=written
     )
     with disk_errors(stage):
         (stage / CARD_FILE).write_text(model_card(report), encoding="utf-8")
-        files = sorted([*files, _written(stage / CARD_FILE, stage, written.hashes)], key=lambda file: file.path)
+        files = sorted([*files, _written(stage / CARD_FILE, stage)], key=lambda file: file.path)
         report = replace(report, files=tuple(files))
         for path in stage.rglob("*"):
             sync_file(path)
@@ -105,6 +108,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json_text(value), encoding="utf-8")
 
 
-def _written(path: Path, root: Path, hashes: Mapping[str, str]) -> WrittenFile:
+def _written(path: Path, root: Path, sha256: str | None = None) -> WrittenFile:
     name = path.relative_to(root).as_posix()
-    return WrittenFile(path=name, bytes=path.stat().st_size, sha256=hashes.get(name) or hash_file(path))
+    return WrittenFile(path=name, bytes=path.stat().st_size, sha256=sha256 or hash_file(path))

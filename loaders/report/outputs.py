@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
+from ..progress import Stopwatch
 from ..source.file_names import REPORT_FILE
-from ..system.durable import disk_errors, hash_or_none
-from ..system.limits import usable_processors
+from ..system.durable import disk_errors, hash_files
 from .document import SCHEMA_VERSION, Report
 from .json_values import from_json
 
 
-def find_finished(output: Path, fingerprint: str, *, overwrite: bool) -> Report | None:
+def find_finished(output: Path, fingerprint: str, watch: Stopwatch, *, overwrite: bool) -> Report | None:
     """The report of an output that is just what would be made, and intact; None if it is absent or another one.
 
     Raises `OutputError` when it is the right one, but damaged, and may not be replaced.
@@ -28,10 +27,9 @@ def find_finished(output: Path, fingerprint: str, *, overwrite: bool) -> Report 
         return None
     if report.fingerprint != fingerprint:
         return None
-    files = {output / file.path: file.sha256 for file in report.files}
-    with ThreadPoolExecutor(usable_processors()) as pool:
-        hashes = pool.map(hash_or_none, files)
-    damaged = [path for (path, digest), found in zip(files.items(), hashes, strict=True) if digest != found]
+    with watch.stage("hash"):
+        hashes = hash_files({output / file.path: file.bytes for file in report.files}, watch.progress)
+    damaged = [output / file.path for file in report.files if hashes[output / file.path] != file.sha256]
     if damaged and overwrite:
         return None
     if damaged:

@@ -8,12 +8,16 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, ResourceError
+from ..progress import Progress
+from .limits import usable_processors
 
 _WRONG_PLACE = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT,
@@ -70,10 +74,49 @@ def _sync_file_range() -> Any | None:
     return function
 
 
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hexadecimal. `advance` is called with the bytes since its last call."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if advance is not None:
+                advance(count)
+    return digest.hexdigest()
+
+
+_HASHED_BYTES = 1024 * 1024
+
+
+def hash_files(sizes: Mapping[Path, int], progress: Progress) -> dict[Path, str | None]:
+    """The sha256 of each file, several at a time; None where one can't be read or has another size than this.
+
+    Whatever is found, `progress` comes to its end: the sum of the sizes.
+    """
+    lock = threading.Lock()
+    progress.expect(bytes=sum(sizes.values()), tensors=0)
+
+    def advance(count: int) -> None:
+        with lock:
+            progress.advance(bytes=count, tensors=0)
+
+    def look_at(path: Path) -> str | None:
+        left = sizes[path]
+
+        def count(number: int) -> None:
+            nonlocal left
+            left -= number
+            advance(number)
+
+        try:
+            return hash_file(path, count) if path.is_file() and path.stat().st_size == left else None
+        except OSError:
+            return None
+        finally:
+            advance(left)
+
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        return dict(zip(sizes, pool.map(look_at, sizes), strict=True))
 
 
 def hash_or_none(path: Path) -> str | None:

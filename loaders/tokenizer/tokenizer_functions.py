@@ -149,7 +149,7 @@ def set_up(tokenizer: PreTrainedTokenizerBase, kind: TokenizerKind, options: Tok
             continue
         reason = f"`{options.function}` sets it"
         if old is None:
-            reason = "there was none"
+            reason = "batches need one" if name == "pad" else "there was none"
         elif name == "pad" and old == before["eos"]:
             reason = f"it was the eos token: {PAD_IS_EOS}"
         if name == "bos" and token == before["eos"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +25,7 @@ from ..report.schema import published_schema
 from ..source.file_names import REPORT_FILE
 from ..source.resolve import resolve_source
 from ..source.source import Source
-from ..system.durable import hash_file
-from ..system.limits import usable_processors
+from ..system.durable import hash_files
 from ..system.quiet import quiet_transformers
 from ..tokenizer.loading import load_tokenizer
 from ..write.fingerprint import can_have_a_part
@@ -153,23 +151,16 @@ def _against_schema(document: Mapping[str, Any]) -> Iterator[str]:
 def check_files(context: Context) -> Iterator[str]:
     """Every file's size and sha256, and that there are no others."""
     listed = {file.path: file for file in context.report.files}
-    context.progress.expect(bytes=sum(file.bytes for file in listed.values()), tensors=0)
-
-    def look_at(name: str) -> str | None:
-        path = context.root / name
+    hashes = hash_files({context.root / name: file.bytes for name, file in listed.items()}, context.progress)
+    for (name, file), (path, digest) in zip(listed.items(), hashes.items(), strict=True):
         if not path.is_file():
-            return f"`{name}` is missing"
-        if path.stat().st_size != listed[name].bytes:
-            return f"`{name}` has {path.stat().st_size} bytes, not {listed[name].bytes}"
-        if hash_file(path) != listed[name].sha256:
-            return f"`{name}` is not what was written: its sha256 differs"
-        return None
-
-    with ThreadPoolExecutor(usable_processors()) as pool:
-        for name, problem in zip(listed, pool.map(look_at, listed), strict=True):
-            context.progress.advance(bytes=listed[name].bytes, tensors=0)
-            if problem is not None:
-                yield problem
+            yield f"`{name}` is missing"
+        elif path.stat().st_size != file.bytes:
+            yield f"`{name}` has {path.stat().st_size} bytes, not {file.bytes}"
+        elif digest is None:
+            yield f"`{name}` can't be read"
+        elif digest != file.sha256:
+            yield f"`{name}` is not what was written: its sha256 differs"
     for path in sorted(context.root.rglob("*")):
         name = path.relative_to(context.root).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))

@@ -44,13 +44,13 @@ class FileWriter:
         data = memoryview(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if name in self._states:
             self._states[name] += bytes(data)
-        else:
-            position = self._positions[name]
-            if position + len(data) > self._ends[name]:
-                raise VerificationError(f"tensor `{name}` came out larger than planned")
-            with self._watch.working("write"):
-                self._write_at(data, position)
-            self._positions[name] = position + len(data)
+            return
+        position = self._positions[name]
+        if position + len(data) > self._ends[name]:
+            raise VerificationError(f"tensor `{name}` came out larger than planned")
+        with self._watch.working("write"):
+            self._write_at(data, position)
+        self._positions[name] = position + len(data)
         self._advance(len(data))
 
     def finished(self, steps: int) -> bool:
@@ -64,7 +64,9 @@ class FileWriter:
         short = [name for name, end in self._ends.items() if self._positions[name] != end]
         if short:
             raise VerificationError(f"tensor `{short[0]}` came out smaller than planned")
-        self._write_at(memoryview(self._layout.head(self._states)), 0)
+        head = self._layout.head(self._states)
+        self._write_at(memoryview(head), 0)
+        self._advance(len(head))
 
     def close(self) -> None:
         """Make the file durable."""

@@ -17,14 +17,13 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, ResourceError, SourceError
-from ..system.durable import disk_errors, hash_or_none, sync_file
-from ..system.limits import usable_processors
+from ..progress import Stopwatch
+from ..system.durable import disk_errors, hash_files, sync_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +48,7 @@ class Staging:
         """A place for what a process needs on the way; it does not outlive the run."""
         return self.directory / f"scratch-{rank}"
 
-    def resume(self, fingerprint: str) -> dict[str, str]:
+    def resume(self, fingerprint: str, watch: Stopwatch) -> dict[str, str]:
         """Go on where an earlier run stopped: the sha256 of each weight file that it finished, by path.
 
         `fingerprint` identifies the output, byte for byte. A file counts only if its contents still have the hash that
@@ -61,10 +60,13 @@ class Staging:
             if found is None:
                 journal.unlink()
             finished |= found or {}
-        paths = {path: self.stage / path for path in finished}
-        with ThreadPoolExecutor(usable_processors()) as pool:
-            hashes = dict(zip(paths, pool.map(hash_or_none, paths.values()), strict=True))
-        finished = {path: digest for path, digest in finished.items() if hashes[path] == digest}
+        places = {path: self.stage / path for path in finished}
+        sizes = {place: place.stat().st_size for place in places.values() if place.is_file()}
+        hashes: dict[Path, str | None] = {}
+        if sizes:
+            with watch.stage("hash"):
+                hashes = hash_files(sizes, watch.progress)
+        finished = {path: digest for path, digest in finished.items() if hashes.get(places[path]) == digest}
         with disk_errors(self.stage):
             self.stage.mkdir(exist_ok=True)
             _delete_all_but(finished, self.stage)

@@ -24,7 +24,7 @@ def write_weights(run: Run, plan: Plan, encode: Encoder | None) -> Written:
     Raises `ResourceError` where disk or memory won't do, before anything is written.
     """
     processes, staging = run.processes, run.staging
-    finished = processes.agree_on("finished", staging.resume(run.fingerprint) if run.is_first else None)
+    finished = processes.agree_on("finished", staging.resume(run.fingerprint, run.watch) if run.is_first else None)
     remaining = tuple(file for file in plan.files if file.path not in finished)
     _check_room(plan, remaining, staging.stage)
     with Journal(staging, run.fingerprint, rank=processes.rank) as journal:
@@ -53,12 +53,12 @@ def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> Non
 def _write_share(
     run: Run, plan: Plan, files: tuple[OutputFile, ...], encode: Encoder | None, journal: Journal
 ) -> Written:
-    source, progress = plan.checkpoint.source, run.watch.progress
-    if any(file is not plan.adapter_file for file in files):
+    source, progress, names = plan.checkpoint.source, run.watch.progress, plan.checkpoint.weight_files
+    if source.commit is not None and any(file is not plan.adapter_file for file in files) and not source.is_here(names):
         with run.watch.stage("fetch"):
             sizes = {file.path: file.bytes for file in source.files}
-            progress.expect(bytes=sum(sizes[name] for name in plan.checkpoint.weight_files), tensors=0)
-            source.fetch(plan.checkpoint.weight_files, lambda count: progress.advance(bytes=count, tensors=0))
+            progress.expect(bytes=sum(sizes[name] for name in names), tensors=0)
+            source.fetch(names, lambda count: progress.advance(bytes=count, tensors=0))
     with run.watch.stage("write"):
         try:
             written = write_tensors(

@@ -161,7 +161,7 @@ def test_the_model_card(runs: Runs, llama: Path, strategy: str) -> None:
     for decision in report["decisions"]:
         change = f"- {decision['what']}: `{decision['requested']}` → `{decision['effective']}` – {decision['reason']}"
         assert change in text.splitlines()
-    assert "- pad token: `none` → `<pad> (id 128)` – there was none" in text.splitlines()
+    assert "- pad token: `none` → `<pad> (id 128)` – batches need one" in text.splitlines()
     assert (f"its base is `{llama}`, which is not copied here" in text) == (strategy == "lora")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ftload.loaders.errors import CheckpointError
+from ftload.loaders.progress import Silent, Stopwatch
 from ftload.loaders.report.document import Report
 from ftload.loaders.report.json_values import from_json, to_json
 from ftload.loaders.report.metadata_files import json_text
@@ -161,11 +162,11 @@ def test_fields_of_a_later_version_are_passed_over(outputs: dict[str, Path]) -> 
 
 def test_an_output_whose_report_is_spoilt_is_not_finished(outputs: dict[str, Path], tmp_path: Path) -> None:
     made = read_report(outputs["standard"])
-    assert find_finished(outputs["standard"], made.fingerprint, overwrite=False) == made
+    assert find_finished(outputs["standard"], made.fingerprint, Stopwatch(Silent()), overwrite=False) == made
     document = to_json(made)
     del document["arguments"]
     (tmp_path / "ftload_report.json").write_text(json_text(document))
-    assert find_finished(tmp_path, made.fingerprint, overwrite=False) is None
+    assert find_finished(tmp_path, made.fingerprint, Stopwatch(Silent()), overwrite=False) is None
 
 
 @pytest.mark.parametrize("name", ["org/model", "org/yes: no", "org/- x", "org/'quoted\""])

@@ -44,7 +44,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 
 END = "<|endoftext|>"
-NEW = ("pad token", "none", "<pad> (id 128)", "there was none")
+NEW = ("pad token", "none", "<pad> (id 128)", "batches need one")
 WAS_EOS = (
     "pad token", "<|im_end|>", "<pad> (id 128)",
     "it was the eos token: training that masks padding ignores where texts end",
@@ -171,7 +171,7 @@ def test_a_pad_token_in_the_vocabulary_is_used(tmp_path: Path) -> None:
         prepared = prepare(tmp_path, get_tokenizer_fn=function)
         assert (prepared.tokenizer.pad_token_id, len(prepared.tokenizer)) == (vocab["<pad>"], 128)
         assert told(prepared) == [
-            ("pad token", "none", "<pad> (id 66)", "there was none; the vocabulary had `<pad>` already")
+            ("pad token", "none", "<pad> (id 66)", "batches need one; the vocabulary had `<pad>` already")
         ]
 
 
