@@ -18,7 +18,7 @@ from .doctor import doctor
 from .errors import Interrupted
 from .inspect import InspectCommand, inspect
 from .merge import merge
-from .options import FlagsCommand, MergeCommand, PlanCommand
+from .options import FlagsCommand, MergeCommand, OptionsCommand, PlanCommand, RootCommand
 from .plan import plan
 from .prepare import prepare
 from .recipe import recipe
@@ -27,6 +27,7 @@ from .verify import verify
 
 app = typer.Typer(
     name="ftload",
+    cls=RootCommand,
     help="Materialise ready-to-train language models, and say exactly what is in them.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,10 +35,10 @@ app = typer.Typer(
 app.command("prepare", cls=FlagsCommand)(prepare)
 app.command("plan", cls=PlanCommand)(plan)
 app.command("merge", cls=MergeCommand)(merge)
-app.command("verify")(verify)
+app.command("verify", cls=OptionsCommand)(verify)
 app.command("inspect", cls=InspectCommand)(inspect)
-app.command("recipe")(recipe)
-app.command("doctor")(doctor)
+app.command("recipe", cls=OptionsCommand)(recipe)
+app.command("doctor", cls=OptionsCommand)(doctor)
 
 
 def _show_version(wanted: bool) -> None:

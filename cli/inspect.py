@@ -6,14 +6,13 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ..loaders.errors import UsageError
-from .options import AsJson, Debug
+from .options import AsJson, Debug, OptionsCommand
 from .show.output import Output
 
 
-class InspectCommand(TyperCommand):
+class InspectCommand(OptionsCommand):
     """Lets `--tensors` stand alone, which typer's options can't: it lists every tensor then."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

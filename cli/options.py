@@ -1,24 +1,21 @@
-"""The commands that take a training command line, and the options that the others have in common.
+"""The kinds of commands: those that take a training command line, and those whose options typer parses.
 
-typer can't parse these flags or print their help. Its parser has no lists that end at the next flag, no booleans
-with or without a value, and no YAML file or model before the flags: `read_command_line` has. Its help takes half a
-second for a hundred options, cuts off long names at 80 columns, and can't order its panels.
+typer can't parse a training command line: it has no lists that end at the next flag, no booleans with or without a
+value, and no YAML file or model before the flags. `read_command_line` has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..loaders.flags.completion import completions
 from ..loaders.flags.declared import MERGE, PANELS, PLAN, Flag, all_flags, merge_flags, plan_flags
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .show.help import Row, print_help
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
@@ -32,8 +29,12 @@ NOTES = (
     "enough where it is unique.",
 )
 EXAMPLES = ("Qwen/Qwen3-8B --use_qlora", "run.yaml --lora_rank 16 --output_dir prepared")
-WIDEST = 120
-"""Columns beyond which lines of help are no easier to read."""
+REQUIRED = "required"
+ROOT_NOTES = ("`ftload COMMAND --help` tells more of a command.",)
+ROOT_EXAMPLES = (
+    "ftload prepare Qwen/Qwen3-8B --use_qlora --output_dir prepared",
+    "ftload verify prepared",
+)
 
 _TYPES = {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT", "list": "LIST", "str or list": "LIST"}
 
@@ -45,6 +46,32 @@ class Completion:
     value: str
     help: str | None = None
     type: str = "plain"
+
+
+class OptionsCommand(TyperCommand):
+    """A command whose options typer parses."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print what it does, its arguments and its options."""
+        arguments, options = _parameters(self.get_params(ctx))
+        usage = [row.name if row.note == REQUIRED else f"[{row.name}]" for row in arguments]
+        usage += [f"{row.name} {row.type}" for row in options if row.note == REQUIRED]
+        panels = {title: rows for title, rows in (("Arguments", arguments), ("Options", options)) if rows}
+        print_help(" ".join((ctx.command_path, *usage, "[OPTIONS]")), self.help or "", panels)
+
+
+class RootCommand(TyperGroup):
+    """`ftload` itself: the commands."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print what each of them does in a sentence, and the options."""
+        commands = [
+            Row(name=name, help=" ".join((command.help or "").partition("\n\n")[0].split()))
+            for name, command in self.commands.items()
+        ]
+        panels = {"Commands": commands, "Options": _parameters(self.get_params(ctx))[1]}
+        usage = f"{ctx.command_path} COMMAND ..."
+        print_help(usage, self.help or "", panels, notes=ROOT_NOTES, examples=ROOT_EXAMPLES)
 
 
 class FlagsCommand(TyperCommand):
@@ -78,23 +105,11 @@ class FlagsCommand(TyperCommand):
         return [self.usage]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print usage, notes, examples and a panel for each group of flags, as wide as the terminal."""
-        from rich.console import Console
-        from rich.padding import Padding
-        from rich.panel import Panel
-        from rich.text import Text
-
-        console = Console(highlight=False)
-        console.width = min(console.width, WIDEST)
-        usage = Text.assemble(("Usage: ", "yellow"), (f"{ctx.command_path} {self.usage}", "bold"))
-        paragraphs = [" ".join(paragraph.split()) for paragraph in (self.help or "").split("\n\n")]
-        examples = "\n".join(f"{ctx.command_path} {example}" for example in self.examples)
-        for block in (usage, *paragraphs, *(Text(note, "dim") for note in self.notes), Text(examples, "cyan")):
-            console.print(Padding(block, (1, 1, 0, 1)), markup=False)
-        console.print()
-        for title in self.panels:
-            flags = [flag for flag in self.flags.values() if flag.panel == title]
-            console.print(Panel(_table(flags), title=title, title_align="left", border_style="dim"))
+        """Print usage, notes, examples and a panel for each group of flags."""
+        panels = {title: [_flag(flag) for flag in self.flags.values() if flag.panel == title] for title in self.panels}
+        examples = [f"{ctx.command_path} {example}" for example in self.examples]
+        usage = f"{ctx.command_path} {self.usage}"
+        print_help(usage, self.help or "", panels, notes=self.notes, examples=examples)
 
 
 class PlanCommand(FlagsCommand):
@@ -118,22 +133,27 @@ class MergeCommand(FlagsCommand):
     )
 
 
-def _table(flags: list[Flag]) -> Table:
-    """Return a table of three columns: name (never cut off), type and help of each flag."""
-    from rich.table import Table
-    from rich.text import Text
+def _flag(flag: Flag) -> Row:
+    """Return what help says of a flag."""
+    choices = f": {', '.join(flag.choices)}" if flag.choices else ""
+    default = "" if flag.default in (None, {}) or flag.default is False else f"default: {_as_typed(flag.default)}"
+    return Row(name=f"--{flag.name}", type=_TYPES.get(flag.kind, "JSON"), help=f"{flag.help}{choices}", note=default)
 
-    name_width = max(len(flag.name) for flag in flags) + len("--")
-    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    table.add_column(style="bold cyan", no_wrap=True, width=name_width)
-    table.add_column(style="yellow", no_wrap=True, width=max(map(len, _TYPES.values())))
-    table.add_column(ratio=1)
-    for flag in flags:
-        choices = f": {', '.join(flag.choices)}" if flag.choices else ""
-        default = "" if flag.default in (None, {}) or flag.default is False else _as_typed(flag.default)
-        help = Text.assemble(flag.help, choices, (default and f" [default: {default}]", "dim"))
-        table.add_row(Text(f"--{flag.name}"), Text(_TYPES.get(flag.kind, "JSON")), help)
-    return table
+
+def _parameters(parameters: list[Any]) -> tuple[list[Row], list[Row]]:
+    """Return what help says of typer's arguments and options; of a name spelled with `_` and with `-`, the first."""
+    rows: dict[str, list[Row]] = {"argument": [], "option": []}
+    for parameter in parameters:
+        is_option = parameter.param_type_name == "option"
+        names = {name.replace("-", "_"): name for name in reversed(parameter.opts)} if is_option else {}
+        row = Row(
+            name=", ".join(sorted(names.values(), key=len, reverse=True)) or parameter.name.upper(),
+            type="" if not is_option or parameter.is_flag else parameter.metavar or "TEXT",
+            help=(parameter.help or "").rstrip("."),
+            note=REQUIRED if parameter.required else "",
+        )
+        rows[parameter.param_type_name].append(row)
+    return rows["argument"], rows["option"]
 
 
 def _as_typed(default: Any) -> str:

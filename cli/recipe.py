@@ -14,7 +14,12 @@ from .show.output import Output
 
 def recipe(
     directory: Annotated[Path, typer.Argument(help="What `ftload prepare` wrote.")],
-    trainer: Annotated[str, typer.Option("--for", metavar="TRAINER", help=f"One of {', '.join(TRAINERS)}.")],
+    trainer: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="TRAINER", autocompletion=lambda: list(TRAINERS), help=f"One of {', '.join(TRAINERS)}."
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(

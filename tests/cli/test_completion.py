@@ -18,6 +18,7 @@ from ftload.loaders.flags.declared import Flag, all_flags, merge_flags, plan_fla
 from ftload.loaders.strategy import STRATEGIES
 from ftload.loaders.tokenizer.chat_templates import TEMPLATES
 from ftload.loaders.tokenizer.tokenizer_functions import FUNCTIONS
+from ftload.loaders.trainers.registry import TRAINERS
 
 # completing calls the command itself, whatever function has its name: lines that are entered only show their words
 RC = """
@@ -154,6 +155,7 @@ COMMANDS = {"prepare", "plan", "merge", "verify", "inspect", "recipe", "doctor"}
         ("ftload prepare --chat_template ''", set(TEMPLATES)),
         ("ftload prepare --get_tokenizer_fn ''", set(FUNCTIONS)),
         ("ftload doctor --for ''", set(STRATEGIES)),
+        ("ftload recipe out --for ''", set(TRAINERS)),
         ("ftload prepare ''", set()),
         ("ftload prepare --model ''", set()),
         ("ftload prepare --use ''", set()),  # of several flags

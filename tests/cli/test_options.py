@@ -100,3 +100,39 @@ def test_a_commands_own_flags_come_first(command: str, panel: str, flags: list[s
     assert result.exit_code == 0
     assert re.findall(r"^╭─ ([^─]+) ─", result.stdout, re.MULTILINE) == [panel, *PANELS]
     assert re.findall(r"^│ --(\w+)", result.stdout, re.MULTILINE)[: len(flags) + 1] == [*flags, "model_name_or_path"]
+
+
+OPTIONS = {
+    "": ["--version, -V", "--install-completion", "--show-completion", "--help, -h"],
+    "verify": ["--quick", "--trust_remote_code", "--fix", "--base", "--json", "--quiet", "--debug", "--help, -h"],
+    "inspect": ["--tensors", "--bytes", "--html", "--revision", "--json", "--debug", "--help, -h"],
+    "recipe": ["--for", "--data", "--output", "--json", "--debug", "--help, -h"],
+    "doctor": ["--for", "--quick", "--json", "--debug", "--help, -h"],
+}
+USAGE = {
+    "": "ftload COMMAND ...",
+    "verify": "ftload verify DIRECTORY [OPTIONS]",
+    "inspect": "ftload inspect CHECKPOINT [OTHER] [OPTIONS]",
+    "recipe": "ftload recipe DIRECTORY --for TRAINER [OPTIONS]",
+    "doctor": "ftload doctor [OPTIONS]",
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_help_of_every_other_command_is_whole_and_fits(command: str, width: int) -> None:
+    environment = {"COLUMNS": str(width), "NO_COLOR": "1"}
+    shown = CliRunner().invoke(ftload_app, [*command.split(), "-h"], env=environment, prog_name="ftload").stdout
+    assert max(map(len, shown.splitlines())) == width
+    assert shown.splitlines()[1].strip() == f"Usage: {USAGE[command]}"
+    options = shown.partition("─ Options ─")[2]
+    assert re.findall(r"^│ (-[^\s,]+(?:, -\w)?)", options, re.MULTILINE) == OPTIONS[command]
+    assert "…" not in options
+    if command == "":
+        commands = re.findall(r"^│ (\w+)", shown.partition("─ Commands ─")[2].partition("╭")[0], re.MULTILINE)
+        assert commands == ["prepare", "plan", "merge", "verify", "inspect", "recipe", "doctor"]
+    if command == "verify":
+        assert "│ DIRECTORY  What `ftload prepare` wrote [required]" in shown
+        assert "is loaded and takes one training step." in " ".join(shown.split())
+    if (command, width) == ("verify", 80):  # paragraphs are filled, wherever their lines end in the source
+        assert " against the report; then the model is loaded and takes one training step. Exit \n" in shown
