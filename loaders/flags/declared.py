@@ -248,7 +248,7 @@ class PlanOptions:
     """What `ftload plan` takes beside all other flags."""
 
     html: str | None = field(None, PLAN, "Write the plan to this file too, as one page without scripts or network")
-    fsdp: int | None = field(None, PLAN, "Count each GPU's share of this many under FSDP, which divides everything")
+    fsdp: int | None = field(None, PLAN, "Count each GPU's share of this many under FSDP, which divides all floats")
     zero: int | None = field(
         None, PLAN, "Count each GPU's share under DeepSpeed ZeRO: 1 divides optimizer states, 2 gradients, 3 weights"
     )

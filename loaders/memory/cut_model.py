@@ -53,15 +53,26 @@ def gradient_bytes(module: nn.Module) -> int:
     return sum(value.nbytes for value in module.parameters() if value.requires_grad)
 
 
-def layer_bytes(model: PreTrainedModel, setting: Setting) -> tuple[tuple[int, ...], int]:
-    """Bytes of the parameters in training, base and adapter: of one layer of each kind, and of all outside the layers.
+def layer_bytes(
+    model: PreTrainedModel, setting: Setting, codes: Mapping[str, int]
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, int]]:
+    """Bytes of the parameters in training, of one layer of each kind, and of all outside the layers.
 
-    Quantised weights are not counted: they are no parameters here.
+    Each is a pair: base and adapter without quantised weights, which are no parameters here, and what `codes` says of
+    these, by name.
     """
+    path, _ = _find_layers(model)
     kinds = layer_kinds(model)
-    cut = cut_model(model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], setting)
-    each = tuple(_parameter_bytes(layer) for layer in cut.layers)
-    return each, _parameter_bytes(cut.model) - sum(each)
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    cut = cut_model(model, chosen, setting)
+    plain = [_parameter_bytes(layer) for layer in cut.layers]
+    packed = [_sum_below(codes, f"{path}.{number}.") for number in chosen]
+    outside = _parameter_bytes(cut.model) - sum(plain), sum(codes.values()) - _sum_below(codes, f"{path}.")
+    return tuple(zip(plain, packed, strict=True)), outside
+
+
+def _sum_below(sizes: Mapping[str, int], prefix: str) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(prefix))
 
 
 def _parameter_bytes(module: nn.Module) -> int:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES
 from ..errors import FtloadError, said_by
 from ..plan.plan import Plan
 from ..plan.planning import make_plan
-from ..report.report import count_parameters
 from .cut_model import layer_bytes
 from .optimizer import optimizer_bytes, optimizer_temporaries, trained_tensors
 from .setting import Setting, training_setting
-from .sharding import Sharding, Shares, one_share, shares_of, with_share
+from .sharding import DividedBase, Sharding, Shares, one_share, shares_of, with_share
 from .simulation import Moment
 from .training_memory import NoEstimate, Part, TrainingMemory
 from .what_fits import GPU_GIGABYTES, Fits, Footprints
@@ -44,18 +44,18 @@ def estimate_training_memory(
     size = flags.per_device_train_batch_size
     setting = training_setting(plan, flags)
     shares = shares_of(sharding, accumulates=flags.gradient_accumulation_steps > 1)
-    if shares.weights > 1 and setting.is_quantised:
-        reason = "its 4-bit weights are stored as uint8, which FSDP and ZeRO-3 do not divide: they flatten floats"
-        return NoEstimate(method=method, reason=reason)
+    if shares.weights > 1 and setting.is_quantised and sharding is not None and sharding.method == "zero":
+        return NoEstimate(method=method, reason="how ZeRO-3 divides 4-bit weights is not known here: --fsdp is")
     try:
         footprints = Footprints(plan, flags, setting)
         footprint = footprints.of(size, length, padded=size > 1)
         fits = Fits(footprints, size=size, length=length)
     except Exception as error:  # a model's own code may do what has no meaning without data
         return NoEstimate(method=method, reason=f"its training step can't be simulated: {said_by(error)}")
-    lasting = _lasting_parts(plan, flags, sharding, shares)
+    base = DividedBase.of(plan)
+    lasting = _lasting_parts(plan, base, flags, sharding, shares)
     lasting_bytes = sum(part.bytes for part in lasting)
-    gathered = _gathered_bytes(plan, setting) if shares.weights > 1 else 0
+    gathered = _gathered_bytes(plan, base, setting) if shares.weights > 1 else 0
     gradients = sum(count * item for count, item in trained_tensors(plan)) // shares.gradients
     moments = tuple(shares.divide_gradients(moment, gathered) for moment in footprint.moments)
     update = Moment(
@@ -117,15 +117,20 @@ def _length(plan: Plan, flags: FlatArguments) -> tuple[int, str]:
     return ASSUMED_LENGTH, f"max_seq_length is not given: {ASSUMED_LENGTH:,} is assumed"
 
 
-def _lasting_parts(plan: Plan, flags: FlatArguments, sharding: Sharding | None, shares: Shares) -> tuple[Part, ...]:
+def _lasting_parts(
+    plan: Plan, base: DividedBase, flags: FlatArguments, sharding: Sharding | None, shares: Shares
+) -> tuple[Part, ...]:
     """What is there all the time."""
-    weights, adapter = _weight_bytes(plan)
+    adapter = sum(tensor.nbytes for tensor in plan.adapter_tensors())
+    weights = with_share("counted from the checkpoint's headers", shares.weights)
+    if base.whole and shares.weights > 1:
+        weights += f", {base.whole:,} bytes aside: {base.reason}"
     optimizer = optimizer_bytes(plan, flags, sharding=sharding)
     return (
         Part(
             name="weights",
-            bytes=one_share(weights, shares.weights),
-            origin=with_share("counted from the checkpoint's headers", shares.weights),
+            bytes=base.whole + one_share(base.divided, shares.weights),
+            origin=weights,
         ),
         Part(
             name="adapter",
@@ -141,17 +146,18 @@ def _lasting_parts(plan: Plan, flags: FlatArguments, sharding: Sharding | None, 
     )
 
 
-def _weight_bytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the base and of the adapter as `load_prepared` returns them."""
-    total = sum(row.bytes for row in count_parameters(plan).in_training.values())
-    adapter = sum(tensor.nbytes for tensor in plan.adapter_tensors())
-    return total - adapter, adapter
+def _gathered_bytes(plan: Plan, base: DividedBase, setting: Setting) -> int:
+    """The weights that each GPU holds whole: two layers, one of them prefetched, and all outside the layers.
 
-
-def _gathered_bytes(plan: Plan, setting: Setting) -> int:
-    """The weights that each GPU holds whole: two layers, one of them prefetched, and all outside the layers."""
-    layers, outside = layer_bytes(plan.skeleton.model, setting)
-    return 2 * max(layers) + outside
+    Where quantised weights are divided, all others, which are float32 then, are gathered in the dtype of theirs.
+    """
+    layers, outside = layer_bytes(plan.skeleton.model, setting, base.codes)
+    quantisation, width = plan.strategy.quantisation, 4
+    if quantisation is not None and quantisation.mixed_precision is not None:
+        width = ITEM_BYTES[DTYPE_CODES[quantisation.mixed_precision]]
+    largest = max(codes + plain * width // 4 for plain, codes in layers)
+    plain, codes = outside
+    return 2 * largest + codes + plain * width // 4
 
 
 def _parts_at(peak: Moment, shares: Shares, gradients: int, setting: Setting, gathered: int) -> tuple[Part, ...]:

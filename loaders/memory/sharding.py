@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ..report.report import base_in_training, data_bytes
 from .simulation import Moment
+
+if TYPE_CHECKING:
+    from ..plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,39 @@ def shares_of(sharding: Sharding | None, *, accumulates: bool) -> Shares:
         gradients=sharding.gpus if stage >= 2 and not whole else 1,
         optimizer=sharding.gpus if stage >= 1 else 1,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DividedBase:
+    """The base's weights as `load_prepared` returns them, where FSDP divides all that it can."""
+
+    divided: int
+    """Bytes."""
+    whole: int
+    """Bytes that each GPU holds all the same."""
+    codes: Mapping[str, int]
+    """Bytes of the quantised weights among those divided, by name."""
+    reason: str
+    """Why some are whole."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> DividedBase:
+        """Count it. Statistics of quantised weights are no parameters, so that nothing divides them."""
+        quantisation, tensors = plan.strategy.quantisation, base_in_training(plan)
+        if quantisation is None:
+            return cls(divided=data_bytes(tensors), whole=0, codes={}, reason="")
+        experts = {one.parameter: one for one in plan.skeleton.experts}
+        quantised = [tensor for tensor in tensors if tensor.counted_as == quantisation.tag]
+        codes = {
+            tensor.name: tensor.nbytes
+            for tensor in quantised
+            if quantisation.is_divided(tensor, experts.get(tensor.name))
+        }
+        whole = data_bytes(quantised) - sum(codes.values())
+        reason = "statistics of quantised weights are no parameters"
+        if quantisation.mixed_precision is None:
+            reason = "quantised weights are uint8, and FSDP divides floats alone: see --bnb_4bit_quant_storage"
+        return cls(divided=data_bytes(tensors) - whole, whole=whole, codes=codes, reason=reason)
 
 
 def one_share(size: int, shares: int) -> int:

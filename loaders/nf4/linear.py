@@ -24,7 +24,7 @@ from ..system.cuda import cuda_problem
 from ..system.quiet import quiet_bitsandbytes
 from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
 from .quantise import Quantize
-from .slices import nested_in_slices
+from .slices import nested_in_slices, rows_in_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +136,20 @@ class Nf4Linear:
         if suffix == ".absmax":
             return replace(part, dtype="F32")
         return replace(part, shape=(0,)) if suffix in (".nested_absmax", ".nested_quant_map") else part
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The dtype of storage, if it is a float: FSDP divides no others, and casts floats before it gathers them."""
+        name = TORCH_NAMES[self.storage]
+        return name if name.lstrip("b").startswith("float") else None
+
+    def is_divided(self, part: OutputTensor, experts: FusedExperts | None) -> bool:
+        """Codes under a float, and those of ftload's own layer of experts: accelerate leaves bitsandbytes' uint8 out.
+
+        Statistics are no parameters.
+        """
+        own_layer = experts is not None and not rows_in_blocks(experts)
+        return part.part_of is None and (self.mixed_precision is not None or own_layer)
 
     def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
         """What keeps transformers from loading a group in 4 bits: the same for all of its tensors."""

@@ -7,7 +7,7 @@ two to a byte where weights are packed, tied weights once, the adapter included,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TensorMeta
 from ..merge.merge import MergedAdapter
 from ..model.config import settings_hash
-from ..model.experts.fused import FusedExperts
 from ..plan.plan import Plan
 from ..source.file_names import config_file_names, tokenizer_file_names
 from ..steps.step import OutputTensor
@@ -172,8 +171,7 @@ def count_parameters(plan: Plan) -> document.Parameters:
     base = sum(tensor.parameters for tensor in loaded)
     total = base + sum(tensor.parameters for tensor in adapter)
     merged = _merged(plan, loaded)
-    experts = {one.parameter: one for one in plan.skeleton.experts}
-    in_training = [*(_in_training(plan, tensor, experts) for tensor in merged.values()), *adapter]
+    in_training = [*_in_training(plan, merged), *adapter]
     never_trained = frozenset(plan.skeleton.never_trained if plan.adapter is None else ())
     trained = [merged[name] for name in merged.keys() - never_trained] if plan.adapter is None else adapter
     trainable = sum(tensor.parameters for tensor in trained)
@@ -202,6 +200,11 @@ def count_parameters(plan: Plan) -> document.Parameters:
     )
 
 
+def base_in_training(plan: Plan) -> tuple[OutputTensor, ...]:
+    """The base's tensors as `load_prepared` returns them, by the model's own names."""
+    return tuple(_in_training(plan, _merged(plan, plan.loaded_tensors())))
+
+
 def data_bytes(tensors: Iterable[OutputTensor]) -> int:
     """The bytes of tensors' data; what counts as the file's overhead is left out."""
     return sum(tensor.nbytes for tensor in tensors if not tensor.overhead)
@@ -221,12 +224,14 @@ def _merged(plan: Plan, tensors: Iterable[OutputTensor]) -> dict[str, OutputTens
     return merged
 
 
-def _in_training(plan: Plan, tensor: OutputTensor, experts: Mapping[str, FusedExperts]) -> OutputTensor:
-    dtype = plan.strategy.training_dtype(tensor.counted_as)
-    if dtype != tensor.counted_as:
-        return dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
-    quantisation, fused = plan.strategy.quantisation, experts.get(tensor.part_of or "")
-    return tensor if quantisation is None or fused is None else quantisation.loaded(tensor, fused)
+def _in_training(plan: Plan, merged: Mapping[str, OutputTensor]) -> Iterator[OutputTensor]:
+    quantisation, experts = plan.strategy.quantisation, {one.parameter: one for one in plan.skeleton.experts}
+    for tensor in merged.values():
+        dtype, fused = plan.strategy.training_dtype(tensor.counted_as), experts.get(tensor.part_of or "")
+        if dtype != tensor.counted_as:
+            yield dataclasses.replace(tensor, dtype=DTYPE_CODES[dtype], counted_as=dtype)
+        else:
+            yield tensor if quantisation is None or fused is None else quantisation.loaded(tensor, fused)
 
 
 def _source_totals(plan: Plan) -> tuple[document.SourceTotals, ...]:

@@ -52,6 +52,15 @@ class Quantisation(Protocol):
         """A tensor that is stored of these experts, as they are held once loaded; empty where it is not held."""
         ...
 
+    @property
+    def mixed_precision(self) -> str | None:
+        """torch's name of the dtype in which FSDP has to gather weights, to divide what it stores; None if it can't."""
+        ...
+
+    def is_divided(self, part: OutputTensor, experts: FusedExperts | None) -> bool:
+        """Whether FSDP divides what a tensor that it stores becomes in memory; else each GPU holds it whole."""
+        ...
+
     def problem(self, tensors: tuple[ModelTensor, ...]) -> str | None:
         """Why a model with these tensors could not be loaded once it is quantised; None where it could."""
         ...

@@ -161,11 +161,38 @@ def test_what_sharding_divides(ftload: Ftload, llama: Path) -> None:
     # DeepSpeed turns its share of the gradients into float32 when it steps
     (update,) = (moment for moment in stages[1]["moments"] if moment["name"] == "optimizer step")
     assert update["temporary"] == 4 * elements // 2
-    # 4-bit weights can't be divided; where they stay whole, there is an estimate
-    assert "uint8" in fitting(ftload, llama, "--fsdp", "4")["qlora"]["reason"]
-    assert "uint8" in fitting(ftload, llama, "--zero", "3")["qlora"]["reason"]
+    assert "ZeRO-3" in fitting(ftload, llama, "--zero", "3")["qlora"]["reason"]
     adapter = fitting(ftload, llama, "--zero", "2")["qlora"]
     assert part(adapter, "optimizer states") == -(-12 * part(adapter, "adapter") // 4 // 8)
+
+
+def test_fsdp_divides_4_bit_weights_that_are_stored_as_floats(ftload: Ftload, llama: Path) -> None:
+    words = ["--use_qlora", "--lora_rank", "8"]
+    alone = fitting(ftload, llama, *words)["qlora"]
+    whole = fitting(ftload, llama, *words, "--fsdp", "4")["qlora"]
+    floats = fitting(ftload, llama, *words, "--fsdp", "4", "--bnb_4bit_quant_storage", "bfloat16")["qlora"]
+    codes = 61_440 // 2
+    # of each of 14 layers two maps, and of each block of 64 a byte, of 256 of them a float32
+    statistics = 61_440 // 64 + 14 * (256 + 16) * 4 + 14 * 4
+    others = part(alone, "weights") - codes - statistics  # float32
+    assert part(whole, "weights") == codes + statistics + others // 4
+    assert part(floats, "weights") == statistics + (codes + others) // 4
+    for one in (whole, floats):
+        for name in ("adapter", "optimizer states"):
+            assert part(one, name) == part(alone, name) // 4
+        for name in ("activations", "logits and loss"):
+            assert part(one, name) == part(alone, name)
+    origins = [one["parts"][0]["origin"] for one in (whole, floats)]
+    assert origins == [
+        f"counted from the checkpoint's headers; a share of 1/4, {codes + statistics:,} bytes aside: quantised weights "
+        "are uint8, and FSDP divides floats alone: see --bnb_4bit_quant_storage",
+        f"counted from the checkpoint's headers; a share of 1/4, {statistics:,} bytes aside: statistics of quantised "
+        "weights are no parameters",
+    ]
+    # both layers, and all outside them, are gathered: in float32, or with mixed precision and the codes
+    gathered = [one["moments"][0]["temporary"] - alone["moments"][0]["temporary"] for one in (whole, floats)]
+    plain = others + part(alone, "adapter")
+    assert gathered == [plain, plain // 2 + codes]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from ftload.loaders.memory.estimate import estimate_training_memory
+from ftload.loaders.memory.sharding import Sharding
+from ftload.loaders.memory.training_memory import TrainingMemory
 
 from ..cli.runs import prepare
 from ..experts.checkpoints import random_model
 from ..parity.models import write_model
 from ..tokenizers import write_llama
+from .plans import make_plan
 from .two_fsdp_processes import batch, loaded, optimizer_of, trained
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -109,3 +113,18 @@ def test_codes_under_another_dtype_than_mixed_precision_are_spoilt(runs: Runs, a
     """FSDP casts floats to bfloat16 before it gathers them: float16 codes are rounded, and nothing says so."""
     assert distance(runs["float16"]["change"], alone["float16"]["change"]) > 0.5
     assert distance(alone["float16"]["change"], alone["bfloat16"]["change"]) == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_process_holds_what_is_planned(runs: Runs, root: Path, tmp_path: Path, name: str) -> None:
+    run, (model, storage) = runs[name], CASES[name]
+    experts = [] if model == "llama" else ["--lora_experts", "4"]
+    words = ["--use_qlora", "--lora_rank", "8", "--bnb_4bit_quant_storage", storage, *experts]
+    plan, flags = make_plan(root / f"{model} source", tmp_path, *words)
+    planned = estimate_training_memory(plan, flags, sharding=Sharding(method="fsdp", gpus=2))
+    assert isinstance(planned, TrainingMemory)
+    held = {parameter: run["held"].get(parameter, size) for parameter, size in run["nbytes"].items()}
+    adapter = sum(size for parameter, size in held.items() if ".lora_" in parameter)
+    parts = {part.name: part.bytes for part in planned.parts}
+    assert parts["adapter"] == adapter
+    assert parts["weights"] == sum(held.values()) - adapter + run["statistics"]

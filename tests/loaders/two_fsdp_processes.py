@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _whole(parameter: Any) -> torch.Tensor:
 
 def _step(accelerator: Accelerator, directory: str) -> dict[str, Any]:
     model = loaded(directory)
-    quantised = [name for name, one in model.named_parameters() if hasattr(one, "quant_state")]
+    states = {name: one.quant_state for name, one in model.named_parameters() if hasattr(one, "quant_state")}
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     parameters = dict(model.named_parameters())
     before = trained(model)
@@ -62,10 +63,22 @@ def _step(accelerator: Accelerator, directory: str) -> dict[str, Any]:
     return {
         "losses": accelerator.gather(loss.detach().float().reshape(1)),
         "change": {name: after[name] - value for name, value in before.items()},
-        "quantised": quantised,
+        "quantised": list(states),
+        "statistics": _bytes_of(states.values()),
         "held": {name: one.to_local().nbytes for name, one in parameters.items() if isinstance(one, DTensor)},
         "nbytes": {name: one.nbytes for name, one in parameters.items()},
     }
+
+
+def _bytes_of(states: Iterable[Any]) -> int:
+    """What they hold, the offset aside; experts share the maps."""
+    tensors = [
+        tensor
+        for state in states
+        for one in (state, state.state2)
+        for tensor in ((one.absmax, one.code) if one is not None else ())
+    ]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def main(out: Path, directories: list[str]) -> None:
