@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".h5", ".onnx")
 SEND_BYTES = 64 * 1024
 
@@ -297,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [_sibling(name, file, with_blobs=with_blobs) for name, file in files.items()]
             gated = "manual" if repo.access == "gated" else False
             info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
-            self.send_json(info | {"gated": gated, "private": repo.access == "private"})
+            card = _metadata(files.get("README.md"))
+            self.send_json(info | card | {"gated": gated, "private": repo.access == "private"})
 
     def send_file(self, path: str) -> None:
         """`<id>/resolve/<revision>/<path>`: the file itself, or where the CDN has it."""
@@ -418,6 +421,12 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(len(piece) / self.fault.bytes_per_second)
         if stop < end:
             self.close_connection = True
+
+
+def _metadata(card: File | None) -> dict[str, Any]:
+    """What model info tells of a model card: its front matter."""
+    parts = card.read(0, None).decode().split("---\n", 2) if card else []
+    return {"cardData": yaml.safe_load(parts[1])} if len(parts) == 3 and not parts[0] else {}
 
 
 def _sibling(name: str, file: File, *, with_blobs: bool) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def print_summary(outcome: Outcome, directory: str) -> None:
     _print_notes(console, report)
     for flag, (old, new) in outcome.recorded.items():
         console.print(f"[yellow]recorded[/] {harmless(f'{flag}: {old} → {new}')}", soft_wrap=True)
+    adapter = report.adapter
+    if adapter is not None and report.base == "reference":
+        at = f" @ {adapter.revision}" if adapter.revision else ""
+        console.print("\n[bold]for tools that take a model's directory[/]")
+        told = [("model", adapter.base + at), ("adapter", f"{directory}/adapter"), ("tokenizer", directory)]
+        print_details(console, told)
     console.print("\nfrom ftload import load_prepared", soft_wrap=True)
     console.print(f"model, tokenizer = load_prepared({harmless(repr(directory))})", soft_wrap=True)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from ..decision import Decision
 from ..flags.declared import Origin
 from ..model.components import Component
+from ..source.license import License
 from ..system.attention import Attention
 from .json_values import Keyword, absent_before
 
@@ -106,6 +107,8 @@ class Source:
     """The files that were used."""
     stored: tuple[SourceTotals, ...] | None = absent_before("0.2")
     """How it was stored, by component."""
+    license: License | None = None
+    """As its model card tells it. Since 0.2."""
     merged: tuple[MergedAdapter, ...] = ()
     """Trained adapters that were merged into it, in order. Since 0.2."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..plan.plan import Plan
 from ..source.file_names import REPORT_FILE
+from ..source.license import CARD_FILE
 from ..system.durable import disk_errors, hash_file, hash_files, sync_file
 from ..system.quiet import quiet_transformers
 from ..tokenizer.tokenizer import save_tokenizer
@@ -19,8 +20,6 @@ from .document import Report, WrittenFile
 from .json_values import to_json
 from .model_card import model_card
 from .report import adapter_base, adapter_revision, build_report, data_bytes
-
-CARD_FILE = "README.md"
 
 
 def write_report(run: Run, plan: Plan, written: Written) -> Report:

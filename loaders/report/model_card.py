@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..source.license import CARD_FILE
 from ..system.safe_text import one_line
 from ..trainers.registry import TRAINERS
 from .handed_over import hand_over
@@ -19,9 +21,17 @@ def model_card(report: Report) -> str:
     from huggingface_hub import ModelCardData
 
     source, parameters, adapter = report.source, report.parameters, report.adapter
+    by_reference = adapter is not None and report.base == "reference"
+    relation = "adapter" if by_reference else "quantized" if report.quantization else "finetune"
+    license = source.license
     header = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        base_model=source.model if source.kind == "hub" else None,
+        library_name="peft" if by_reference else "transformers",  # which loads what lies at the top
+        pipeline_tag="text-generation",
+        license=None if license is None else license.id,
+        license_name=None if license is None else license.name,
+        license_link=None if license is None else license.link,
+        base_model=source.model if source.kind == "hub" else None,  # a path means nothing elsewhere
+        base_model_relation=relation if source.kind == "hub" else None,
         tags=["ftload", report.strategy],
     )
     origin = _code(source.model) + (f" at commit `{source.commit}`" if source.commit else "")
@@ -55,25 +65,34 @@ def model_card(report: Report) -> str:
         "",
     ]
     if adapter:
-        where = "this directory" if report.base == "copy" else f"{_code(adapter.base)}, which is not copied here"
+        at = f" at commit `{adapter.revision}`" if adapter.revision else ""
+        where = "this directory" if not by_reference else f"{_code(adapter.base)}{at}, which is not copied here"
         experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
         lines += [
             f"The LoRA adapter (rank {adapter.r}{experts}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
             f"`adapter/`; its base is {where}.",
             "",
+            *(_ELSEWHERE if by_reference else ()),
         ]
     if report.embeddings.resized:
         rows = report.embeddings
         lines += [f"The embeddings grew from {rows.rows_before:,} to {rows.rows_after:,} rows ({rows.init}).", ""]
     if report.decisions:
         lines += ["What was decided:", "", *map(_decided, report.decisions), ""]
-    lines += _trainers(report)
     lines += ["Every file's hash, every flag and all versions are in `ftload_report.json`.", ""]
+    lines += [*_trainers(report), *_sharing(report)]
     return "\n".join(lines)
 
 
 _EXPERTS = (
     "The experts are 4-bit, which transformers alone does not load: any other program imports `ftload.register` first.",
+    "",
+)
+
+
+_ELSEWHERE = (
+    "A tool that takes the directory of a model is given that base as the model and `adapter/` as the adapter; the "
+    "tokenizer is in either directory here.",
     "",
 )
 
@@ -121,3 +140,54 @@ def _trainers(report: Report) -> list[str]:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # a path can hold backticks
         lines += [f"{trainer.title}:", "", f"{fence}{trainer.language}", text, fence, ""]
     return lines
+
+
+def _sharing(report: Report) -> list[str]:
+    """Markdown: how it is put on a hub, and loaded from there."""
+    adapter, heading = report.adapter, ["## On a hub", ""]
+    if adapter is None:
+        return [*heading, *_shell(f"hf upload ORG/NAME {_HERE} ."), *_loading("ORG/NAME")]
+    if report.base == "copy":
+        name = adapter.base if re.fullmatch(r"[\w.-]+/[\w.-]+", adapter.base) else "ORG/NAME"
+        experts = report.quantization is not None and report.quantization.experts > 0
+        return [
+            *heading,
+            *_shell(f"ftload verify {_HERE} --fix --base {name}", f"hf upload {name} {_HERE} ."),
+            *_loading(
+                name,
+                f'model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter", is_trainable=True)',
+                imports=(*(["import ftload.register"] if experts else ()), "from peft import PeftModel"),
+            ),
+            "`AutoPeftModelForCausalLM` takes an adapter that is alone in a repository: "
+            f"`hf upload {name}-adapter {_HERE}/adapter .`",
+            "",
+        ]
+    if Path(adapter.base).is_absolute():
+        words = (
+            "The adapter's base is on one machine. Before it is shared, put that on a hub and prepare this from there"
+        )
+        return [*heading, f"{words}, or prepare it with `--base copy`.", ""]
+    return [
+        *heading,
+        *_shell(f"hf upload ORG/NAME {_HERE}/adapter .", f"hf upload ORG/NAME {_HERE}/{CARD_FILE} {CARD_FILE}"),
+        *_loading("ORG/NAME", imports=("from peft import AutoPeftModelForCausalLM",), model="AutoPeftModelForCausalLM"),
+    ]
+
+
+def _shell(*commands: str) -> list[str]:
+    return ["```sh", *commands, "```", ""]
+
+
+def _loading(name: str, *then: str, imports: tuple[str, ...] = (), model: str = "AutoModelForCausalLM") -> list[str]:
+    of_peft = any(line.endswith(model) for line in imports)
+    return [
+        "```python",
+        *imports,
+        f"from transformers import {'' if of_peft else f'{model}, '}AutoTokenizer",
+        "",
+        f'model = {model}.from_pretrained("{name}"{", is_trainable=True" if of_peft else ""})',
+        *then,
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+    ]

@@ -15,10 +15,11 @@ from ..errors import OutputError, SourceError, UsageError, VerificationError, sa
 from ..flags.model_page import repository_of
 from ..source.file_names import PREPARED_ADAPTER_CONFIG as ADAPTER_CONFIG
 from ..source.file_names import REPORT_FILE
+from ..source.license import CARD_FILE
 from ..system.durable import hash_or_none
 from ..write.staging import staged
 from .document import Report
-from .metadata_files import CARD_FILE, json_text
+from .metadata_files import json_text
 from .model_card import model_card
 from .outputs import as_report, read_document
 

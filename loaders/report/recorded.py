@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from ..flags.declared import FlatArguments
 from ..flags.request import Request, resolve_request
 from ..source.file_names import REPORT_FILE
+from ..source.license import CARD_FILE
 from ..write.staging import Staging
 from .document import Report, WrittenFile
 from .json_values import to_json
-from .metadata_files import CARD_FILE, json_text
+from .metadata_files import json_text
 from .model_card import model_card
 from .recorded_flags import recorded_value
 from .report import reported_arguments

@@ -57,6 +57,7 @@ def describe(plan: Plan) -> Described:
                 if file.path in used
             ),
             stored=_source_totals(plan),
+            license=source.license,
             merged=tuple(_merged_adapter(merged) for merged in plan.merged.adapters),
         ),
         arguments=reported_arguments(plan.request.arguments),

@@ -10,6 +10,7 @@ from ..errors import SourceError
 from ..flags.model_page import check_endpoint
 from .file_names import ADAPTER_CONFIGS, CHAT_TEMPLATES
 from .hub_errors import hub_errors, is_outage, not_a_hub, with_retries
+from .license import license_in, license_of_card
 from .local import list_adapters, list_files
 from .source import Source, SourceFile
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def resolve_hub(model: str, revision: str | None) -> Source:
     """The commit of a repository that the revision names, with its files as the hub lists them."""
     check_endpoint()
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import CardData, HfApi, constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
@@ -49,6 +50,7 @@ def resolve_hub(model: str, revision: str | None) -> Source:
         for file in siblings
         if file.rfilename.rpartition("/")[0] in ("", CHAT_TEMPLATES)
     ]
+    card = info.card_data.to_dict() if isinstance(info.card_data, CardData) else {}
     folder = repo_folder_name(repo_id=model, repo_type="model")
     return Source(
         model=model,
@@ -58,6 +60,7 @@ def resolve_hub(model: str, revision: str | None) -> Source:
         root=Path(constants.HF_HUB_CACHE, folder, "snapshots", info.sha or "").absolute(),
         files=tuple(sorted(files, key=lambda file: file.path)),
         adapters=tuple(file.rfilename for file in siblings if file.rfilename in ADAPTER_CONFIGS),
+        license=license_in(card, f"{constants.ENDPOINT}/{model}/blob/{info.sha}"),
     )
 
 
@@ -81,6 +84,7 @@ def _resolve_cached(model: str, revision: str | None, reason: SourceError) -> So
         root=root,
         files=list_files(root),
         adapters=list_adapters(root),
+        license=license_of_card(root),
         from_cache=True,
         notes=() if chosen else (note,),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, SourceError
 from .file_names import ADAPTER_CONFIGS, CHAT_TEMPLATES
+from .license import license_of_card
 from .source import Source, SourceFile
 
 
@@ -22,6 +23,7 @@ def resolve_directory(model: str, revision: str | None, root: Path) -> Source:
         root=root,
         files=files,
         adapters=list_adapters(root),
+        license=license_of_card(root),
     )
 
 

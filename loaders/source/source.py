@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..errors import CheckpointError, SourceError
 from .hub_download import download_file, download_range, remember_revision
+from .license import License
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,8 @@ class Source:
     """Where the directory or repository holds adapters too: the paths of their adapter_config.json."""
     from_cache: bool = False
     """The hub could not be asked, so `files` is what the cache happens to hold."""
+    license: License | None = None
+    """As the hub tells it, or a local model's README.md."""
     notes: tuple[str, ...] = ()
     """What the user should be warned of."""
 

@@ -35,7 +35,7 @@ def fingerprint(request: Request, sources: tuple[Source, ...]) -> str:
             if field.name not in _NO_PART_IN_THE_RESULT
         },
         "tokenizer": dataclasses.asdict(request.tokenizer),
-        "sources": [[source.model, source.commit] if source.commit else list(_files(source)) for source in sources],
+        "sources": [[source.model, source.commit] if source.commit else _local(source) for source in sources],
         "chat_template": _contents(request.tokenizer.chat_template_name),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -44,6 +44,11 @@ def fingerprint(request: Request, sources: tuple[Source, ...]) -> str:
 def can_have_a_part(path: str) -> bool:
     """Whether a file of a model's directory is one that something could load."""
     return path.endswith(_SUFFIXES)
+
+
+def _local(source: Source) -> list[Any]:
+    told = [] if source.license is None else [dataclasses.asdict(source.license)]
+    return [*_files(source), *told]
 
 
 def _files(source: Source) -> Iterator[tuple[str, int, int]]:

@@ -151,8 +151,10 @@ def test_the_model_card(runs: Runs, llama: Path, strategy: str) -> None:
 
     directory, report = runs[strategy]
     _, front, text = (directory / "README.md").read_text().split("---\n", 2)
-    library = "peft" if strategy.endswith("lora") else "transformers"
-    assert yaml.safe_load(front) == {"library_name": library, "tags": ["ftload", strategy]}
+    library = "peft" if strategy == "lora" else "transformers"
+    assert yaml.safe_load(front) == {
+        "library_name": library, "pipeline_tag": "text-generation", "tags": ["ftload", strategy],
+    }  # fmt: skip
     assert f"# `{llama}`, ready to train ({strategy})" in text
     assert 'load_prepared("path/to/this/directory")' in text
     assert f"| total | {report['parameters']['total']:,} |" in text

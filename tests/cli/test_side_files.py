@@ -107,6 +107,20 @@ def test_the_configuration_of_a_base_that_is_elsewhere(llama: Path, outputs: dic
     assert not (out / "generation_config.json").exists()
 
 
+def test_what_tools_are_given_is_told(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
+    for flags, told in ((["--use_lora"], True), (["--use_lora", "--base", "copy"], False)):
+        out = tmp_path / f"out{told}"
+        shown = ftload("prepare", "--model", llama, "--output_dir", out, *flags).out
+        rows = [
+            tuple(line.split()) for line in shown.partition("for tools that take a model's directory\n")[2].splitlines()
+        ]
+        assert rows[:3] == (
+            [("model", str(llama)), ("adapter", f"{out}/adapter"), ("tokenizer", str(out))] if told else []
+        )
+        card = (out / "README.md").read_text()
+        assert ("is given that base as the model and `adapter/` as the adapter" in card) is told
+
+
 @pytest.mark.usefixtures("no_network")
 def test_it_is_no_model(outputs: dict[str, Path]) -> None:
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
@@ -141,7 +155,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Path], Any]]] = {
         lambda out: edit(out / "config.json", lambda c: c.update(pad_token_id=None)),
     ),
     "config.json is no JSON": (
-        "reference", "config", "`config.json` is not a valid JSON file",
+        "reference", "config", "config.json` can't be used: ",
         lambda out: (out / "config.json").write_text("{"),
     ),
 }  # fmt: skip

@@ -176,5 +176,8 @@ def test_the_header_of_a_model_card(outputs: dict[str, Path], name: str) -> None
     document = read_document(outputs["lora"])
     document["source"].update(kind="hub", model=name, commit="0" * 40)
     _, header, text = model_card(as_report(document, "report.json")).split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "peft", "base_model": name, "tags": ["ftload", "lora"]}
+    assert yaml.safe_load(header) == {
+        "library_name": "peft", "pipeline_tag": "text-generation", "base_model": name,
+        "base_model_relation": "adapter", "tags": ["ftload", "lora"],
+    }  # fmt: skip
     assert text.startswith("\n# `")
