@@ -44,6 +44,7 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         gradient_checkpointing=report.gradient_checkpointing,
         attention=report.attention.effective,
         attention_asked=report.attention.requested,
+        never_trained=() if adapter is not None else report.parameters.never_trained,
         liger=report.kernels is not None and report.kernels.liger.supported,
         trust_remote_code=_value(report, "trust_remote_code") is True,
         max_length=flags.max_seq_length or (length if length is not None and length < _UNKNOWN_LENGTH else None),

@@ -44,6 +44,8 @@ class Handover:
     """The implementation in effect where it was prepared: `flash_attention_2`, `sdpa` or `eager`."""
     attention_asked: str
     """The one that was asked for."""
+    never_trained: tuple[str, ...]
+    """Parameters that the model's class makes without a gradient, where there is no adapter."""
     liger: bool
     """Whether Liger's kernels were asked for and Liger has some for this model."""
     trust_remote_code: bool

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .accelerate_fsdp import AccelerateFsdp
 from .interface import Trainer
 from .open_instruct import OpenInstruct
+from .transformers_trainer import TransformersTrainer
+from .trl import Trl
 
-TRAINERS: Mapping[str, Trainer] = {trainer.name: trainer for trainer in (OpenInstruct(),)}
+TRAINERS: Mapping[str, Trainer] = {
+    trainer.name: trainer for trainer in (Trl(), TransformersTrainer(), AccelerateFsdp(), OpenInstruct())
+}

@@ -1,0 +1,180 @@
+"""Recipes in Python, run as `ftload recipe` prints them by the Python of their trainer, and what must be true then."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ftload.loaders.load import load_prepared
+from safetensors.torch import load_file
+
+from tests.conftest import Result
+
+from .conftest import CONVERSATIONS
+
+PYTHON = Path(__file__).parents[2] / ".cache" / "trainers" / "trl" / "bin" / "python"
+"""One environment for TRL, transformers' Trainer and accelerate."""
+needs_environment = pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: scripts/test_trainers makes it")
+COMMON = [
+    "--lora_rank",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--max_train_steps",
+    "2",
+    "--learning_rate",
+    "1e-3",
+    "--warmup_ratio",
+    "0",
+]
+CASES: dict[str, list[str]] = {
+    "standard": [],
+    "lora copied": ["--use_lora", "--base", "copy"],
+    "lora by reference": ["--use_lora", "--base", "reference"],
+    "qlora": ["--use_qlora"],
+    "qlora stored as bfloat16": ["--use_qlora", "--bnb_4bit_quant_storage", "bfloat16"],
+    "qlora, 8-bit optimizer, checkpointing": ["--use_qlora", "--use_8bit_optimizer", "--gradient_checkpointing"],
+    "lora, checkpointing, clipping": ["--use_lora", "--gradient_checkpointing", "--clip_grad_norm", "1"],
+    "lora, packing": ["--use_lora", "--packing", "--use_flash_attn", "false"],
+    "qlora, 4-bit experts": ["--use_qlora"],
+    "qlora, experts trained": ["--use_qlora", "--lora_experts", "2"],
+}
+"""What is prepared, by name; mixtures are those with experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe that was run."""
+
+    prepared: Path
+    trained: Path
+    recipe: str
+    facts: dict[str, Any]
+    before: dict[str, torch.Tensor]
+    """What is trained, as it was before the first step; names as in the files."""
+    report: dict[str, Any]
+
+
+def run_recipe(
+    ftload: Callable[..., Result],
+    trainer: str,
+    model: Path,
+    data: Path,
+    folder: Path,
+    *flags: str,
+    options: tuple[str, ...] = (),
+    processes: int = 0,
+) -> Run:
+    """Prepare, print the recipe, and run it; with `processes`, as torchrun does."""
+    out = folder / 'it\'s "OUT"'
+    result = ftload("prepare", "--model", model, *COMMON, *flags, "--output_dir", out, "--quiet")
+    assert result.code == 0, result.err
+    made = ftload("recipe", out, "--for", trainer, "--data", data)
+    assert made.code == 0, made.err
+    script = folder / "train.py"
+    script.write_text(made.out)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
+    environment.pop("PYTHONPATH", None)
+    watched = Path(__file__).with_name("watched.py")
+    run = subprocess.run(
+        [PYTHON, *launcher, watched, script, folder, *options],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    before = load_file(folder / "before.safetensors")
+    return Run(
+        prepared=out,
+        trained=Path(f"{out}-trained"),
+        recipe=made.out,
+        facts=json.loads((folder / "facts.json").read_text()),
+        before={name.replace(".default.", "."): value for name, value in before.items()},
+        report=json.loads((out / "ftload_report.json").read_text()),
+    )
+
+
+def check_start(run: Run, *, dtype: torch.dtype | None = None) -> None:
+    """What is trained is what was prepared, and nothing else is: tensor by tensor; made `dtype` where that is given."""
+    adapter = run.prepared / "adapter" / "adapter_model.safetensors"
+    stored = load_file(adapter if adapter.exists() else run.prepared / "model.safetensors")
+    assert sorted(run.before) == sorted(stored)
+    for name, value in stored.items():
+        assert run.before[name].dtype == (dtype or value.dtype), name
+        assert torch.equal(run.before[name], value if dtype is None else value.to(dtype)), name
+    assert run.facts["trained"] == run.report["parameters"]["trainable"]
+
+
+def check_end(run: Run) -> None:
+    """Finite losses; the result loads, and holds what was trained: other values than before."""
+    assert all(torch.tensor(run.facts["losses"]).isfinite())
+    assert len(run.facts["losses"]) == 2
+    if not (run.prepared / "adapter").exists():
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(run.trained, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        after = dict(model.named_parameters())
+        assert all(not torch.equal(after[name].to(value.dtype), value) for name, value in run.before.items())
+        return
+    import ftload.register  # noqa: F401 - the experts
+    from peft import AutoPeftModelForCausalLM
+
+    config = json.loads((run.trained / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (
+        str(run.prepared)
+        if (run.prepared / "config.json").exists() and run.report["base"] == "copy"
+        else run.report["adapter"]["base"]
+    )
+    model = AutoPeftModelForCausalLM.from_pretrained(run.trained, is_trainable=True)
+    after = {name.replace(".default.", "."): value for name, value in model.named_parameters() if value.requires_grad}
+    stored = load_file(run.trained / "adapter_model.safetensors")
+    assert sorted(after) == sorted(stored) == sorted(run.before)
+    assert all(torch.equal(after[name], value.to(after[name].dtype)) for name, value in stored.items())
+    moved = [name for name, value in run.before.items() if not torch.equal(after[name], value)]
+    assert any(".lora_A." in name for name in moved)
+    assert any(".lora_B." in name for name in moved)
+
+
+def expected_loss(run: Run) -> float:
+    """Of the first step: all conversations in one batch, without dropout; the mean over all that the assistant says."""
+    model, tokenizer = load_prepared(run.prepared)
+    model.eval() if not run.report["quantization"] else None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    total, count = 0.0, 0
+    for turns in CONVERSATIONS:
+        ids, labels = _rendered(tokenizer, turns)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        trained = sum(label != -100 for label in labels[1:])
+        total, count = total + loss.item() * trained, count + trained
+    return total / count
+
+
+def _rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """SmolLM2's template by hand: what the assistant says, to the end of its turn, is trained."""
+    if turns[0][0] != "system":
+        turns = [("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"), *turns]
+    ids: list[int] = []
+    labels: list[int] = []
+    for role, text in turns:
+        head, said = f"<|im_start|>{role}\n", f"{text}<|im_end|>\n"
+        for piece, trained in ((head, False), (said, role == "assistant")):
+            tokens = tokenizer(piece, add_special_tokens=False).input_ids
+            ids += tokens
+            labels += tokens if trained else [-100] * len(tokens)
+    return ids, labels

@@ -1,0 +1,27 @@
+"""The recipe for transformers' Trainer, run by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Result
+
+from .script_runs import CASES, check_end, check_start, expected_loss, needs_environment, run_recipe
+
+Ftload = Callable[..., Result]
+
+
+@needs_environment
+@pytest.mark.parametrize("case", CASES)
+def test_the_recipe_trains_what_was_prepared(
+    ftload: Ftload, case: str, tiny_llama: Path, tiny_mixture: Path, conversations: Path, tmp_path: Path
+) -> None:
+    model = tiny_mixture if "experts" in case else tiny_llama
+    run = run_recipe(ftload, "transformers", model, conversations, tmp_path, *CASES[case], "--lora_dropout", "0")
+    check_start(run)
+    check_end(run)
+    assert run.facts["losses"][0] == pytest.approx(expected_loss(run), abs=2e-3)
+    assert run.facts["checkpointing"] == ("checkpointing" in case)

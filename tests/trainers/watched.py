@@ -1,0 +1,80 @@
+"""A recipe's script, run by its trainer's own Python as it was printed, and watched: `watched.py SCRIPT FOLDER`.
+
+FOLDER gets `before.safetensors`, what is trained as it was when the first backward pass began, and `facts.json`.
+With `--until-forward` the run ends before the first forward pass: Liger's kernels need a GPU. With `--fsdp` accelerate
+takes its FSDP on CPUs too, which it has for GPUs alone.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+
+class Watch:
+    """What is seen of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = {"losses": []}
+
+    def see(self, model: torch.nn.Module) -> None:
+        """The model before its first step."""
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.facts["trained"] = sum(value.numel() for value in trained.values())
+        self.facts["dtypes"] = sorted({str(value.dtype) for value in trained.values()})
+        self.facts["frozen"] = sorted({str(value.dtype) for value in model.parameters() if not value.requires_grad})
+        self.facts["packed"] = [name for name, value in model.named_parameters() if hasattr(value, "quant_state")]
+        self.facts["sharded"] = [name for name, value in model.named_parameters() if isinstance(value, DTensor)]
+        forwards = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
+        self.facts["liger"] = sorted({one.__name__ for one in forwards if one.__module__.startswith("liger_kernel")})
+        self.facts["attention"] = model.config._attn_implementation
+        self.facts["checkpointing"] = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
+        values = {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous().clone()
+            for name, value in trained.items()
+        }
+        if PartialState().is_main_process:
+            save_file(values, self.folder / "before.safetensors")
+
+    def write(self) -> None:
+        if PartialState().is_main_process:
+            (self.folder / "facts.json").write_text(json.dumps(self.facts))
+
+
+def main(script: str, folder: str, *options: str) -> None:
+    watch = Watch(Path(folder))
+    backward = Accelerator.backward
+
+    def watched_backward(accelerator: Accelerator, loss: torch.Tensor, **more: Any) -> None:
+        if not watch.facts["losses"]:
+            watch.see(accelerator._models[0])
+        watch.facts["losses"].append(loss.item())
+        backward(accelerator, loss, **more)
+
+    def stop(module: torch.nn.Module, _: Any) -> None:
+        if hasattr(module, "config") and hasattr(module, "get_output_embeddings"):
+            watch.see(module)
+            watch.write()
+            raise SystemExit
+
+    Accelerator.backward = watched_backward
+    if "--fsdp" in options:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if "--until-forward" in options:
+        torch.nn.modules.module.register_module_forward_pre_hook(stop)
+    runpy.run_path(script, run_name="__main__")
+    watch.write()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
