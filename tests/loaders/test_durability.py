@@ -21,6 +21,7 @@ from ftload.loaders.errors import OutputError, ResourceError
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent
+from ftload.loaders.report.rebased import NamedBase, name_base
 from ftload.loaders.write.file_copy import FileCopy
 from ftload.loaders.write.staging import staged
 
@@ -113,6 +114,18 @@ def test_everything_is_durable_before_it_counts(record: Record, llama: Path, wor
     assert ("fsync", record.calls[replacing][1].parent) in record.calls[replacing:]
     for name in ("README.md", "ftload_report.json"):
         assert replacing < record.last("rename", out / name) < record.last("fsync", out)
+
+
+def test_another_base_is_durable_before_it_counts(record: Record, llama: Path, work: Path) -> None:
+    out = work / "out"
+    run(llama, out, "--use_lora", "--base", "copy")
+    rebased = name_base(out, NamedBase(base="me/model"))
+    assert rebased is not None
+    assert record.too_early == []
+    replacing = record.last("rename", next(path for _, path in record.calls if path.name == "replacing"))
+    assert ("fsync", record.calls[replacing][1].parent) in record.calls[replacing:]
+    for name in rebased.files:
+        assert replacing < record.last("rename", out / name) < record.last("fsync", (out / name).parent)
 
 
 def test_a_copy_counts_as_done_when_it_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

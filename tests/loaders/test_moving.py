@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ftload.loaders import load_prepared
 from safetensors.torch import load_file
 
 from ..cli.runs import prepare
+from ..conftest import Result
 from ..parity.models import write_model
 from ..tokenizers import write_llama
 
@@ -89,6 +91,22 @@ def test_what_is_trained_after_a_move_is_loaded_by_peft_alone(tmp_path: Path, fl
         expected, found = model.eval()(ids).logits.float(), again.eval()(ids).logits.float()
         untrained = load_untrained(moved)(ids).logits.float()
     assert (found - expected).abs().max() < 0.1 * (untrained - expected).abs().max()
+
+
+def test_peft_takes_the_prepared_adapter_once_it_is_fixed(
+    llama: Path, tmp_path: Path, ftload: Callable[..., Result]
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    prepare(llama, tmp_path / "out", "--use_qlora")
+    moved = move(tmp_path / "out")
+    with pytest.raises(OSError, match=str(tmp_path / "out")):
+        AutoPeftModelForCausalLM.from_pretrained(moved / "adapter")
+    assert ftload("verify", moved, "--fix", "--quick").code == 0
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(moved / "adapter", is_trainable=True)
+    model.save_pretrained(tmp_path / "trained")
+    assert named_base(tmp_path / "trained") == (str(moved), None)
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "trained") is not None
 
 
 def load_untrained(directory: Path) -> Any:
