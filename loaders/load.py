@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .experts.registration import register_experts
 from .liger import apply_liger, liger_problem
 from .model.model_class import native_class, unknown_to_auto
@@ -18,11 +18,12 @@ from .system.attention import resolve_attention
 from .system.quiet import quiet_bitsandbytes, quiet_transformers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_prepared(
-    directory: str | Path, *, trust_remote_code: bool = False
+    directory: str | Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype = "bfloat16"
 ) -> tuple[PreTrainedModel | Any, PreTrainedTokenizerBase]:
     """Load a prepared directory on this machine's GPU, or on the CPU where there is none.
 
@@ -34,14 +35,27 @@ def load_prepared(
     may have been moved since it was written: the adapter's configuration names the place that its base was loaded from,
     or the hub's repository that `ftload verify --fix --base` had it name.
 
-    Raises `CheckpointError` when the directory holds no report that this version understands, and when the base that an
-    adapter refers to is gone.
+    `dtype` is that of a base that is not 4-bit: `bfloat16`, or `float32` (the name, or torch's own). Trained in float32
+    under autocast to bfloat16 (mixed precision), the weights are their own master copy, in which small steps are not
+    lost; they take twice the memory, and so do gradients and optimizer states. All other dtypes stay as they are: of
+    parameters that the architecture keeps in float32, and of adapters.
+
+    Raises `UsageError` for another `dtype`, and for float32 with a 4-bit base; `CheckpointError` when the directory
+    holds no report that this version understands, and when the base that an adapter refers to is gone.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float32"):
+        raise UsageError(f"`dtype` is `{dtype}`", hint="training starts from bfloat16 or float32")
     directory = Path(directory).expanduser().absolute()
     report = read_report(directory)
+    if dtype == "float32" and report.quantization is not None:
+        raise UsageError(
+            f"the base of `{directory}` is 4-bit: there are no weights to hold in float32",
+            hint="leave `dtype` out: its adapter, which is what is trained, is float32 in any case",
+        )
     base = {"pretrained_model_name_or_path": str(directory)}
     if report.adapter is not None and report.base == "reference":
         base = {
@@ -72,7 +86,7 @@ def load_prepared(
             **base,
             config=config,
             output_loading_info=True,
-            dtype=torch.bfloat16,
+            dtype=getattr(torch, dtype),
             attn_implementation=attention.effective,
             device_map={"": device},
             trust_remote_code=trust_remote_code,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders import load_prepared
-from ftload.loaders.errors import CheckpointError
+from ftload.loaders.errors import CheckpointError, UsageError
 
 from ..cli.runs import FLAGS, prepare
 from ..parity.models import write_model
@@ -211,3 +211,74 @@ def test_what_was_not_prepared(tmp_path: Path) -> None:
         (tmp_path / "ftload_report.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"ftload_report\.json` (can't be read|is not a report of schema)"):
             load_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+def test_master_weights(llama: Path, tmp_path: Path, dtype: str | torch.dtype) -> None:
+    """Those of transformers, of a base that is frozen as well; an adapter is the same."""
+    for name, flags in (("full", []), ("lora", ["--use_lora", "--base", "copy"]), ("elsewhere", ["--use_lora"])):
+        out = tmp_path / name
+        report = prepare(llama, out, *flags)
+        model, tokenizer = load_prepared(out, dtype=dtype)
+        usual, _ = load_prepared(out)
+        for (parameter, value), other in zip(model.named_parameters(), usual.parameters(), strict=True):
+            assert (value.dtype, value.requires_grad) == (torch.float32, other.requires_grad), parameter
+            assert torch.equal(value, other.float()), parameter
+            assert other.dtype == (torch.float32 if ".lora_" in parameter else torch.bfloat16), parameter
+        assert model.config.dtype == torch.float32
+        assert sum(one.numel() for one in model.parameters() if one.requires_grad) == report["parameters"]["trainable"]
+        train_one_step(model, tokenizer)
+
+
+def test_dtypes_that_a_base_can_not_have(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(llama, out, "--use_qlora")
+    with pytest.raises(UsageError, match=f"^the base of `{out}` is 4-bit: there are no weights to hold in float32$"):
+        load_prepared(out, dtype="float32")
+    for dtype in ("float16", torch.float16, torch.int8, "bf16"):
+        with pytest.raises(UsageError, match=r"^`dtype` is `(float16|int8|bf16)`$") as caught:
+            load_prepared(out, dtype=dtype)
+        assert caught.value.hint == "training starts from bfloat16 or float32"
+    load_prepared(out, dtype="bfloat16")
+
+
+def test_small_steps_are_lost_in_bfloat16(llama: Path, tmp_path: Path) -> None:
+    """A step of 2e-5 moves a weight of 0.05, where bfloat16 has a value each 0.0002, in float32 alone."""
+    out, changed = tmp_path / "out", {}
+    prepare(llama, out)
+    for dtype in ("bfloat16", "float32"):
+        model, _ = load_prepared(out, dtype=dtype)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
+        ids = torch.arange(128).view(4, 32)  # every token: other rows of the embedding have no gradient
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = sum(int((value != before[name]).sum()) for name, value in model.named_parameters())
+        changed[dtype] = moved / sum(value.numel() for value in before.values())
+    assert 0.01 < changed["bfloat16"] < 0.2
+    assert changed["float32"] > 0.98
+
+
+@pytest.mark.parametrize("compute", ["float16", "float32"])
+def test_4_bit_layers_compute_in_the_dtype_that_was_asked_for(llama: Path, tmp_path: Path, compute: str) -> None:
+    """Everything else is float32, adapters too, whose first values are rounded to that dtype, as PEFT does it."""
+    out = tmp_path / "out"
+    prepare(llama, out, "--use_qlora", "--bnb_4bit_compute_dtype", compute)
+    model, tokenizer, _ = load(out)
+    asked = getattr(torch, compute)
+    layers = [
+        module for module in model.modules() if hasattr(module, "compute_dtype") and hasattr(module, "in_features")
+    ]
+    dtypes = {layer.compute_dtype for layer in layers if type(layer.weight).__name__ == "Params4bit"}
+    assert dtypes == {asked}
+    for name, parameter in model.named_parameters():
+        if ".base_layer." not in name:
+            assert parameter.dtype == torch.float32, name
+        if ".lora_A." in name:
+            assert torch.equal(parameter, parameter.to(asked).float()), name
+            assert not torch.equal(parameter, parameter.bfloat16().float()), name
+    train_one_step(model, tokenizer)

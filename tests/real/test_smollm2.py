@@ -247,6 +247,30 @@ def test_training_starts_with_gradients_on_exactly_the_trainable_parameters(
     assert_base_is_untouched(model, directory)
 
 
+def test_small_steps_are_lost_in_bfloat16(prepared: dict[str, Path]) -> None:
+    """The figures of README and card: two steps of AdamW at 2e-5 on one sentence each."""
+    texts = (
+        "The sun is a star, and the planets turn around it, each on its own path.",
+        "To bake bread one needs flour, water, salt, yeast and some patience.",
+    )
+    share = {}
+    for dtype in ("bfloat16", "float32"):
+        model, tokenizer = load_prepared(prepared["standard"], dtype=dtype)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = sum(int((value != before[name]).sum()) for name, value in model.named_parameters())
+        share[dtype] = moved / sum(value.numel() for value in before.values())
+    assert share["bfloat16"] == pytest.approx(0.036, abs=0.002)
+    assert share["float32"] > 0.999
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
 def test_liger_is_loaded_only_and_says_so_without_a_gpu(prepared: dict[str, Path]) -> None:
     """Liger's kernels run on a GPU alone: here the model is loaded, with the plain modules, and not trained."""
