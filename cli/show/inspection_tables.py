@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .tables import UNBOUNDED, format_bytes, format_count, harmless, make_console, print_details, print_table
+from .tables import (
+    UNBOUNDED,
+    format_bytes,
+    format_count,
+    harmless,
+    make_console,
+    print_details,
+    print_labelled,
+    print_line,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,8 +44,8 @@ def print_inspection(inspection: Inspection, tensors: tuple[StoredTensor, ...] |
         format_bytes(sum(file.bytes for file in files)),
     )
     kind = _kind(inspection)
-    console.print(f"[bold]{harmless(inspection.model)}[/]" + (f" [dim]{kind}[/]" if kind else ""), soft_wrap=True)
-    console.print(" · ".join(counts), soft_wrap=True)
+    print_line(console, f"[bold]{harmless(inspection.model)}[/]" + (f" [dim]{kind}[/]" if kind else ""))
+    print_line(console, " · ".join(counts))
     if tensors is not None:
         console.print()
         _print_tensors(console, tensors)
@@ -48,7 +58,7 @@ def print_inspection(inspection: Inspection, tensors: tuple[StoredTensor, ...] |
         console.print()
         print_details(console, known)
     for note in inspection.notes:
-        console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
+        print_labelled(console, "note", note)
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -57,13 +67,13 @@ def print_comparison(comparison: Comparison) -> None:
     first, second = map(harmless, comparison.models)
     compared = "names, dtypes, shapes" + ("" if comparison.hashed is None else f", contents of {comparison.hashed:,}")
     verdict = "[bold green]equal[/]" if comparison.equal else "[bold red]different[/]"
-    console.print(f"{verdict} {_plural(comparison.common, 'common tensor')} ({compared})", soft_wrap=True)
-    console.print(f"[red]-[/] {first}", soft_wrap=True)
-    console.print(f"[green]+[/] {second}", soft_wrap=True)
+    print_line(console, f"{verdict} {_plural(comparison.common, 'common tensor')} ({compared})")
+    print_line(console, f"[red]-[/] {first}")
+    print_line(console, f"[green]+[/] {second}")
     for sign, style, names in zip("-+", ("red", "green"), comparison.only, strict=True):
         if names:
             model = first if sign == "-" else second
-            console.print(f"\n[bold]{_plural(len(names), 'tensor')} in[/] {model} [bold]alone[/]", soft_wrap=True)
+            print_line(console, f"\n[bold]{_plural(len(names), 'tensor')} in[/] {model} [bold]alone[/]")
             _print_some(console, (f"[{style}]{sign}[/] {harmless(name)}" for name in names), len(names))
     for what in ("dtype", "shape", "contents"):
         changes = [change for change in comparison.changes if change.what == what]
@@ -229,7 +239,7 @@ def _print_some(console: Console, lines: Iterable[str], count: int) -> None:
         if number == _SHOWN:
             console.print(f"[dim]… and {count - _SHOWN:,} more: --json lists all[/]", soft_wrap=True)
             return
-        console.print(line, soft_wrap=True)
+        print_line(console, line)
 
 
 def _value(value: Any) -> str:

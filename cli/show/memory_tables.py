@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from .tables import UNBOUNDED, format_bytes, harmless, print_table
+from .tables import UNBOUNDED, format_bytes, harmless, print_line, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,11 +30,11 @@ def print_training_memory(console: Console, methods: Sequence[TrainingMemory | N
             print_table(console, _bars(known))
         console.print()
         print_table(console, _fits(console, known))
-        console.print(f"[dim]{how_to_read(known[0])}[/]", soft_wrap=True)
+        print_line(console, f"[dim]{how_to_read(known[0])}[/]")
         for name, origin in origins(known):
-            console.print(f"[dim]{name}: {harmless(origin)}[/]", soft_wrap=True)
+            print_line(console, f"[dim]{name}: {harmless(origin)}[/]")
     for one in without_estimate(methods):
-        console.print(f"[dim]{one.method}: no estimate: {harmless(one.reason)}[/]", soft_wrap=True)
+        print_line(console, f"[dim]{one.method}: no estimate: {harmless(one.reason)}[/]")
 
 
 def estimated(methods: Iterable[TrainingMemory | NoEstimate]) -> list[TrainingMemory]:

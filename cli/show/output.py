@@ -212,14 +212,16 @@ def _tell(failure: Failure) -> None:
         try:
             from rich.console import Console
             from rich.markup import escape
+
+            from .tables import print_line
         except (ImportError, MemoryError, OSError):  # memory may be what there is too little of
             hint = f"hint: {failure.hint}\n" if failure.hint else ""
             sys.stderr.write(f"error: {failure.message}\n{hint}")
             return
-        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-        console.print(f"[bold red]error:[/] {escape(failure.message)}")
+        console = Console(stderr=True, highlight=False, emoji=False)
+        print_line(console, f"[bold red]error:[/] {escape(failure.message)}")
         if failure.hint:
-            console.print(f"[bold cyan]hint:[/] {escape(failure.hint)}")
+            print_line(console, f"[bold cyan]hint:[/] {escape(failure.hint)}")
 
 
 def _error_key(error: FtloadError | None) -> dict[str, Any]:

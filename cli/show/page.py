@@ -17,7 +17,7 @@ from ...loaders.system.durable import disk_errors
 from ...loaders.system.safe_text import one_line
 from .inspection_tables import facts
 from .memory_tables import estimated, how_to_read, origins, part_bytes, part_names, setting, what_fits, without_estimate
-from .summary import decision_words, details, in_training, needs
+from .summary import decision_words, details, in_training, needs, weight_bytes
 from .tables import format_bytes, format_count
 from .treemap import Rectangle, squarify
 
@@ -119,6 +119,7 @@ def plan_page(outcome: PlanOutcome) -> str:
     figures = [
         ("parameters", format_count(parameters.total)),
         ("trainable", f"{format_count(parameters.trainable)} ({parameters.trainable_percent:.2f} %)"),
+        ("size", format_bytes(weight_bytes(plan.files))),
         *((f"preparing: {name}", format_bytes(size)) for name, size, _ in needs(plan)),
     ]
     return _render(
@@ -157,7 +158,7 @@ def inspection_page(inspection: Inspection, tensors: Iterable[StoredTensor] | No
     figures = [
         ("parameters", format_count(total.parameters)),
         ("tensors", f"{total.tensors:,}"),
-        ("bytes", format_bytes(total.bytes)),
+        ("size", format_bytes(sum(file.bytes for file in inspection.files))),
         ("files", f"{len(inspection.files):,}"),
     ]
     return _render(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from .memory_tables import print_training_memory
-from .tables import format_bytes, harmless, make_console, print_details, print_table
+from .tables import format_bytes, harmless, make_console, print_details, print_labelled, print_line, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,22 +17,24 @@ if TYPE_CHECKING:
     from ...loaders.fuse import FusedAdapter
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.recipe.recipe import Recipe
-    from ...loaders.report.document import Described, Parameters, PlanDocument
+    from ...loaders.report.document import Described, Parameters, PlanDocument, PlannedFile, WrittenFile
     from ...loaders.report.rebased import Rebased
     from ...loaders.verify.verify import Verification
+
+_SHOWN_TARGETS = 16
+"""An adapter of whole names has one for each layer."""
 
 
 def print_summary(outcome: Outcome, directory: str) -> None:
     """What was written, by this run or by an earlier one, to stdout."""
     console = make_console()
     report = outcome.report
-    size = sum(file.bytes for file in report.files)
-    console.print(
+    print_line(
+        console,
         f"[bold]{harmless(report.source.model)}[/] → [bold]{harmless(directory)}[/] "
-        f"({report.strategy}, {format_bytes(size)})"
+        f"({report.strategy}, {format_bytes(weight_bytes(report.files))})"
         + (" [bold green]up to date[/]" if outcome.up_to_date else "")
         + (", its report rewritten" if outcome.recorded else ""),
-        soft_wrap=True,
     )
     _print_parameters(console, report.parameters)
     print_details(
@@ -44,7 +47,7 @@ def print_summary(outcome: Outcome, directory: str) -> None:
     )
     _print_notes(console, report)
     for flag, (old, new) in outcome.recorded.items():
-        console.print(f"[yellow]recorded[/] {harmless(f'{flag}: {old} → {new}')}", soft_wrap=True)
+        print_labelled(console, "recorded", f"{flag}: {old} → {new}")
     adapter = report.adapter
     if adapter is not None and report.base == "reference":
         at = f" @ {adapter.revision}" if adapter.revision else ""
@@ -58,10 +61,10 @@ def print_summary(outcome: Outcome, directory: str) -> None:
 def print_plan(outcome: PlanOutcome, directory: str) -> None:
     """What would be written, to stdout."""
     console, plan = make_console(), outcome.plan
-    console.print(
-        f"[bold]{harmless(plan.source.model)}[/] → [bold]{harmless(directory)}[/] ({plan.strategy}, a plan: "
-        "nothing is written)",
-        soft_wrap=True,
+    print_line(
+        console,
+        f"[bold]{harmless(plan.source.model)}[/] → [bold]{harmless(directory)}[/] "
+        f"({plan.strategy}, {format_bytes(weight_bytes(plan.files))}, a plan: nothing is written)",
     )
     _print_parameters(console, plan.parameters)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -100,9 +103,9 @@ def _print_parameters(console: Console, parameters: Parameters) -> None:
 
 def _print_notes(console: Console, report: Described) -> None:
     for decision in report.decisions:
-        console.print(f"[yellow]decided[/] {harmless(decision_words(decision))}", soft_wrap=True)
+        print_labelled(console, "decided", decision_words(decision))
     for warning in report.warnings:
-        console.print(f"[yellow]warning[/] {harmless(warning)}", soft_wrap=True)
+        print_labelled(console, "warning", warning)
 
 
 def print_fused(fused: FusedAdapter) -> None:
@@ -110,10 +113,10 @@ def print_fused(fused: FusedAdapter) -> None:
     console = make_console()
     at = f" @ {fused.revision}" if fused.revision else ""
     targets = ", ".join(f"{name} ×{count}" for name, count in fused.target_parameters.items())
-    console.print(
+    print_line(
+        console,
         f"[bold]{harmless(fused.directory)}[/]: {fused.parameters:,} parameters in {fused.tensors:,} tensors, for "
         f"{harmless(fused.base + at)}: {harmless(targets)}",
-        soft_wrap=True,
     )
 
 
@@ -122,7 +125,7 @@ def print_recipe(recipe: Recipe) -> None:
     console = make_console()
     console.print(f"[bold]{harmless(recipe.file)}[/]: {harmless(recipe.launch)}", soft_wrap=True)
     for note in recipe.notes:
-        console.print(f"[yellow]note[/] {harmless(note)}", soft_wrap=True)
+        print_labelled(console, "note", note)
 
 
 def print_checks(verification: Verification, rebased: Rebased | None) -> None:
@@ -130,26 +133,34 @@ def print_checks(verification: Verification, rebased: Rebased | None) -> None:
     console = make_console()
     if rebased is not None:
         change = f"the adapter's base: {rebased.before} → {rebased.after} ({', '.join(rebased.files)})"
-        console.print(f"[yellow]fixed [/] {harmless(change)}", soft_wrap=True)
-    width = max(len(check.name) for check in verification.checks)
+        print_labelled(console, "fixed ", change)
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=len("failed"))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for check in verification.checks:
-        mark = "[green]ok    [/]" if check.ok else "[red]failed[/]"
-        console.print(f"{mark} [bold]{check.name:{width}}[/] {harmless(check.found)}".rstrip(), soft_wrap=True)
+        table.add_row("[green]ok[/]" if check.ok else "[red]failed[/]", check.name, harmless(check.found))
         for problem in check.problems:
-            console.print(f"       {'':{width}} [red]{harmless(problem)}[/]", soft_wrap=True)
+            table.add_row("", "", f"[red]{harmless(problem)}[/]")
         for note in check.notes:
-            console.print(f"       {'':{width}} [yellow]note[/] {harmless(note)}", soft_wrap=True)
+            table.add_row("", "", f"[yellow]note[/] {harmless(note)}")
+    print_table(console, table)
     if verification.ok:
-        console.print(f"[bold]{harmless(verification.directory)}[/] verifies", soft_wrap=True)
+        print_line(console, f"[bold]{harmless(verification.directory)}[/] verifies")
 
 
 def needs(plan: PlanDocument) -> tuple[tuple[str, int, str], ...]:
     """What preparing takes: name, bytes, and a note."""
     return (
         ("reads", plan.needs.read_bytes, ""),
-        ("disk", plan.needs.disk_bytes, ""),
+        ("disk", plan.needs.disk_bytes, " for weights, beside the tokenizer"),
         ("memory", plan.needs.memory_bytes, " for tensors, beside interpreter and libraries"),
     )
+
+
+def weight_bytes(files: Iterable[WrittenFile | PlannedFile]) -> int:
+    """The size of an output: what its files of weights take, the adapter's too, as `inspect` counts them."""
+    return sum(file.bytes for file in files if file.path.endswith(".safetensors"))
 
 
 def decision_words(decision: Decision) -> str:
@@ -186,7 +197,9 @@ def details(report: Described) -> list[tuple[str, str]]:
     adapter = report.adapter
     if adapter:
         hits = [*adapter.targets.items(), *adapter.target_parameters.items()]
-        targets = ", ".join(f"{name} ×{layers}" for name, layers in hits)
+        targets = ", ".join(f"{name} ×{layers}" for name, layers in hits[:_SHOWN_TARGETS])
+        if len(hits) > _SHOWN_TARGETS:
+            targets += f" … and {len(hits) - _SHOWN_TARGETS:,} more"
         experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
         details.append(("adapter", f"rank {adapter.r}{experts}, alpha {adapter.alpha:g}: {targets}"))
         at = f" @ {adapter.revision}" if adapter.revision else ""

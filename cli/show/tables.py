@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterable
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ...loaders.system.safe_text import one_line
 
@@ -38,6 +40,25 @@ def print_table(console: Console, table: Table) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         console.print(line.rstrip(), markup=False, soft_wrap=True)
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line of rich's markup, at a terminal folded between words.
+
+    One with a word that is longer than the terminal is wide is left to the terminal: a path can still be copied.
+    """
+    text = Text.from_markup(line)
+    longest = max(map(cell_len, text.plain.split()), default=0)
+    console.print(text, soft_wrap=not console.is_terminal or longest > console.width)
+
+
+def print_labelled(console: Console, label: str, text: str, style: str = "yellow") -> None:
+    """Print a line from outside with a label before it, at a terminal folded beside that."""
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_column(style=style, no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(label, harmless(text))
+    print_table(console, line)
 
 
 def print_details(console: Console, details: Iterable[tuple[str, str]]) -> None:

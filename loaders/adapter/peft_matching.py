@@ -19,7 +19,7 @@ from ..model.transformers_internals import merges_weights
 from ..system.quiet import quiet_transformers
 from .experts import Experts
 from .interface import Adapter
-from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, is_match, name_targets
+from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, in_order, is_match, name_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,7 +156,7 @@ class _Answer:
 def _under(patterns: tuple[str, ...], targets: Targets, layers: tuple[LinearLayer, ...]) -> Targets:
     """The same layers under other names."""
     decisions = tuple(
-        decision if decision.effective == ALL_LINEAR else replace(decision, effective=" ".join(patterns))
+        decision if decision.effective == ALL_LINEAR else replace(decision, effective=" ".join(in_order(patterns)))
         for decision in targets.decisions
     )
     return replace(targets, patterns=patterns, matches=count_matches(layers, patterns), decisions=decisions)

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..model.components import ROUTER_NAMES, LinearLayer
 from ..model.experts.fused import FusedExperts
 
-REFERENCE_TARGETS = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
+REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
 
 ALL_LINEAR = "all-linear"
@@ -101,7 +101,8 @@ def resolve_targets(
     elif all(found.values()):
         reason = f"those names also hit `{strays[0]}`: the linear layers of its blocks alone are trained"
     else:
-        reason = f"this architecture has no {missed}: all linear layers of its blocks are trained instead"
+        lacks = f"no {missed}" if any(found.values()) else "none of these"
+        reason = f"this architecture has {lacks}: all linear layers of its blocks are trained instead"
     decision = Decision(
         what="LoRA targets",
         requested=" ".join(asked or REFERENCE_TARGETS),
@@ -114,11 +115,28 @@ def resolve_targets(
 def name_targets(chosen: Iterable[LinearLayer], *, layers: Iterable[LinearLayer], modules: Iterable[str]) -> Targets:
     """Patterns that PEFT matches with these layers and no other module: their last names, else their whole ones."""
     chosen, layers = tuple(chosen), tuple(layers)
-    patterns = tuple(dict.fromkeys(layer.leaf for layer in chosen))
+    patterns = in_order(dict.fromkeys(layer.leaf for layer in chosen))
     names = {layer.name for layer in chosen}
     if any(name not in names and is_match(name, patterns) for name in modules):
         patterns = tuple(layer.name for layer in chosen)
     return Targets(patterns=patterns, layers=chosen, matches=count_matches(layers, patterns), decisions=())
+
+
+_ORDER = (
+    "q_proj", "k_proj", "v_proj", "qkv", "qkv_proj", "query_key_value", "c_attn", "o_proj", "out_proj", "dense",
+    "gate_proj", "up_proj", "gate_up_proj", "gate_up", "fc1", "c_fc", "dense_h_to_4h",
+    "down_proj", "down", "fc2", "c_proj", "dense_4h_to_h",
+)  # fmt: skip
+"""As a block computes them."""
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Targets in the order in which they are shown everywhere: as a block computes them, other names after these.
+
+    It depends on the names alone: a trained adapter's configuration says nothing else.
+    """
+    ranks = {name: number for number, name in enumerate(_ORDER)}
+    return tuple(sorted(names, key=lambda name: (ranks.get(name.rpartition(".")[2], len(ranks)), name)))
 
 
 def lora_names(target: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapter.targets import in_order
 from ..checkpoint.json_files import read_json
 from ..report.outputs import as_report
 from ..source.file_names import REPORT_FILE
@@ -102,16 +103,17 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 def adapter_facts(config: Mapping[str, Any]) -> AdapterFacts:
     """The facts of an adapter_config.json."""
-    ranks = config.get("rank_pattern")
+    found = config.get("rank_pattern")
+    ranks: dict[str, Any] = found if isinstance(found, dict) else {}
     alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout")
     return AdapterFacts(
         type=_text(config, "peft_type"),
         r=_number(config, "r"),
         alpha=alpha if isinstance(alpha, int | float) else None,
         dropout=dropout if isinstance(dropout, int | float) else None,
-        targets=_texts(config.get("target_modules")),
-        parameters=_texts(config.get("target_parameters")),
-        ranks={name: rank for name, rank in (ranks if isinstance(ranks, dict) else {}).items() if type(rank) is int},
+        targets=in_order(_texts(config.get("target_modules"))),
+        parameters=in_order(_texts(config.get("target_parameters"))),
+        ranks={name: ranks[name] for name in in_order(ranks) if type(ranks[name]) is int},
         base=_text(config, "base_model_name_or_path"),
         revision=_text(config, "revision"),
     )

@@ -104,8 +104,9 @@ _ELSEWHERE = (
 
 
 def _decided(decision: Decision) -> str:
-    change = f"{_code(decision.requested)} → " if decision.requested != decision.effective else ""
-    return f"- {_prose(decision.what)}: {change}{_code(decision.effective)} – {_prose(decision.reason)}"
+    requested, effective = decision.shown
+    change = "" if requested == effective else f"{_code(requested)} → "
+    return f"- {_prose(decision.what)}: {change}{_code(effective)} – {_prose(decision.reason)}"
 
 
 def _code(text: str) -> str:

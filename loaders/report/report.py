@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.targets import in_order
 from ..checkpoint.formats.interface import PackedTensor
 from ..checkpoint.tensors import DTYPE_CODES, TensorMeta
 from ..merge.merge import MergedAdapter
@@ -307,8 +308,8 @@ def _adapter(plan: Plan) -> document.Adapter | None:
         return None
     return document.Adapter(
         **plan.adapter.facts(),
-        targets=dict(plan.targets.matches),
-        target_parameters=dict(plan.targets.parameters),
+        targets={name: plan.targets.matches[name] for name in in_order(plan.targets.matches)},
+        target_parameters={name: plan.targets.parameters[name] for name in in_order(plan.targets.parameters)},
         parameters=sum(tensor.parameters for tensor in plan.adapter_tensors()),
         dtype="float32",
         base=adapter_base(plan),

@@ -54,7 +54,7 @@ def test_a_prepared_directory_for_people(ftload: Ftload, llama: Path, tmp_path: 
     prepare(llama, tmp_path / "out", "--use_qlora")
     out = ftload("inspect", tmp_path / "out").out
     assert f"prepared      qlora from {llama} by ftload " in out
-    assert "adapter       LORA, rank 8, alpha 16, dropout 0.1: down_proj gate_proj" in out
+    assert "adapter       LORA, rank 8, alpha 16, dropout 0.1: q_proj k_proj" in out
     assert "quantised     100.0 % of the weight matrices outside embeddings and head are 4-bit" in out
 
 

@@ -296,7 +296,7 @@ def test_inspect_names_parameters_and_ranks(tmp_path: Path) -> None:
     prepare_from(source, tmp_path / "out", *WAYS["lora"], "--lora_experts", "4")
     found = inspect(str(tmp_path / "out" / "adapter")).adapter
     assert found is not None
-    assert found.parameters == ("experts.down_proj", "experts.gate_up_proj")
+    assert found.parameters == ("experts.gate_up_proj", "experts.down_proj")
     assert found.ranks == {"experts.down_proj": 4, "experts.gate_up_proj": 4}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The LoRA adapter (rank 8, of experts 4, alpha 16, dropout 0) is in `adapter/`" in card

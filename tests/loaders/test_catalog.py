@@ -55,7 +55,7 @@ def test_all_linear_layers_of_the_blocks_where_some_name_is_missing() -> None:
     (decision,) = targets.decisions
     assert decision.what == "LoRA targets"
     assert decision.effective == "qkv down_proj"
-    assert "has no q_proj, o_proj, v_proj, k_proj, gate_proj, up_proj:" in decision.reason
+    assert "has no q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj:" in decision.reason
 
 
 def test_attention_alone_where_experts_are_fused() -> None:
