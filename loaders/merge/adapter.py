@@ -11,7 +11,7 @@ from ..checkpoint.plain import PlainReader
 from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
 from ..errors import CheckpointError
-from ..source.file_names import ADAPTER_CONFIGS, ADAPTER_FILE
+from ..source.file_names import ADAPTER_CONFIGS, ADAPTER_FILE, REPORT_FILE
 from ..source.local import resolve_directory
 from ..source.resolve import resolve_source
 from ..source.source import Source
@@ -75,7 +75,7 @@ def find_adapter(name: str) -> TrainedAdapter:
 def _is_model(source: Source) -> bool:
     """Whether the directory above holds a base that ftload prepared."""
     place = source.root.parent
-    return (place / "ftload_report.json").is_file() and (place / "config.json").is_file()
+    return (place / REPORT_FILE).is_file() and any(place.glob("*.safetensors"))
 
 
 def _has_tokenizer(source: Source) -> bool:
