@@ -57,6 +57,34 @@ def test_the_base_is_bitsandbytes_own_and_loads(prepared: Prepare, name: str) ->
         assert getattr(module.base_layer, "support_avx512bf16_for_cpu", False) is False
 
 
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"qwen3_moe_odd"}))
+def test_codes_under_another_dtype_are_the_same_model(
+    ftload: Any, prepared: Prepare, tmp_path: Path, name: str
+) -> None:
+    """All bytes, and what comes out; of `qwen3_moe_odd`, codes would be no whole number of elements."""
+    directory, out = prepared(name)
+    again = tmp_path / "again"
+    words = ["--use_qlora", "--lora_rank", "4", "--lora_experts", "2", "--lora_dropout", "0", "--quiet"]
+    words += ["--bnb_4bit_quant_storage", "bfloat16", "--output_dir", str(again)]
+    assert ftload("prepare", "--model", directory.with_name(f"{name} plain"), *words).code == 0
+    found, expected = (load_file(path / FILE) for path in (again, out))
+    for key, value in expected.items():
+        is_codes = f"{key}.absmax" in expected
+        assert found[key].dtype == (torch.bfloat16 if is_codes else value.dtype), key
+        assert found[key].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), key
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    logits, gradients = [], []
+    for path in (again, out):
+        torch.manual_seed(0)
+        model, _ = load_prepared(path)
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        logits.append(output.logits)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert torch.equal(*logits)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 class Adapted(nn.Module):
     """A fused parameter (experts, out, in), or its transpose, and the adapters of all its experts."""
 
