@@ -28,6 +28,7 @@ CASES = {
     "float16": ("llama", "float16"),
     "qwen3_moe": ("qwen3_moe", "bfloat16"),
     "gpt_oss": ("gpt_oss", "bfloat16"),
+    "gpt_oss as uint8": ("gpt_oss", "uint8"),
 }
 """Name to the model, and the dtype that its codes are stored under."""
 TOLERANCE = 2**-6
@@ -60,8 +61,9 @@ def runs(root: Path) -> Runs:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "14 non-floating frozen Params4bit. Excluding from FSDP2" in done.stderr  # of the uint8 case alone
-    assert done.stderr.count("non-floating frozen") == 1
+    for count in (14, 8):  # of the uint8 cases alone
+        assert f"{count} non-floating frozen Params4bit. Excluding from FSDP2" in done.stderr
+    assert done.stderr.count("non-floating frozen") == 2
     return {name: torch.load(root / f"{name}.pt") for name in CASES}
 
 
@@ -107,6 +109,15 @@ def test_as_uint8_every_process_holds_the_whole_base(runs: Runs, alone: Runs) ->
     assert run["nbytes"].keys() - run["held"].keys() == set(run["quantised"])
     assert distance(run["change"], runs["bfloat16"]["change"]) == 0
     assert distance(run["change"], alone["uint8"]["change"]) < TOLERANCE
+
+
+def test_the_layer_that_ftload_has_for_some_experts_is_divided_in_any_case(runs: Runs, alone: Runs) -> None:
+    run = runs["gpt_oss as uint8"]
+    whole = run["nbytes"].keys() - run["held"].keys()
+    assert whole == {name for name in run["quantised"] if ".experts." not in name}
+    assert len(run["quantised"]) - len(whole) == 16
+    assert distance(run["change"], runs["gpt_oss"]["change"]) == 0
+    assert distance(run["change"], alone["gpt_oss"]["change"]) < TOLERANCE
 
 
 def test_codes_under_another_dtype_than_mixed_precision_are_spoilt(runs: Runs, alone: Runs) -> None:
