@@ -36,15 +36,17 @@ COMMON = [
 ]
 CASES: dict[str, list[str]] = {
     "standard": [],
-    "lora copied": ["--use_lora", "--base", "copy"],
+    "lora copied, checkpointing": ["--use_lora", "--base", "copy", "--gradient_checkpointing", "--clip_grad_norm", "1"],
     "lora by reference": ["--use_lora", "--base", "reference"],
-    "qlora": ["--use_qlora"],
-    "qlora stored as bfloat16": ["--use_qlora", "--bnb_4bit_quant_storage", "bfloat16"],
-    "qlora, 8-bit optimizer, checkpointing": ["--use_qlora", "--use_8bit_optimizer", "--gradient_checkpointing"],
-    "lora, checkpointing, clipping": ["--use_lora", "--gradient_checkpointing", "--clip_grad_norm", "1"],
     "lora, packing": ["--use_lora", "--packing", "--use_flash_attn", "false"],
+    "qlora": ["--use_qlora"],
+    "qlora as bfloat16, checkpointing": [
+        *("--use_qlora", "--bnb_4bit_quant_storage", "bfloat16", "--use_8bit_optimizer", "--gradient_checkpointing"),
+    ],
     "qlora, 4-bit experts": ["--use_qlora"],
-    "qlora, experts trained": ["--use_qlora", "--lora_experts", "2"],
+    "qlora as bfloat16, experts trained": [
+        *("--use_qlora", "--lora_experts", "2", "--bnb_4bit_quant_storage", "bfloat16"),
+    ],
 }
 """What is prepared, by name; mixtures are those with experts."""
 
@@ -178,3 +180,14 @@ def _rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], 
             ids += tokens
             labels += tokens if trained else [-100] * len(tokens)
     return ids, labels
+
+
+def check_liger(
+    ftload: Callable[..., Result], trainer: str, model: Path, data: Path, folder: Path, *, processes: int = 0
+) -> list[str]:
+    """The functions of Liger's that a model is run by, where it was prepared with them and a LoRA adapter."""
+    options = ("--until-forward", *(("--fsdp",) if processes else ()))
+    flags = ("--use_lora", "--use_liger_kernel")
+    run = run_recipe(ftload, trainer, model, data, folder, *flags, options=options, processes=processes)
+    check_start(run)
+    return run.facts["liger"]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Result
 
-from .script_runs import CASES, check_end, check_start, expected_loss, needs_environment, run_recipe
+from .script_runs import CASES, check_end, check_liger, check_start, expected_loss, needs_environment, run_recipe
 
 Ftload = Callable[..., Result]
 
@@ -25,3 +25,11 @@ def test_the_recipe_trains_what_was_prepared(
     check_end(run)
     assert run.facts["losses"][0] == pytest.approx(expected_loss(run), abs=2e-3)
     assert run.facts["checkpointing"] == ("checkpointing" in case)
+
+
+@needs_environment
+def test_liger_kernels_are_in_place_before_the_first_forward_pass(
+    ftload: Ftload, tiny_llama: Path, conversations: Path, tmp_path: Path
+) -> None:
+    kernels = check_liger(ftload, "trl", tiny_llama, conversations, tmp_path)
+    assert kernels == ["LigerRMSNorm.forward", "LigerSwiGLUMLP.forward"]

@@ -1,6 +1,6 @@
 """A recipe's script, run by its trainer's own Python as it was printed, and watched: `watched.py SCRIPT FOLDER`.
 
-FOLDER gets `before.safetensors`, what is trained as it was when the first backward pass began, and `facts.json`.
+FOLDER gets `before.safetensors`, what is trained as it was when the first forward pass began, and `facts.json`.
 With `--until-forward` the run ends before the first forward pass: Liger's kernels need a GPU. With `--fsdp` accelerate
 takes its FSDP on CPUs too, which it has for GPUs alone.
 """
@@ -32,10 +32,11 @@ class Watch:
         self.facts["trained"] = sum(value.numel() for value in trained.values())
         self.facts["dtypes"] = sorted({str(value.dtype) for value in trained.values()})
         self.facts["frozen"] = sorted({str(value.dtype) for value in model.parameters() if not value.requires_grad})
-        self.facts["packed"] = [name for name, value in model.named_parameters() if hasattr(value, "quant_state")]
         self.facts["sharded"] = [name for name, value in model.named_parameters() if isinstance(value, DTensor)]
         forwards = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
-        self.facts["liger"] = sorted({one.__name__ for one in forwards if one.__module__.startswith("liger_kernel")})
+        self.facts["liger"] = sorted(
+            {one.__qualname__ for one in forwards if one.__module__.startswith("liger_kernel")}
+        )
         self.facts["attention"] = model.config._attn_implementation
         self.facts["checkpointing"] = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
         values = {
@@ -45,6 +46,10 @@ class Watch:
         if PartialState().is_main_process:
             save_file(values, self.folder / "before.safetensors")
 
+    def see_packed(self, model: torch.nn.Module) -> None:
+        """Which parameters are 4-bit, before accelerate makes others of them."""
+        self.facts["packed"] = [name for name, value in model.named_parameters() if hasattr(value, "quant_state")]
+
     def write(self) -> None:
         if PartialState().is_main_process:
             (self.folder / "facts.json").write_text(json.dumps(self.facts))
@@ -52,26 +57,33 @@ class Watch:
 
 def main(script: str, folder: str, *options: str) -> None:
     watch = Watch(Path(folder))
-    backward = Accelerator.backward
+    prepare, backward = Accelerator.prepare, Accelerator.backward
+
+    def watched_prepare(accelerator: Accelerator, *things: Any, **more: Any) -> Any:
+        for thing in things:
+            if isinstance(thing, torch.nn.Module):
+                watch.see_packed(thing)
+        return prepare(accelerator, *things, **more)
 
     def watched_backward(accelerator: Accelerator, loss: torch.Tensor, **more: Any) -> None:
-        if not watch.facts["losses"]:
-            watch.see(accelerator._models[0])
         watch.facts["losses"].append(loss.item())
         backward(accelerator, loss, **more)
 
-    def stop(module: torch.nn.Module, _: Any) -> None:
-        if hasattr(module, "config") and hasattr(module, "get_output_embeddings"):
-            watch.see(module)
+    def first_forward(module: torch.nn.Module, _: Any) -> None:
+        if "trained" in watch.facts or not hasattr(module, "get_output_embeddings"):
+            return
+        watch.see(module)
+        if "--until-forward" in options:
             watch.write()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             raise SystemExit
 
-    Accelerator.backward = watched_backward
+    Accelerator.prepare, Accelerator.backward = watched_prepare, watched_backward
+    torch.nn.modules.module.register_module_forward_pre_hook(first_forward)
     if "--fsdp" in options:
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if "--until-forward" in options:
-        torch.nn.modules.module.register_module_forward_pre_hook(stop)
     runpy.run_path(script, run_name="__main__")
     watch.write()
 
