@@ -14,9 +14,9 @@ from .python_script import (
     imports,
     literal,
     loading,
-    mixed_precision,
     short,
 )
+from .run_settings import mixed_precision
 
 
 class AccelerateFsdp:

@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 from .interface import Handover
+from .run_settings import asks_for_flash, left_out, mixed_precision, mixture, optimizer, saving
 
 
 def literal(value: Any) -> str:
@@ -34,7 +35,7 @@ def imports(
 ) -> str:
     """The script's imports: what the common pieces use, `more` lines, and further names of two libraries."""
     names = sorted(("AutoModelForCausalLM", "AutoTokenizer", *transformers), key=lambda name: (name[0].islower(), name))
-    several = "concatenate_datasets, " if len(_mixture(handover)) > 1 else ""
+    several = "concatenate_datasets, " if len(mixture(handover)) > 1 else ""
     lines = {
         f"from accelerate import {', '.join((*accelerate, 'PartialState'))}",
         f"from datasets import {several}load_dataset",
@@ -43,7 +44,7 @@ def imports(
     }
     if handover.adapter is not None:
         lines.add("from peft import PeftModel" + ", prepare_model_for_kbit_training" * handover.quantised)
-    if _asks_for_flash(handover):
+    if asks_for_flash(handover):
         lines.add("from transformers.utils import is_flash_attn_2_available")
     if handover.quantised_experts:
         lines.add("import ftload.register  # transformers loads 4-bit experts after this")
@@ -124,10 +125,10 @@ def conversations(handover: Handover) -> str:
     """
     column = literal(handover.messages)
     cut = "" if handover.max_length is None else f"[:{handover.max_length}]"
-    mixture = _mixture(handover)
-    sources = [_source(name, split, share, handover) for name, split, share in mixture]
+    mixed = mixture(handover)
+    sources = [_source(name, split, share, handover) for name, split, share in mixed]
     lines = [_TOKENIZE.format(column=column, cut=cut)]
-    if any(share != 1.0 for _, _, share in mixture):
+    if any(share != 1.0 for _, _, share in mixed):
         lines.append(_PART.format(seed=handover.flags.seed))
     if len(sources) == 1:
         data = sources[0]
@@ -175,8 +176,7 @@ def training_arguments(handover: Handover) -> dict[str, str]:
     """transformers' `TrainingArguments` from the recorded flags: names and expressions."""
     flags = handover.flags
     steps = flags.max_train_steps
-    saving = flags.checkpointing_steps
-    arguments = {
+    return {
         "output_dir": "TRAINED",
         "use_cpu": "not torch.accelerator.is_available()",
         **{dtype: literal(on) for dtype, on in _half(handover).items()},
@@ -189,30 +189,20 @@ def training_arguments(handover: Handover) -> dict[str, str]:
         "warmup_steps": literal(flags.warmup_ratio),
         "weight_decay": literal(flags.weight_decay),
         "max_grad_norm": literal(max(flags.clip_grad_norm, 0.0)),
-        "optim": literal(_optimizer(handover)),
+        "optim": literal(optimizer(handover)),
         "gradient_checkpointing": literal(handover.gradient_checkpointing),
         **({"gradient_checkpointing_kwargs": '{"use_reentrant": False}'} if handover.gradient_checkpointing else {}),
         **({"use_liger_kernel": "True"} if handover.liger else {}),
         "seed": literal(flags.seed),
         "logging_steps": literal(flags.logging_steps or 10),
         "report_to": literal(flags.report_to if flags.with_tracking else "none"),
-        "save_strategy": literal("no" if saving is None else "epoch" if saving == "epoch" else "steps"),
+        **{name: literal(value) for name, value in saving(handover).items()},
     }
-    if saving is not None and saving.isdecimal():
-        arguments["save_steps"] = literal(int(saving))
-    if saving is not None and flags.keep_last_n_checkpoints > 0:
-        arguments["save_total_limit"] = literal(flags.keep_last_n_checkpoints)
-    return arguments
-
-
-def mixed_precision(handover: Handover) -> str:
-    """accelerate's word for the run's dtype: that of 4-bit layers, else bfloat16 as in Open Instruct's scripts."""
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(handover.compute_dtype or "bfloat16", "no")
 
 
 def common_notes(handover: Handover) -> tuple[str, ...]:
     """What is so of each of these scripts."""
-    flags, notes = handover.flags, []
+    notes = []
     if handover.by_reference:
         notes.append(
             "The base is not in the directory, which holds the tokenizer and the adapter: given the directory alone, "
@@ -222,11 +212,8 @@ def common_notes(handover: Handover) -> tuple[str, ...]:
         notes.append("Given the directory alone, a trainer that knows no adapter trains the base itself.")
     if handover.quantised_experts:
         notes.append("Its experts are 4-bit: without `import ftload.register`, transformers raises on loading.")
-    if flags.final_lr_ratio is not None:
-        notes.append("final_lr_ratio is not taken over: the learning rate falls to zero.")
-    if flags.sequence_parallel_size > 1:
-        notes.append("sequence_parallel_size is not taken over: each device has whole sequences.")
-    if _asks_for_flash(handover):
+    notes += left_out(handover)
+    if asks_for_flash(handover):
         notes.append(f"FlashAttention 2 is taken where it is installed, else {handover.attention}.")
     return tuple(notes)
 
@@ -236,49 +223,14 @@ def launched(handover: Handover, file: str) -> str:
     return f"accelerate launch {shlex.quote(file)}"
 
 
-def _asks_for_flash(handover: Handover) -> bool:
-    """Whether the machine that trains may have what the one that prepared had not."""
-    return handover.attention_asked == "flash_attention_2" != handover.attention
-
-
 def _attention(handover: Handover) -> str:
     here = literal(handover.attention)
-    return f'"flash_attention_2" if is_flash_attn_2_available() else {here}' if _asks_for_flash(handover) else here
+    return f'"flash_attention_2" if is_flash_attn_2_available() else {here}' if asks_for_flash(handover) else here
 
 
 def _half(handover: Handover) -> dict[str, bool]:
     word = mixed_precision(handover)
     return {"fp16": True} if word == "fp16" else {"bf16": word == "bf16"}
-
-
-def _optimizer(handover: Handover) -> str:
-    """Open Instruct's: bitsandbytes' paged AdamW for QLoRA, torch's for all else."""
-    if handover.quantised:
-        return "paged_adamw_8bit" if handover.flags.use_8bit_optimizer else "paged_adamw_32bit"
-    return "adamw_torch_fused" if handover.flags.fused_optimizer else "adamw_torch"
-
-
-def _mixture(handover: Handover) -> list[tuple[str, str, float | int]]:
-    """Each data set with its split, and its share (a float) or number of rows (an int), as Open Instruct reads it."""
-    flags = handover.flags
-    if flags.dataset_name is not None:
-        shares: list[float | int] = [1.0]
-    elif flags.dataset_mixer is not None:
-        shares = [_share(value) for value in flags.dataset_mixer.values()]
-    else:
-        shares = [_share(value) for value in flags.dataset_mixer_list[1::2]]
-    splits = flags.dataset_mixer_list_splits or ["train"]
-    splits = splits if len(splits) == len(handover.data) else splits[:1] * len(handover.data)
-    shares += [1.0] * (len(handover.data) - len(shares))
-    return list(zip(handover.data, splits, shares, strict=False))
-
-
-def _share(value: Any) -> float | int:
-    text = str(value)
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        return 1.0
 
 
 def _source(name: str, split: str, share: float | int, handover: Handover) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
 
 from ..system.safe_text import escaped
 from .interface import Handover, Trainer
@@ -19,6 +23,11 @@ def recipe_text(trainer: Trainer, handover: Handover, file: str) -> str:
         *(f"- {note}" for note in trainer.notes(handover)),
     ]
     return "\n".join(line for paragraph in paragraphs for line in _comment(paragraph)) + "\n\n" + trainer.body(handover)
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Keys and values as YAML, in their order. No string can become anything else, and none leaves its key's lines."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def _comment(paragraph: str) -> list[str]:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from .accelerate_fsdp import AccelerateFsdp
 from .interface import Trainer
+from .llamafactory import LlamaFactory
 from .open_instruct import OpenInstruct
 from .transformers_trainer import TransformersTrainer
 from .trl import Trl
 
 TRAINERS: Mapping[str, Trainer] = {
-    trainer.name: trainer for trainer in (Trl(), TransformersTrainer(), AccelerateFsdp(), OpenInstruct())
+    trainer.name: trainer
+    for trainer in (Trl(), TransformersTrainer(), AccelerateFsdp(), LlamaFactory(), OpenInstruct())
 }
