@@ -45,7 +45,7 @@ def estimate_training_memory(
     setting = training_setting(plan, flags)
     shares = shares_of(sharding, accumulates=flags.gradient_accumulation_steps > 1)
     if shares.weights > 1 and setting.is_quantised and sharding is not None and sharding.method == "zero":
-        return NoEstimate(method=method, reason="how ZeRO-3 divides 4-bit weights is not known here: --fsdp is")
+        return NoEstimate(method=method, reason="how ZeRO-3 divides 4-bit weights is not known here; for --fsdp it is")
     try:
         footprints = Footprints(plan, flags, setting)
         footprint = footprints.of(size, length, padded=size > 1)

@@ -42,16 +42,11 @@ class Nf4Linear:
     def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Nf4Linear:
         """The dtypes that are asked for, else those of the checkpoint's `quantization_config`, else QLoRA's own.
 
-        Raises `CheckpointError` for a storage that is no dtype.
+        Raises `CheckpointError` for stored ones that are no dtypes.
         """
         found = stored or {}
-        storage = request.bnb_4bit_quant_storage or found.get("bnb_4bit_quant_storage", "uint8")
-        if not isinstance(storage, str) or storage not in DTYPE_CODES:
-            raise CheckpointError(
-                f"`bnb_4bit_quant_storage` of config.json is {storage!r}, which is no dtype",
-                hint="pass --bnb_4bit_quant_storage uint8",
-            )
-        compute = request.bnb_4bit_compute_dtype or found.get("bnb_4bit_compute_dtype", "bfloat16")
+        storage = request.bnb_4bit_quant_storage or _dtype_in(found, "bnb_4bit_quant_storage", "uint8")
+        compute = request.bnb_4bit_compute_dtype or _dtype_in(found, "bnb_4bit_compute_dtype", "bfloat16")
         return replace(self, storage=DTYPE_CODES[storage], compute=compute)
 
     def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
@@ -240,6 +235,13 @@ class Nf4Linear:
         if problem is not None:
             raise MissingRequirementError(problem.partition(": ")[2])
         return "compiles the NF4 encoder"
+
+
+def _dtype_in(settings: Mapping[str, Any], key: str, default: str) -> str:
+    name = settings.get(key, default)
+    if not isinstance(name, str) or name not in DTYPE_CODES:
+        raise CheckpointError(f"`{key}` of config.json is {name!r}, which is no dtype", hint=f"pass --{key} {default}")
+    return name
 
 
 NF4_LINEAR = Nf4Linear()

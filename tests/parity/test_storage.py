@@ -137,15 +137,23 @@ def test_they_are_for_4_bit_weights_alone(ftload: Ftload, tmp_path: Path, name: 
     )
 
 
-@pytest.mark.parametrize("value", ["float", 3, None, ["bfloat16"]])
-def test_a_storage_that_is_no_dtype(ftload: Ftload, tmp_path: Path, value: object) -> None:
-    first = tmp_path / "first"
+@pytest.mark.parametrize("name", ["bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"])
+def test_a_stored_setting_that_is_no_dtype(ftload: Ftload, tmp_path: Path, name: str) -> None:
+    first, out, default = tmp_path / "first", tmp_path / "out", "uint8" if "storage" in name else "bfloat16"
     prepared(ftload, source_of(tmp_path / "source"), first)
-    section = json.loads((first / "config.json").read_text())["quantization_config"]
-    edit_json(first / "config.json", quantization_config={**section, "bnb_4bit_quant_storage": value})
-    result = ftload("plan", "--model", first, "--use_qlora")
-    assert (result.code, result.out) == (4, "")
-    assert "bnb_4bit_quant_storage" in result.err
+    section = config_of(first)
+    for value in ("float", 3, ["bfloat16"], {}):
+        edit_json(first / "config.json", quantization_config={**section, name: value})
+        result = ftload("plan", "--model", first, "--use_qlora")
+        assert (result.code, result.err) == (
+            4,
+            f"error: `{name}` of config.json is {value!r}, which is no dtype\nhint: pass --{name} {default}\n",
+        )
+    assert ftload("plan", "--model", first, "--use_qlora", f"--{name}", default).code == 0
+    # null is transformers' own default
+    edit_json(first / "config.json", quantization_config={**section, name: None})
+    prepared(ftload, first, out)
+    assert config_of(out)[name] == ("uint8" if "storage" in name else "float32")
 
 
 def test_another_dtype_is_another_output(ftload: Ftload, tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ class Bitsandbytes4Bit:
         return (is_nf4 or is_4_bit) if found else (is_nf4 and is_4_bit)
 
     def kept_settings(self, section: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings, with what transformers takes where an older config.json says nothing."""
-        return {**_DEFAULTS, **section}
+        """The settings, with what transformers takes where a config.json says nothing, or null."""
+        return {**section, **{key: value for key, value in _DEFAULTS.items() if section.get(key) is None}}
 
 
 _DEFAULTS = {
