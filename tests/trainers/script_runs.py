@@ -150,13 +150,13 @@ def check_end(run: Run) -> None:
     assert any(".lora_B." in name for name in moved)
 
 
-def expected_loss(run: Run) -> float:
-    """Of the first step: all conversations in one batch, without dropout; the mean over all that the assistant says."""
+def check_like_load_prepared(run: Run) -> None:
+    """The first step's loss is that of `load_prepared`'s model, without dropout: the mean over what assistants say.
+
+    What is frozen has the same dtypes.
+    """
     model, tokenizer = load_prepared(run.prepared)
-    model.eval() if not run.report["quantization"] else None
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    assert run.facts["frozen"] == sorted({str(one.dtype) for one in model.parameters() if not one.requires_grad})
     total, count = 0.0, 0
     for turns in CONVERSATIONS:
         ids, labels = _rendered(tokenizer, turns)
@@ -164,7 +164,17 @@ def expected_loss(run: Run) -> float:
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
         trained = sum(label != -100 for label in labels[1:])
         total, count = total + loss.item() * trained, count + trained
-    return total / count
+    assert run.facts["losses"][0] == pytest.approx(total / count, abs=2e-3)
+
+
+def check_batch(run: Run, rows: int) -> None:
+    """The first batch: each row is a conversation in the chat template, and what the assistant says is trained."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.prepared)
+    known = [list(_rendered(tokenizer, turns)) for turns in CONVERSATIONS]
+    assert len(run.facts["batch"]) == rows
+    assert all(row in known for row in run.facts["batch"])
 
 
 def _rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:

@@ -50,6 +50,19 @@ class Watch:
         """Which parameters are 4-bit, before accelerate makes others of them."""
         self.facts["packed"] = [name for name, value in model.named_parameters() if hasattr(value, "quant_state")]
 
+    def see_batch(self, model: torch.nn.Module, _: Any, batch: dict[str, Any]) -> None:
+        """The first batch, row by row without padding: token ids, and labels."""
+        if "batch" in self.facts:
+            return
+        ids, labels = batch["input_ids"], batch["labels"]
+        if "attention_mask" in batch:
+            kept = batch["attention_mask"].bool()
+            rows = [(row[keep], said[keep]) for row, said, keep in zip(ids, labels, kept, strict=True)]
+        else:
+            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
+            rows = list(zip(ids[0].tensor_split(starts), labels[0].tensor_split(starts), strict=True))
+        self.facts["batch"] = [[row.tolist(), said.tolist()] for row, said in rows]
+
     def write(self) -> None:
         if PartialState().is_main_process:
             (self.folder / "facts.json").write_text(json.dumps(self.facts))
@@ -63,6 +76,7 @@ def main(script: str, folder: str, *options: str) -> None:
         for thing in things:
             if isinstance(thing, torch.nn.Module):
                 watch.see_packed(thing)
+                thing.register_forward_pre_hook(watch.see_batch, with_kwargs=True)
         return prepare(accelerator, *things, **more)
 
     def watched_backward(accelerator: Accelerator, loss: torch.Tensor, **more: Any) -> None:
