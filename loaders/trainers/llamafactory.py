@@ -38,6 +38,11 @@ class LlamaFactory:
                 "anything above 5.6",
                 hint="prepare it with --quantize_experts false, or take --for trl",
             )
+        if handover.expert_adapters:
+            return Refusal(
+                reason="its experts have adapters, which LLaMA-Factory's PEFT 0.18 can't load (size mismatch)",
+                hint="prepare it without --lora_experts, or take --for trl",
+            )
         if handover.by_reference:
             return Refusal(
                 reason="its base is elsewhere, and LLaMA-Factory takes the tokenizer from where the base is",
@@ -59,7 +64,7 @@ class LlamaFactory:
         notes.append(
             "It does not use the chat template as such: it takes it apart (template is not set), for conversations "
             "that begin with a system prompt or the user, and in which user and assistant take turns; others are left "
-            "out."
+            "out. Where the template has <think>, it adds empty thoughts."
         )
         if handover.adapter is None and mixed_precision(handover) == "bf16":
             notes.append(
