@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .accelerate_fsdp import AccelerateFsdp
+from .axolotl import Axolotl
 from .interface import Trainer
 from .llamafactory import LlamaFactory
 from .open_instruct import OpenInstruct
@@ -13,5 +14,5 @@ from .trl import Trl
 
 TRAINERS: Mapping[str, Trainer] = {
     trainer.name: trainer
-    for trainer in (Trl(), TransformersTrainer(), AccelerateFsdp(), LlamaFactory(), OpenInstruct())
+    for trainer in (Trl(), TransformersTrainer(), AccelerateFsdp(), Axolotl(), LlamaFactory(), OpenInstruct())
 }

@@ -19,9 +19,21 @@ from tests.conftest import Result
 
 from .conftest import CONVERSATIONS
 
-PYTHON = Path(__file__).parents[2] / ".cache" / "trainers" / "trl" / "bin" / "python"
-"""One environment for TRL, transformers' Trainer and accelerate."""
-needs_environment = pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: scripts/test_trainers makes it")
+
+def python_of(environment: str) -> Path:
+    """Of a trainer's own environment, below FTLOAD_TRAINERS or where scripts/test_trainers makes it."""
+    trainers = os.environ.get("FTLOAD_TRAINERS") or Path(__file__).parents[2] / ".cache" / "trainers"
+    return Path(trainers) / environment / "bin" / "python"
+
+
+def needs(environment: str) -> pytest.MarkDecorator:
+    """Skips where there is no such environment."""
+    python = python_of(environment)
+    return pytest.mark.skipif(not python.exists(), reason=f"no {python}: scripts/test_trainers makes it")
+
+
+needs_environment = needs("trl")
+"""The one for TRL, transformers' Trainer and accelerate."""
 COMMON = [
     "--lora_rank",
     "4",
@@ -73,25 +85,31 @@ def run_recipe(
     *flags: str,
     options: tuple[str, ...] = (),
     processes: int = 0,
+    environment: str = "trl",
+    program: Path | None = None,
 ) -> Run:
-    """Prepare, print the recipe, and run it; with `processes`, as torchrun does."""
+    """Prepare, print the recipe, and run it; with `processes`, as torchrun does.
+
+    A recipe that is no script is given to `program` as $RECIPE.
+    """
     out = folder / 'it\'s "OUT"'
     result = ftload("prepare", "--model", model, *COMMON, *flags, "--output_dir", out, "--quiet")
     assert result.code == 0, result.err
     made = ftload("recipe", out, "--for", trainer, "--data", data)
     assert made.code == 0, made.err
-    script = folder / "train.py"
-    script.write_text(made.out)
+    recipe = folder / ("train.py" if program is None else "recipe.yaml")
+    recipe.write_text(made.out)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
-    environment.pop("PYTHONPATH", None)
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
+    variables |= {"RECIPE": str(recipe), "ROWS": str(folder / "rows.json"), "DO_NOT_TRACK": "1"}
+    variables.pop("PYTHONPATH", None)
     watched = Path(__file__).with_name("watched.py")
     run = subprocess.run(
-        [PYTHON, *launcher, watched, script, folder, *options],
+        [python_of(environment), *launcher, watched, program or recipe, folder, *options],
         capture_output=True,
         text=True,
         cwd=folder,
-        env=environment,
+        env=variables,
         timeout=600,
         check=False,
     )

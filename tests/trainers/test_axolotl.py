@@ -1,0 +1,85 @@
+"""The recipe for axolotl, run by axolotl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import Result
+
+from .conftest import CONVERSATIONS
+from .script_runs import CASES, Run, check_end, check_start, needs, run_recipe
+
+Ftload = Callable[..., Result]
+PROGRAM = Path(__file__).with_name("axolotl_on_cpu.py")
+TAKEN = [
+    case
+    for case in CASES
+    if case not in ("qlora, 4-bit experts", "qlora, experts trained", "lora, packing", "standard")
+]
+
+
+def _run(ftload: Ftload, model: Path, data: Path, folder: Path, *flags: str, options: tuple[str, ...] = ()) -> Run:
+    flags = (*flags, "--max_seq_length", "128")
+    return run_recipe(
+        ftload, "axolotl", model, data, folder, *flags, options=options, environment="axolotl", program=PROGRAM
+    )
+
+
+@needs("axolotl")
+@pytest.mark.parametrize("case", TAKEN)
+def test_the_recipe_trains_the_prepared_adapter(
+    ftload: Ftload, case: str, tiny_llama: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = _run(ftload, tiny_llama, conversations, tmp_path, *CASES[case])
+    check_start(run)
+    check_end(run)
+    assert run.facts["attention"] == run.report["attention"]["effective"]
+    assert run.facts["checkpointing"] == ("checkpointing" in case)
+    assert len(run.facts["packed"]) == (14 if "qlora" in case else 0)
+    _check_rows(run, tmp_path)
+
+
+@needs("axolotl")
+def test_a_whole_model_is_trained_with_float32_norms_and_embeddings(
+    ftload: Ftload, tiny_llama: Path, conversations: Path, tmp_path: Path
+) -> None:
+    run = _run(ftload, tiny_llama, conversations, tmp_path)
+    widened = {name for name, value in run.before.items() if value.dtype == torch.float32}
+    assert widened == {name for name in run.before if "norm" in name or "embed" in name}
+    run.before.update({name: run.before[name].to(torch.bfloat16) for name in widened})
+    check_start(run)  # bfloat16 values, made wider
+    assert len(run.facts["losses"]) == 2
+    assert all(torch.tensor(run.facts["losses"]).isfinite())
+    _check_rows(run, tmp_path)
+
+
+@needs("axolotl")
+def test_liger_is_patched(ftload: Ftload, tiny_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    run = _run(
+        ftload, tiny_llama, conversations, tmp_path, "--use_lora", "--use_liger_kernel", options=("--until-forward",)
+    )
+    check_start(run)
+    assert "LigerPlugin" in run.recipe
+    assert run.facts["liger"]
+
+
+def _check_rows(run: Run, folder: Path) -> None:
+    """The chat template's own token ids; trained is what the assistant says, to the end of its turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.prepared)
+    rows = json.loads((folder / "rows.json").read_text())
+    assert len(rows) == len(CONVERSATIONS)
+    seen = {tuple(row["input_ids"]): row["labels"] for row in rows}
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        labels = seen[tuple(tokenizer.apply_chat_template(messages, return_dict=False))]
+        trained = tokenizer.decode([label for label in labels if label != -100])
+        assert trained == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
+    assert yaml.safe_load(run.recipe)["chat_template"] == "tokenizer_default"
