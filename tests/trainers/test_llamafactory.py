@@ -42,7 +42,17 @@ def test_the_recipe_trains_what_was_prepared(
 
 @needs_environment
 def test_a_mixture_is_trained(ftload: Ftload, tiny_mixture: Path, conversations: Path, tmp_path: Path) -> None:
-    run = _run(ftload, tiny_mixture, conversations, tmp_path, "--use_qlora", "--quantize_experts", "false")
+    run = _run(
+        ftload,
+        tiny_mixture,
+        conversations,
+        tmp_path,
+        "--use_qlora",
+        "--quantize_experts",
+        "false",
+        "--min_quantized",
+        "30",
+    )
     check_start(run)
     check_end(run)
     assert run.facts["packed"]
