@@ -376,7 +376,7 @@ def test_strict_with_target_names_that_hit_in_part(ftload: Ftload, tmp_path: Pat
     write_llama(tmp_path / "source")
     flags = ["--use_lora", "--no_use_flash_attn", "--strict"]
     words = ["--model", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out"), *flags]
-    assert_refused(ftload, tmp_path, words, code=5, culprit="lora_targets: q_proj o_proj", hint="--strict")
+    assert_refused(ftload, tmp_path, words, code=5, culprit="LoRA targets: q_proj k_proj", hint="--strict")
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"]])
