@@ -8,6 +8,9 @@ from typing import Any
 
 from .finding import Finding
 
+_OFFLINE = "models are taken from the cache, or from a directory: --model DIR"
+_WORK_OFFLINE = "export HF_HUB_OFFLINE=1  # cache, or --model DIR"
+
 
 def hub_setting(name: str) -> Any:
     """One of huggingface_hub's constants; None where the library can't be imported."""
@@ -21,12 +24,14 @@ def hub_setting(name: str) -> Any:
 def look_at_hub(answer: Mapping[str, Any] | None, *, offline: bool | None) -> Iterator[Finding]:
     """The hub and the token for it; `answer` is that of the hub's probe, None where it did not run."""
     if offline:
-        detail = "switched off by `HF_HUB_OFFLINE`: the cache alone is used"
+        detail = f"switched off by `HF_HUB_OFFLINE`: {_OFFLINE}"
         yield Finding(name="hub", state="absent", detail=detail, mend="unset HF_HUB_OFFLINE")
     elif answer is None:
         yield Finding(name="hub", state="untried", detail="not asked")
     elif "problem" in answer:
-        yield Finding(name="hub", state="broken", detail=answer["problem"])
+        yield Finding(
+            name="hub", state="broken", detail=f"{answer['problem']}; without a network, {_OFFLINE}", mend=_WORK_OFFLINE
+        )
     else:
         yield Finding(name="hub", state="ok", detail=answer["detail"])
     place = _token_place()

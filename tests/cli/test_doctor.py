@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ftload.loaders.doctor.hub import look_at_hub
 from ftload.loaders.doctor.probe_processes import run_probe
 
 from ..conftest import Result
@@ -220,8 +221,17 @@ def test_a_hub_that_is_switched_off(tmp_path: Path) -> None:
             [sys.executable, "-m", "ftload.cli", "doctor", "--quick"], env=env, capture_output=True, text=True
         )
         assert hub.requests == []
-    assert "absent   hub                 switched off by `HF_HUB_OFFLINE`: the cache alone is used" in done.stdout
+    off = "switched off by `HF_HUB_OFFLINE`: models are taken from the cache, or from a directory: "
+    assert f"absent   hub                 {off}--model DIR\n" in done.stdout
     assert "                       unset HF_HUB_OFFLINE\n" in done.stdout
+
+
+def test_without_a_network_it_says_how_to_work() -> None:
+    problem = "can't reach the hub at `https://huggingface.co`"
+    hub = next(look_at_hub({"problem": problem}, offline=False))
+    assert (hub.state, hub.mend) == ("broken", "export HF_HUB_OFFLINE=1  # cache, or --model DIR")
+    how = "without a network, models are taken from the cache, or from a directory: --model DIR"
+    assert hub.detail == f"{problem}; {how}"
 
 
 def test_an_endpoint_that_is_none() -> None:
