@@ -55,12 +55,14 @@ class Watch:
         if "batch" in self.facts:
             return
         ids, labels = batch["input_ids"], batch["labels"]
-        if "attention_mask" in batch:
-            kept = batch["attention_mask"].bool()
-            rows = [(row[keep], said[keep]) for row, said, keep in zip(ids, labels, kept, strict=True)]
-        else:
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            rows = [(row[keep], said[keep]) for row, said, keep in zip(ids, labels, mask.bool(), strict=True)]
+        elif "position_ids" in batch:
             starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
             rows = list(zip(ids[0].tensor_split(starts), labels[0].tensor_split(starts), strict=True))
+        else:  # several conversations in a row, told apart by what each token may look at
+            rows = list(zip(ids, labels, strict=True))
         self.facts["batch"] = [[row.tolist(), said.tolist()] for row, said in rows]
 
     def write(self) -> None:
