@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,7 @@ _HERE = "path/to/this/directory"
 def _trainers(report: Report) -> list[str]:
     """Markdown: what `ftload recipe` writes in full, in short."""
     handover = hand_over(report, _HERE)
+    handover = replace(handover, model=one_line(handover.model))  # a path can hold anything, new lines too
     lines = [
         "## In a trainer",
         "",

@@ -244,7 +244,7 @@ def test_names_reach_neither_terminal_nor_markdown(ftload: Ftload, model: Path, 
     assert "\n# owned" not in card
     shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
     assert set(re.findall("<([a-z0-9]+)", shown)) <= {
-        "h1", "p", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "ul", "li",
+        "h1", "h2", "p", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "ul", "li",
     }  # fmt: skip
     assert "<code>[x](x)`&lt;i&gt;|``</code> → <code>&lt;pad&gt; (id 129)</code>" in shown
 
