@@ -47,7 +47,7 @@ def print_line(console: Console, line: str) -> None:
 
     One with a word that is longer than the terminal is wide is left to the terminal: a path can still be copied.
     """
-    text = Text.from_markup(line)
+    text = Text.from_markup(line, emoji=False)
     longest = max(map(cell_len, text.plain.split()), default=0)
     console.print(text, soft_wrap=not console.is_terminal or longest > console.width)
 

@@ -24,7 +24,7 @@ from .zoo import write_tiny
 MAMBA = "Module 'out_proj' is incompatible with Mamba-based models"
 TARGETS = {
     # names that modules of other kinds have as well
-    "ctrl": (None, "no q_proj, o_proj, v_proj, k_proj, gate_proj, up_proj, down_proj"),
+    "ctrl": (None, "has none of these"),
     "git": (None, "this architecture has no o_proj, gate_proj, up_proj, down_proj"),
     "zamba2": (None, "all linear layers of its blocks are trained instead"),
     "reformer": (None, "all linear layers of its blocks are trained instead"),
