@@ -104,7 +104,7 @@ def test_what_it_prints(ftload: Ftload, tmp_path: Path) -> None:
     result = ftload("plan", "--model", tmp_path / "model", "--use_qlora", "--lora_rank", "8", "--output_dir", "o")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0] == f"{tmp_path / 'model'} → o (qlora, a plan: nothing is written)"
+    assert lines[0] == f"{tmp_path / 'model'} → o (qlora, 157.66 kB, a plan: nothing is written)"
     (disk,) = [line.split() for line in lines if line.startswith("disk ")]
     assert disk[2] in ("kB", "MB")
     assert any(line.startswith("decided attention: flash_attention_2 → sdpa") for line in lines)

@@ -109,7 +109,7 @@ def test_trained_moved_loaded_resumed_and_merged(ftload: Ftload, tmp_path: Path,
     # onto what it was trained on, and onto the model in 16 bits: merged, and beside it
     run(ftload, "merge", trained, "--model", output, "--output_dir", tmp_path / "decoded", *SIMPLE)
     run(ftload, "merge", trained, "--model", base, "--output_dir", tmp_path / "merged", *SIMPLE)
-    run(ftload, "fuse", trained, "--model", base, "--output_dir", tmp_path / "fused")
+    run(ftload, "merge", trained, "--adapter_only", "--model", base, "--output_dir", tmp_path / "fused")
     merge_experts_by_peft(base, tmp_path / "by peft", trained)
     assert_same_tensors(tmp_path / "merged", tmp_path / "by peft")
     plain, whole = in_16_bits(base), in_16_bits(tmp_path / "merged")
