@@ -42,7 +42,7 @@ def test_the_recipe_trains_the_prepared_adapter(
 
 
 @needs("axolotl")
-def test_a_whole_model_is_trained_with_float32_norms_and_embeddings(
+def test_a_standard_output_is_trained_with_float32_norms_and_embeddings(
     ftload: Ftload, tiny_llama: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = _run(ftload, tiny_llama, conversations, tmp_path)
