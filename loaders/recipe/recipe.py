@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OutputError, SourceError, UsageError
 from ..report.handed_over import hand_over
-from ..report.outputs import read_report
+from ..report.outputs import prepared_root, read_report
 from ..system.durable import disk_errors
 from ..trainers.recipe_text import recipe_text
 from ..trainers.registry import TRAINERS
@@ -43,10 +43,7 @@ def make_recipe(directory: Path, trainer_name: str, *, data: str | None = None, 
     trainer = TRAINERS.get(trainer_name)
     if trainer is None:
         raise UsageError(f"`--for {trainer_name}`: no such trainer", hint=f"known are {', '.join(TRAINERS)}")
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise SourceError(f"`{directory}` {what}", hint="give a directory that `ftload prepare` wrote")
-    root = directory.resolve()
+    root = prepared_root(directory)
     handover = hand_over(read_report(root), str(root), data=data)
     if data is not None and handover.data[0].startswith("/") and not Path(handover.data[0]).is_file():
         raise SourceError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..flags.declared import FlatArguments, all_flags
 from ..trainers.interface import Handover
+from ..trainers.run_settings import is_file
 from .document import Report
 from .recorded_flags import recorded_flags
 
@@ -23,7 +24,7 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
     """
     flags = recorded_flags(report)
     if data is not None:
-        data = str(Path(data).expanduser().absolute()) if data.endswith((".json", ".jsonl")) else data
+        data = str(Path(data).expanduser().absolute()) if is_file(data) else data
         flags = dataclasses.replace(flags, dataset_mixer_list=[data, "1.0"], dataset_name=None, dataset_mixer=None)
     adapter, quantization, base = report.adapter, report.quantization, report.base
     by_reference = adapter is not None and base == "reference"

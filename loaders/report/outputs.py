@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, SourceError
 from ..progress import Stopwatch
 from ..source.file_names import REPORT_FILE
 from ..system.durable import disk_errors, hash_files
@@ -73,6 +73,14 @@ def _foreign_files(output: Path) -> Iterator[str]:
         name = path.relative_to(output).as_posix()
         if (path.is_symlink() or not path.is_dir()) and name not in written:
             yield name
+
+
+def prepared_root(directory: Path) -> Path:
+    """The directory, without links in its path. Raises `SourceError` where there is none."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise SourceError(f"`{directory}` {what}", hint="give a directory that `ftload prepare` wrote")
+    return directory.resolve()
 
 
 def read_document(directory: Path) -> dict[str, Any]:

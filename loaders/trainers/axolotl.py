@@ -8,7 +8,7 @@ from typing import Any
 
 from .interface import Handover, Refusal
 from .recipe_text import yaml_text
-from .run_settings import asks_for_flash, left_out, mixed_precision, mixture, optimizer, saving
+from .run_settings import asks_for_flash, is_file, left_out, mixed_precision, mixture, optimizer, saving
 
 
 class Axolotl:
@@ -131,7 +131,7 @@ def _data(handover: Handover) -> dict[str, Any]:
 
 
 def _data_set(name: str, split: str, handover: Handover) -> dict[str, Any]:
-    local = {"ds_type": "json"} if name.endswith((".json", ".jsonl")) else {}
+    local = {"ds_type": "json"} if is_file(name) else {}
     return {
         "path": name,
         **local,

@@ -9,7 +9,7 @@ from typing import Any
 
 from .interface import Handover, Refusal
 from .recipe_text import yaml_text
-from .run_settings import asks_for_flash, left_out, mixed_precision, mixture, optimizer, saving
+from .run_settings import asks_for_flash, is_file, left_out, mixed_precision, mixture, optimizer, saving
 
 _UNKNOWN_LENGTH = 2048
 """Tokens, where neither --max_seq_length nor the tokenizer says any: LLaMA-Factory's own default."""
@@ -164,9 +164,9 @@ def _settings(handover: Handover) -> dict[str, Any]:
 
 
 def _source(name: str, split: str, share: float | int, handover: Handover) -> dict[str, Any]:
-    is_file = name.endswith((".json", ".jsonl"))
+    local = is_file(name)
     return {
-        **({"file_name": name} if is_file else {"hf_hub_url": name, "split": split}),
+        **({"file_name": name} if local else {"hf_hub_url": name, "split": split}),
         # of "openai", what is for it elsewhere, LLaMA-Factory would add "detailed thinking off" to each conversation
         "formatting": "sharegpt",
         **({"num_samples": share} if isinstance(share, int) else {}),

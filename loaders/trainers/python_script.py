@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any
 
 from .interface import Handover
-from .run_settings import asks_for_flash, left_out, mixed_precision, mixture, optimizer, saving
+from .run_settings import asks_for_flash, is_file, left_out, mixed_precision, mixture, optimizer, saving
 
 
 def literal(value: Any) -> str:
@@ -234,7 +234,7 @@ def _half(handover: Handover) -> dict[str, bool]:
 
 
 def _source(name: str, split: str, share: float | int, handover: Handover) -> str:
-    if name.endswith((".json", ".jsonl")):
+    if is_file(name):
         source = f'load_dataset("json", data_files={literal(name)}, split="train")'
     else:
         source = f"load_dataset({literal(name)}, split={literal(split)})"

@@ -6,8 +6,6 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from ..system.safe_text import escaped
 from .interface import Handover, Trainer
 
@@ -27,6 +25,8 @@ def recipe_text(trainer: Trainer, handover: Handover, file: str) -> str:
 
 def yaml_text(values: Mapping[str, Any]) -> str:
     """Keys and values as YAML, in their order. No string can become anything else, and none leaves its key's lines."""
+    import yaml  # the command line imports this file, and has no YAML to write
+
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**6)
 
 

@@ -24,6 +24,11 @@ def asks_for_flash(handover: Handover) -> bool:
     return handover.attention_asked == "flash_attention_2" != handover.attention
 
 
+def is_file(name: str) -> bool:
+    """Whether a data set is a file of conversations: else a hub id."""
+    return name.endswith((".json", ".jsonl"))
+
+
 def mixture(handover: Handover) -> list[tuple[str, str, float | int]]:
     """Each data set with its split, and its share (a float) or number of rows (an int), as Open Instruct reads it."""
     flags = handover.flags

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import FtloadError, SourceError, VerificationError, said_by
-from ..report.outputs import read_document
+from ..errors import FtloadError, VerificationError, said_by
+from ..report.outputs import prepared_root, read_document
 from .adapter import check_adapter
 from .files import PREPARE_AGAIN, Context, check_config, check_files, check_report, check_tensors
 from .tokenizer import check_chat_template, check_tokenizer
@@ -77,10 +77,7 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
     Raises `CheckpointError` when there is no report that this version understands, `SourceError` when there is no such
     directory.
     """
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise SourceError(f"`{directory}` {what}", hint="give a directory that `ftload prepare` wrote")
-    root = directory.resolve()
+    root = prepared_root(directory)
     steps: list[tuple[str, Callable[[Context], Iterator[str]]]] = [
         ("report", check_report),
         ("files", check_files),
