@@ -1,6 +1,6 @@
 """`bash $RECIPE` on a CPU, with LLaMA-Factory in this process.
 
-$FOLDER gets the token ids and labels that it trains on. `pure_bf16` is asked of a GPU alone, and torchaudio, which it
+$ROWS gets the token ids and labels that it trains on. `pure_bf16` is asked of a GPU alone, and torchaudio, which it
 imports, has no build for this torch without CUDA.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-folder = Path(os.environ["FOLDER"])
+rows_file = Path(os.environ["ROWS"])
+folder = rows_file.parent
 sys.modules["torchaudio"] = ModuleType("torchaudio")
 sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
 
@@ -35,7 +36,7 @@ def on_cpu(arguments: TrainingArguments) -> None:
 def get_dataset(*arguments: Any, **options: Any) -> Any:
     data = read(*arguments, **options)
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in data["train_dataset"]]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    rows_file.write_text(json.dumps(rows))
     return data
 
 
@@ -46,7 +47,9 @@ command.write_text(
 )
 command.chmod(0o755)
 path = f"{folder}:{os.environ['PATH']}"
-subprocess.run(["bash", os.environ["RECIPE"]], env={**os.environ, "PATH": path}, check=True, timeout=60)
+subprocess.run(
+    ["bash", os.environ["RECIPE"]], env={**os.environ, "FOLDER": str(folder), "PATH": path}, check=True, timeout=60
+)
 train, file, place, end = (folder / "words").read_text().split("\0")
 assert (train, place, end) == ("train", f"dataset_dir={Path(file).parent}", "")
 

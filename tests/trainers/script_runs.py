@@ -195,6 +195,24 @@ def check_batch(run: Run, rows: int) -> None:
     assert all(row in known for row in run.facts["batch"])
 
 
+def check_rows(run: Run, folder: Path, *, end: str) -> None:
+    """What a trainer that reads the conversations by itself makes of them: the chat template's own token ids.
+
+    Trained is what the assistant says, with the `end` of its turn.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.prepared)
+    rows = json.loads((folder / "rows.json").read_text())
+    assert len(rows) == len(CONVERSATIONS)
+    seen = {tuple(row["input_ids"]): row["labels"] for row in rows}
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        labels = seen[tuple(tokenizer.apply_chat_template(messages, return_dict=False))]
+        trained = tokenizer.decode([label for label in labels if label != -100])
+        assert trained == "".join(f"{text}{end}" for role, text in turns if role == "assistant")
+
+
 def _rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """SmolLM2's template by hand: what the assistant says, to the end of its turn, is trained."""
     if turns[0][0] != "system":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import yaml
 
 from tests.conftest import Result
 
-from .conftest import CONVERSATIONS
-from .script_runs import CASES, Run, check_end, check_start, needs, run_recipe
+from .script_runs import CASES, Run, check_end, check_rows, check_start, needs, run_recipe
 
 Ftload = Callable[..., Result]
 PROGRAM = Path(__file__).with_name("axolotl_on_cpu.py")
@@ -38,7 +36,8 @@ def test_the_recipe_trains_the_prepared_adapter(
     assert run.facts["attention"] == run.report["attention"]["effective"]
     assert run.facts["checkpointing"] == ("checkpointing" in case)
     assert len(run.facts["packed"]) == (14 if "qlora" in case else 0)
-    _check_rows(run, tmp_path)
+    check_rows(run, tmp_path, end="<|im_end|>")
+    assert yaml.safe_load(run.recipe)["chat_template"] == "tokenizer_default"
 
 
 @needs("axolotl")
@@ -52,7 +51,8 @@ def test_a_standard_output_is_trained_with_float32_norms_and_embeddings(
     check_start(run)  # bfloat16 values, made wider
     assert len(run.facts["losses"]) == 2
     assert all(torch.tensor(run.facts["losses"]).isfinite())
-    _check_rows(run, tmp_path)
+    check_rows(run, tmp_path, end="<|im_end|>")
+    assert yaml.safe_load(run.recipe)["chat_template"] == "tokenizer_default"
 
 
 @needs("axolotl")
@@ -63,19 +63,3 @@ def test_liger_is_patched(ftload: Ftload, tiny_llama: Path, conversations: Path,
     check_start(run)
     assert "LigerPlugin" in run.recipe
     assert run.facts["liger"]
-
-
-def _check_rows(run: Run, folder: Path) -> None:
-    """The chat template's own token ids; trained is what the assistant says, to the end of its turn."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run.prepared)
-    rows = json.loads((folder / "rows.json").read_text())
-    assert len(rows) == len(CONVERSATIONS)
-    seen = {tuple(row["input_ids"]): row["labels"] for row in rows}
-    for turns in CONVERSATIONS:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        labels = seen[tuple(tokenizer.apply_chat_template(messages, return_dict=False))]
-        trained = tokenizer.decode([label for label in labels if label != -100])
-        assert trained == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
-    assert yaml.safe_load(run.recipe)["chat_template"] == "tokenizer_default"
