@@ -51,7 +51,6 @@ from .write.weights import write_weights
 
 if TYPE_CHECKING:
     from .flags.declared import Arguments, PlanOptions
-    from .memory.sharding import Sharding
     from .memory.training_memory import NoEstimate, TrainingMemory
     from .progress import Progress
 
@@ -121,6 +120,7 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     would.
     """
     from .memory.estimate import compare_methods
+    from .memory.training_run import training_run
 
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
@@ -131,7 +131,7 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     progress.stage("training memory")
     return PlanOutcome(
         plan=describe_plan(plan),
-        training_memory=compare_methods(plan, arguments.flat, sharding=_sharding(options)),
+        training_memory=compare_methods(plan, arguments.flat, training_run(options)),
     )
 
 
@@ -262,13 +262,3 @@ def _fit_to_machine(run: Run, plan: Plan) -> tuple[Plan, Encoder | None]:
             decision = Decision(what="base", requested="link", effective="copy", reason=problem)
             plan = replace(plan, link=False).decide(decision)
     return plan, encode
-
-
-def _sharding(options: PlanOptions) -> Sharding | None:
-    from .memory.sharding import Sharding
-
-    if options.fsdp is not None:
-        return Sharding(method="fsdp", gpus=options.fsdp)
-    if options.zero is not None:
-        return Sharding(method="zero", gpus=options.gpus, stage=options.zero)
-    return None

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from keyword import iskeyword
 from typing import Any, TypeAlias
 
 from ..errors import UsageError
@@ -81,7 +82,8 @@ class CommandLine:
 
     def _group(self, kind: type) -> Any:
         flags = self.problems.flags
-        return kind(**{name: value for name, value in self.values.items() if flags[name].group == kind.__name__})
+        given = {name: value for name, value in self.values.items() if flags[name].group == kind.__name__}
+        return kind(**{f"{name}_" if iskeyword(name) else name: value for name, value in given.items()})
 
 
 def read_command_line(argv: Sequence[str], more_flags: Mapping[str, Flag] | None = None) -> CommandLine:

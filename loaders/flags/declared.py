@@ -49,6 +49,8 @@ def field(default: Any, panel: str, help: str, *, choices: tuple[str, ...] = (),
     return dataclasses.field(default=default, metadata=metadata)
 
 
+TRAINERS = ("trl", "transformers", "accelerate-fsdp", "axolotl", "llamafactory", "open-instruct")
+"""Those of `ftload recipe`."""
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -247,6 +249,10 @@ class OwnOptions:
 class PlanOptions:
     """What `ftload plan` takes beside all other flags."""
 
+    for_: str = field("open-instruct", PLAN, "Count the step that this trainer runs", choices=TRAINERS)
+    mixed_precision: str = field(
+        "bf16", PLAN, "Count it under autocast, or without: accelerate's flag of this name", choices=("bf16", "no")
+    )
     html: str | None = field(None, PLAN, "Write the plan to this file too, as one page without scripts or network")
     fsdp: int | None = field(None, PLAN, "Count each GPU's share of this many under FSDP, which divides all floats")
     zero: int | None = field(
@@ -322,7 +328,7 @@ def _declared(group: type) -> Iterator[Flag]:
     for declared in dataclasses.fields(group):
         annotation = str(declared.type)
         yield Flag(
-            name=declared.name,
+            name=declared.name.rstrip("_"),  # `for` is a word of Python
             type=annotation,
             kind=_KINDS[annotation.removesuffix(" | None")],
             optional=annotation.endswith(" | None"),

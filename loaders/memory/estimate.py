@@ -16,12 +16,13 @@ from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES
 from ..errors import FtloadError, said_by
 from ..plan.plan import Plan
 from ..plan.planning import make_plan
-from .cut_model import layer_bytes
 from .optimizer import optimizer_bytes, optimizer_temporaries, trained_tensors
-from .setting import Setting, training_setting
 from .sharding import DividedBase, Sharding, Shares, one_share, shares_of, with_share
-from .simulation import Moment
+from .step.cut_model import layer_bytes
+from .step.setting import Setting, training_setting
+from .step.simulation import Moment
 from .training_memory import NoEstimate, Part, TrainingMemory
+from .training_run import TrainingRun
 from .what_fits import GPU_GIGABYTES, Fits, Footprints
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ CONTEXT_BYTES = 600_000_000
 ASSUMED_LENGTH = 4096
 """Tokens in a sequence where `max_seq_length` is not given."""
 METHODS = ("full", "lora", "qlora")
+_ALONE = TrainingRun()
 
 
 def estimate_training_memory(
-    plan: Plan, flags: FlatArguments, *, sharding: Sharding | None = None
+    plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE
 ) -> TrainingMemory | NoEstimate:
     """The memory of training what the plan prepares, with these flags."""
+    sharding = run.sharding
     method = plan.strategy.name if plan.adapter is not None else "full"
     length, length_origin = _length(plan, flags)
     size = flags.per_device_train_batch_size
@@ -82,13 +85,13 @@ def estimate_training_memory(
 
 
 def compare_methods(
-    plan: Plan, flags: FlatArguments, *, sharding: Sharding | None = None
+    plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE
 ) -> tuple[TrainingMemory | NoEstimate, ...]:
     """The same for full fine-tuning, LoRA and QLoRA of the plan's model, in this order."""
     estimates: list[TrainingMemory | NoEstimate] = []
     for method in METHODS:
         try:
-            estimates.append(estimate_training_memory(_other_plan(plan, method), flags, sharding=sharding))
+            estimates.append(estimate_training_memory(_other_plan(plan, method), flags, run))
         except FtloadError as error:
             estimates.append(NoEstimate(method=method, reason=error.message))
     return tuple(estimates)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..report.report import base_in_training, data_bytes
-from .simulation import Moment
+from .step.simulation import Moment
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .sharding import Sharding
-from .simulation import Moment
+from .step.simulation import Moment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import floor, inf, sqrt
 from typing import TYPE_CHECKING
 
-from .setting import Batch, Setting
-from .simulation import Footprint, Moment, Simulation
+from .step.setting import Batch, Setting
+from .step.simulation import Footprint, Moment, Simulation
 from .training_memory import Fit
 
 if TYPE_CHECKING:

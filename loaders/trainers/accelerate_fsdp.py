@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 from .python_script import (
     call,
     common_notes,
@@ -33,6 +33,7 @@ class AccelerateFsdp:
     }
     file_name = "train_fsdp.py"
     language = "python"
+    step = TrainingStep()
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """FSDP2 casts floating parameters to the run's dtype before it gathers them, 4-bit codes that look so too."""

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 from .recipe_text import yaml_text
 from .run_settings import asks_for_flash, is_file, left_out, mixed_precision, mixture, optimizer, saving
 
@@ -27,6 +27,7 @@ class Axolotl:
     }
     file_name = "axolotl.yaml"
     language = "yaml"
+    step = TrainingStep()
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It could import `ftload.register` as one of its plugins, were its transformers not too old for that."""

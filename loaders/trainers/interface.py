@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..flags.declared import FlatArguments
 
@@ -74,6 +74,22 @@ class Refusal:
     """What to do instead."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingStep:
+    """How a trainer runs one step of what `ftload recipe` tells it, where memory depends on it."""
+
+    loss: Literal["model", "chunks"] = "model"
+    """`model`: the model's own, of all logits at once. `chunks`: the trainer's own, which never holds all logits."""
+    keeps_outputs: bool = False
+    """Whether the model's outputs, logits included, live until the backward pass is over."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of an adapter's weights and gradients."""
+    unquantised_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of what is not quantised of a 4-bit base; `float32` is what k-bit preparation makes of it."""
+    reentrant: bool = False
+    """Whether gradient checkpointing of a 4-bit base is re-entrant, as k-bit preparation leaves it."""
+
+
 class Trainer(Protocol):
     """What is known of one trainer, by running it."""
 
@@ -87,6 +103,8 @@ class Trainer(Protocol):
     """Of the recipe: its suffix says what kind of file it is."""
     language: str
     """Of the recipe, as fenced code in Markdown names it."""
+    step: TrainingStep
+    """How it runs one step."""
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """Why this combination can't work; None where it can."""

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 from .recipe_text import yaml_text
 from .run_settings import asks_for_flash, is_file, left_out, mixed_precision, mixture, optimizer, saving
 
@@ -29,6 +29,7 @@ class LlamaFactory:
     }
     file_name = "llamafactory.sh"
     language = "sh"
+    step = TrainingStep()
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """Its keys have no place for another tokenizer, nor for what makes transformers load 4-bit experts."""

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 
 _REMOVED = ("add_seed_and_date_to_exp_name", "use_flash_attn")
 """Flags that its present version has no longer (docs/flags.md)."""
@@ -45,6 +45,7 @@ class OpenInstruct:
     tested: Mapping[str, str] = {"open_instruct/finetune.py": "of 2026-08-20 (e6c3044aa)"}
     file_name = "open-instruct.sh"
     language = "sh"
+    step = TrainingStep(keeps_outputs=True, reentrant=True)
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It makes its adapter itself: what it has no flag for can't be had."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 from .python_script import (
     call,
     common_notes,
@@ -32,6 +32,7 @@ class TransformersTrainer:
     }
     file_name = "train_transformers.py"
     language = "python"
+    step = TrainingStep()
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It trains whatever it is given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .interface import Handover, Refusal
+from .interface import Handover, Refusal, TrainingStep
 from .python_script import call, common_notes, constants, conversations, imports, launched, loading, short
 from .python_script import training_arguments as common_arguments
 
@@ -23,6 +23,7 @@ class Trl:
     }
     file_name = "train_trl.py"
     language = "python"
+    step = TrainingStep()
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It takes the weight of the head as it is stored."""

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 from ftload.loaders import load_prepared
-from ftload.loaders.memory import simulation
-from ftload.loaders.memory.cut_model import cut_model
-from ftload.loaders.memory.recorded_step import record_step
-from ftload.loaders.memory.setting import Batch, LoraSetting, Setting, training_setting
-from ftload.loaders.memory.simulation import Simulation
+from ftload.loaders.memory.step import simulation
+from ftload.loaders.memory.step.cut_model import cut_model
+from ftload.loaders.memory.step.recorded_step import record_step
+from ftload.loaders.memory.step.setting import Batch, LoraSetting, Setting, training_setting
+from ftload.loaders.memory.step.simulation import Simulation
 
 from ..cli.runs import FLAGS, prepare
 from ..parity.models import ARCHITECTURES

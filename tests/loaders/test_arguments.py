@@ -24,6 +24,7 @@ from ftload.loaders.flags.declared import (
 )
 from ftload.loaders.flags.training_refusals import training_warnings
 from ftload.loaders.system.safe_text import masked
+from ftload.loaders.trainers.registry import TRAINERS
 
 CONTRACT: list[dict[str, Any]] = json.loads(
     Path(__file__).parents[1].joinpath("data", "flags.json").read_text(encoding="utf-8")
@@ -82,6 +83,8 @@ def test_own_flags_are_these_and_no_others() -> None:
 def test_what_plan_takes_beside_them() -> None:
     declared = [(flag.name, flag.type, flag.default, flag.choices) for flag in plan_flags().values()]
     assert declared == [
+        ("for", "str", "open-instruct", tuple(TRAINERS)),
+        ("mixed_precision", "str", "bf16", ("bf16", "no")),
         ("html", "str | None", None, ()),
         ("fsdp", "int | None", None, ()),
         ("zero", "int | None", None, ()),

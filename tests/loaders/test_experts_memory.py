@@ -12,12 +12,13 @@ import torch
 import transformers
 from ftload.loaders import load_prepared
 from ftload.loaders.flags.declared import FlatArguments
-from ftload.loaders.memory import recorded_step
 from ftload.loaders.memory.estimate import compare_methods, estimate_training_memory
-from ftload.loaders.memory.setting import Batch, LoraSetting, Setting
 from ftload.loaders.memory.sharding import Sharding
-from ftload.loaders.memory.simulation import Simulation
+from ftload.loaders.memory.step import recorded_step
+from ftload.loaders.memory.step.setting import Batch, LoraSetting, Setting
+from ftload.loaders.memory.step.simulation import Simulation
 from ftload.loaders.memory.training_memory import NoEstimate, TrainingMemory
+from ftload.loaders.memory.training_run import TrainingRun
 from ftload.loaders.model.experts.fused import find_experts
 from ftload.loaders.plan.plan import Plan
 
@@ -273,7 +274,9 @@ def test_methods_side_by_side(tmp_path: Path) -> None:
     # four bytes a weight instead of half a byte, a byte for 64 of them, 4 bytes for 64 · 256, and two maps a parameter
     assert kept["weights"] - parts["weights"] == 4 * experts - experts // 2 - experts // 64 - experts // 4096 - 4 * 1088
     assert "as many tokens for each expert" in next(p.origin for p in alone[2].parts if p.name == "activations")
-    sharded = estimate_training_memory(*plan_of("--use_qlora"), sharding=Sharding(method="zero", gpus=4, stage=3))
+    sharded = estimate_training_memory(
+        *plan_of("--use_qlora"), TrainingRun(sharding=Sharding(method="zero", gpus=4, stage=3))
+    )
     assert isinstance(sharded, NoEstimate)
 
 

@@ -13,6 +13,7 @@ import torch
 from ftload.loaders.memory.estimate import estimate_training_memory
 from ftload.loaders.memory.sharding import Sharding
 from ftload.loaders.memory.training_memory import TrainingMemory
+from ftload.loaders.memory.training_run import TrainingRun
 
 from ..cli.runs import prepare
 from ..experts.checkpoints import random_model
@@ -132,7 +133,7 @@ def test_a_process_holds_what_is_planned(runs: Runs, root: Path, tmp_path: Path,
     experts = [] if model == "llama" else ["--lora_experts", "4"]
     words = ["--use_qlora", "--lora_rank", "8", "--bnb_4bit_quant_storage", storage, *experts]
     plan, flags = make_plan(root / f"{model} source", tmp_path, *words)
-    planned = estimate_training_memory(plan, flags, sharding=Sharding(method="fsdp", gpus=2))
+    planned = estimate_training_memory(plan, flags, TrainingRun(sharding=Sharding(method="fsdp", gpus=2)))
     assert isinstance(planned, TrainingMemory)
     held = {parameter: run["held"].get(parameter, size) for parameter, size in run["nbytes"].items()}
     adapter = sum(size for parameter, size in held.items() if ".lora_" in parameter)

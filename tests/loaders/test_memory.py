@@ -18,6 +18,7 @@ from ftload.loaders.memory.estimate import compare_methods, estimate_training_me
 from ftload.loaders.memory.optimizer import optimizer_bytes
 from ftload.loaders.memory.sharding import Sharding
 from ftload.loaders.memory.training_memory import Fit, NoEstimate, TrainingMemory
+from ftload.loaders.memory.training_run import TrainingRun
 from ftload.loaders.plan.plan import Plan
 
 from ..cli.runs import FLAGS, prepare
@@ -26,8 +27,8 @@ from .plans import make_plan
 GIGABYTES = (16, 24, 32, 40, 48, 80, 96, 141, 192)
 
 
-def estimate(plan: Plan, flags: FlatArguments, **more: Any) -> TrainingMemory:
-    result = estimate_training_memory(plan, flags, **more)
+def estimate(plan: Plan, flags: FlatArguments, *run: TrainingRun) -> TrainingMemory:
+    result = estimate_training_memory(plan, flags, *run)
     assert isinstance(result, TrainingMemory), result
     return result
 
@@ -147,16 +148,16 @@ def test_attention_is_what_was_asked_for_whether_this_machine_has_it_or_not(llam
 def test_the_largest_that_fits_fits_and_one_more_does_not(
     llama: Path, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sharding = Sharding(method="fsdp", gpus=4) if "--use_lora" in flags else None
+    run = TrainingRun(sharding=Sharding(method="fsdp", gpus=4) if "--use_lora" in flags else None)
     monkeypatch.setattr(what_fits, "GIGABYTE", 10**6)
     monkeypatch.setattr(memory, "CONTEXT_BYTES", 0)
     plan, arguments = make_plan(llama, tmp_path, *flags)
 
     def total(size: int, length: int) -> int:
         changed = replace(arguments, per_device_train_batch_size=size, max_seq_length=length)
-        return estimate(plan, changed, sharding=sharding).total
+        return estimate(plan, changed, run).total
 
-    result = estimate(plan, arguments, sharding=sharding)
+    result = estimate(plan, arguments, run)
     for fit in (result.fits[0], result.fits[5]):
         room = fit.gigabytes * 10**6
         assert fit.fits == (result.total <= room) == (fit.largest_batch >= result.batch_size)
@@ -183,7 +184,8 @@ def test_shares_of_several_gpus(llama: Path, tmp_path: Path) -> None:
         return -(-size // 4)
 
     shares = {
-        stage: estimate(plan, flags, sharding=Sharding(method="zero", gpus=4, stage=stage)) for stage in (1, 2, 3)
+        stage: estimate(plan, flags, TrainingRun(sharding=Sharding(method="zero", gpus=4, stage=stage)))
+        for stage in (1, 2, 3)
     }
     for stage, result in shares.items():
         # float32: the weight and AdamW's two states
@@ -192,7 +194,7 @@ def test_shares_of_several_gpus(llama: Path, tmp_path: Path) -> None:
         assert part(result, "weights") == (quarter(weights) if stage == 3 else weights)
         assert result.gradient_bytes == (gradients // 4 if stage >= 2 else gradients)
         assert result.saved_bytes == alone.saved_bytes
-    sharded = estimate(plan, flags, sharding=Sharding(method="fsdp", gpus=4))
+    sharded = estimate(plan, flags, TrainingRun(sharding=Sharding(method="fsdp", gpus=4)))
     assert part(sharded, "optimizer states") == quarter(part(alone, "optimizer states"))
     assert "a share of 1/4" in sharded.parts[0].origin
     layer = sum(value.nbytes for value in plan.skeleton.model.model.layers[0].parameters())

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..liger import apply_liger
-from ..model.transformers_internals import set_attention_implementation
+from ...liger import apply_liger
+from ...model.transformers_internals import set_attention_implementation
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

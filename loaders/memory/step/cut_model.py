@@ -7,9 +7,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..model.experts.fused import by_module
-from ..model.transformers_internals import checkpoint_activations
-from ..system.quiet import quiet_transformers
+from ...model.experts.fused import by_module
+from ...model.transformers_internals import checkpoint_activations
+from ...system.quiet import quiet_transformers
 from .meta_kernels import lora_linear, quantised_linear, set_attention
 from .setting import LoraSetting, Setting
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from ..model.experts.fused import FusedExperts
+    from ...model.experts.fused import FusedExperts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

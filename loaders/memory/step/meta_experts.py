@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..experts.forward import run_expert, runs, sum_of_experts
-from ..model.experts.fused import take_apart
-from ..model.transformers_internals import experts_run_by, register_experts_function
+from ...experts.forward import run_expert, runs, sum_of_experts
+from ...model.experts.fused import take_apart
+from ...model.transformers_internals import experts_run_by, register_experts_function
 from .meta_kernels import quantised_layer
 
 if TYPE_CHECKING:
-    from ..model.experts.fused import FusedExperts
+    from ...model.experts.fused import FusedExperts
 
 _FUNCTION = "ftload_even_experts"
 

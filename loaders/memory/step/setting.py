@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..model.transformers_internals import attention_support
-from ..system.cuda import cuda_problem
+from ...model.transformers_internals import attention_support
+from ...system.cuda import cuda_problem
 
 if TYPE_CHECKING:
-    from ..flags.declared import FlatArguments
-    from ..model.experts.fused import FusedExperts
-    from ..plan.plan import Plan
+    from ...flags.declared import FlatArguments
+    from ...model.experts.fused import FusedExperts
+    from ...plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

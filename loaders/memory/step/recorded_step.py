@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..system.quiet import quiet_transformers
+from ...system.quiet import quiet_transformers
 from .cut_model import CutModel
 from .meta_experts import count_repeats
 from .meta_kernels import kernels_of, liger_unlaunched
