@@ -9,6 +9,7 @@ fragmentation.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,9 @@ def estimate_training_memory(
     gathered = _gathered_bytes(plan, base, setting) if shares.weights > 1 else 0
     gradients = sum(count * item for count, item in trained_tensors(plan)) // shares.gradients
     moments = tuple(shares.divide_gradients(moment, gathered) for moment in footprint.moments)
+    recomputed = tuple(
+        shares.divide_gradients(moment, gathered) for moment in _recomputed(plan, flags, setting, size, length)
+    )
     update = Moment(
         name="optimizer step", activations=0, logits=0, gradients=gradients,
         temporary=optimizer_temporaries(plan, flags, sharding=sharding) // shares.optimizer,
@@ -78,10 +82,20 @@ def estimate_training_memory(
         moments=(*moments, update),
         gradient_bytes=gradients,
         saved_bytes=footprint.saved,
+        with_checkpointing=lasting_bytes + max(one.total for one in (*recomputed, update)) if recomputed else None,
         fits=tuple(
             fits.on(gigabytes, lasting=lasting_bytes, moments=moments, update=update) for gigabytes in GPU_GIGABYTES
         ),
     )
+
+
+def _recomputed(plan: Plan, flags: FlatArguments, setting: Setting, size: int, length: int) -> tuple[Moment, ...]:
+    """The moments of the same step with gradient checkpointing; none where it is on already, or the model has none."""
+    if setting.checkpointing or not plan.skeleton.model.supports_gradient_checkpointing:
+        return ()
+    with suppress(Exception):  # as above: then the step without it is all that is known
+        return Footprints(plan, flags, replace(setting, checkpointing=True)).of(size, length, padded=size > 1).moments
+    return ()
 
 
 def compare_methods(

@@ -52,6 +52,8 @@ class TrainingMemory:
     """Of all gradients on one GPU; at the peak, fewer may be there."""
     saved_bytes: int
     """Saved for the backward pass."""
+    with_checkpointing: int | None
+    """`total` if gradient checkpointing alone were turned on; None where it is on, or the model has none."""
     fits: tuple[Fit, ...]
     """For each of `GPU_GIGABYTES`."""
 

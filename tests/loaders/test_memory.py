@@ -115,6 +115,23 @@ def test_parts_are_those_of_the_highest_moment(llama: Path, tmp_path: Path, flag
     assert all(fit.fits for fit in result.fits)
 
 
+@pytest.mark.parametrize("flags", [[], ["--use_lora"], ["--use_qlora"]], ids=" ".join)
+@pytest.mark.parametrize("sharding", [None, Sharding(method="fsdp", gpus=4)], ids=["", "fsdp"])
+def test_what_gradient_checkpointing_alone_would_do(
+    llama: Path, tmp_path: Path, flags: list[str], sharding: Sharding | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The total is the one that is estimated where it is on; there, and where the model has none, none is named."""
+    run = TrainingRun(sharding=sharding)
+    batch = ["--per_device_train_batch_size", "3", "--max_seq_length", "64"]
+    plan, arguments = make_plan(llama, tmp_path, *flags, *batch)
+    without = estimate(plan, arguments, run)
+    checkpointed = estimate(*make_plan(llama, tmp_path, *flags, *batch, "--gradient_checkpointing"), run)
+    assert without.with_checkpointing == checkpointed.total < without.total
+    assert checkpointed.with_checkpointing is None
+    monkeypatch.setattr(type(plan.skeleton.model), "supports_gradient_checkpointing", False)
+    assert estimate(plan, arguments, run) == replace(without, with_checkpointing=None)
+
+
 def test_the_length_where_none_is_given(llama: Path, tmp_path: Path) -> None:
     plan, flags = make_plan(llama, tmp_path)
     result = estimate(plan, flags)
