@@ -260,6 +260,28 @@ def test_attention_on_a_gpu_saves_scores_only_where_it_is_eager() -> None:
     assert quadratic("eager", padded=False) == LAYERS * size * heads * (4 + 2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "scores"),
+    [
+        # softmax, its gradient and the result in float32; on a GPU a product of the first two as well
+        (torch.bfloat16, "cpu", 4 + 4 + 4),
+        (torch.bfloat16, "cuda", 4 + 4 + 4 + 4),
+        # of float16 the kernel itself makes float32, and of float32 float16
+        (torch.float16, "cuda", 4 + 4 + 4 + 2),
+    ],
+    ids=str,
+)
+def test_softmax_on_a_gpu_multiplies_before_its_backward_pass(dtype: torch.dtype, device: Any, scores: int) -> None:
+    _, meta = pair("llama", vocabulary=144)
+    simulation = Simulation(meta.to(dtype), Setting(attention="eager", checkpointing=True, device=device))
+    heads, size, base = meta.config.num_attention_heads, 2, 2048
+    once, twice, thrice = (
+        simulation.run(Batch(size=size, length=length)).moments[1].total for length in (base, 2 * base, 3 * base)
+    )
+    mask = 2 * size
+    assert (thrice - 2 * twice + once) / (2 * base**2) == size * heads * scores + mask
+
+
 def test_dropout_on_a_gpu_keeps_a_byte_an_element() -> None:
     _, meta = pair("llama", vocabulary=144)
     layers = frozenset(name for name, _ in meta.named_modules() if name.endswith("down_proj"))

@@ -121,6 +121,15 @@ def _gpu_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _gpu_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    """On a GPU float16, and nothing else, becomes float32 inside the kernel (`SoftMax.cpp`): no copy is made first."""
+    import torch
+
+    if x.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+        return torch.ops.aten._softmax(x, dim, True)
+    return x.softmax(-1 if dim is None else dim, dtype=dtype)
+
+
 def _gpu_attention(
     query: Tensor,
     key: Tensor,
@@ -202,7 +211,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **more
 
 @contextlib.contextmanager
 def kernels_of(device: str) -> Iterator[None]:
-    """Let attention and dropout use the kernels that PyTorch chooses on a device; on `meta`, no fused ones are chosen.
+    """Let attention, dropout and softmax use the kernels that PyTorch chooses on a device; on `meta` it chooses none.
 
     A function mode would not do: it is off while the backward pass recomputes a checkpointed layer.
     """
@@ -210,7 +219,11 @@ def kernels_of(device: str) -> Iterator[None]:
 
     kernels: dict[str, Any] = {"scaled_dot_product_attention": _cpu_attention}
     if device == "cuda":
-        kernels = {"scaled_dot_product_attention": _gpu_attention, "dropout": _gpu_dropout}
+        kernels = {
+            "scaled_dot_product_attention": _gpu_attention,
+            "dropout": _gpu_dropout,
+            "softmax": _gpu_softmax,
+        }
     if hasattr(functional, "grouped_mm"):  # torch 2.10
         kernels["grouped_mm"] = _grouped_mm
     own = {name: getattr(functional, name) for name in kernels}

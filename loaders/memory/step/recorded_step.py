@@ -150,6 +150,8 @@ class _Recorder(TorchDispatchMode):
         # on a GPU, Liger multiplies straight into the head's gradient; elsewhere into a new tensor that it adds
         aten = torch.ops.aten
         self._in_place = (aten.mm.default, aten._to_copy.default) if setting.liger else ()
+        # the CUDA kernel of softmax's backward pass is given gradient · result (`SoftMax.cu`), log-softmax's is not
+        self._multiplies_first = aten._softmax_backward_data.default if setting.device == "cuda" else None
         parameters = [*model.parameters()]
         given = [*parameters, *(p.grad for p in parameters), *model.buffers(), *inputs.values()]
         self._given = {value.untyped_storage()._cdata for value in given if isinstance(value, torch.Tensor)}
@@ -165,6 +167,9 @@ class _Recorder(TorchDispatchMode):
             return not self._has_mask if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.equal.default:
             return True
+        product = torch.empty_like(args[0]) if func is self._multiplies_first else None
+        if product is not None:
+            self._see(product.untyped_storage())
         result = func(*args, **(kwargs or {}))
         if self.segment == "loss" and func in self._in_place and result.shape == self._head.weight.shape:
             return result
