@@ -24,7 +24,7 @@ from .step.setting import Setting, training_setting
 from .step.simulation import Moment
 from .training_memory import NoEstimate, Part, TrainingMemory
 from .training_run import TrainingRun
-from .what_fits import GPU_GIGABYTES, Fits, Footprints
+from .what_fits import GPU_GIGABYTES, Fits, Footprints, Simulations
 
 if TYPE_CHECKING:
     from ..flags.declared import FlatArguments
@@ -39,9 +39,19 @@ _ALONE = TrainingRun()
 
 
 def estimate_training_memory(
-    plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE
+    plan: Plan,
+    flags: FlatArguments,
+    run: TrainingRun = _ALONE,
+    *,
+    simulations: Simulations | None = None,
+    gpus: tuple[int, ...] = GPU_GIGABYTES,
 ) -> TrainingMemory | NoEstimate:
-    """The memory of training what the plan prepares, with these flags."""
+    """The memory of training what the plan prepares, with these flags.
+
+    Estimates that are given the same `simulations` simulate nothing twice. `gpus` are those, by their gigabytes, of
+    which `fits` says what fits.
+    """
+    simulations = simulations or Simulations()
     sharding = run.sharding
     method = plan.strategy.name if plan.adapter is not None else "full"
     length, length_origin = _length(plan, flags)
@@ -51,24 +61,22 @@ def estimate_training_memory(
     if shares.weights > 1 and setting.is_quantised and sharding is not None and sharding.method == "zero":
         return NoEstimate(method=method, reason="how ZeRO-3 divides 4-bit weights is not known here; for --fsdp it is")
     try:
-        footprints = Footprints(plan, flags, setting)
+        footprints = Footprints(plan, flags, setting, simulations)
         footprint = footprints.of(size, length, padded=size > 1)
-        fits = Fits(footprints, size=size, length=length)
+        fits = Fits(footprints, size=size, length=length) if gpus else None
     except Exception as error:  # a model's own code may do what has no meaning without data
         return NoEstimate(method=method, reason=f"its training step can't be simulated: {said_by(error)}")
     base = DividedBase.of(plan)
     lasting = _lasting_parts(plan, base, flags, sharding, shares)
     lasting_bytes = sum(part.bytes for part in lasting)
     gathered = _gathered_bytes(plan, base, setting) if shares.weights > 1 else 0
-    gradients = sum(count * item for count, item in trained_tensors(plan)) // shares.gradients
+    update = _update(plan, flags, sharding, shares)
+    gradients = update.gradients
     moments = tuple(shares.divide_gradients(moment, gathered) for moment in footprint.moments)
     recomputed = tuple(
-        shares.divide_gradients(moment, gathered) for moment in _recomputed(plan, flags, setting, size, length)
+        shares.divide_gradients(moment, gathered)
+        for moment in _recomputed(plan, flags, setting, size, length, simulations)
     )
-    update = Moment(
-        name="optimizer step", activations=0, logits=0, gradients=gradients,
-        temporary=optimizer_temporaries(plan, flags, sharding=sharding) // shares.optimizer,
-    )  # fmt: skip
     peak = max((*moments, update), key=lambda moment: moment.total)
     return TrainingMemory(
         method=method,
@@ -84,28 +92,48 @@ def estimate_training_memory(
         saved_bytes=footprint.saved,
         with_checkpointing=lasting_bytes + max(one.total for one in (*recomputed, update)) if recomputed else None,
         fits=tuple(
-            fits.on(gigabytes, lasting=lasting_bytes, moments=moments, update=update) for gigabytes in GPU_GIGABYTES
+            fits.on(gigabytes, lasting=lasting_bytes, moments=moments, update=update) for gigabytes in gpus if fits
         ),
     )
 
 
-def _recomputed(plan: Plan, flags: FlatArguments, setting: Setting, size: int, length: int) -> tuple[Moment, ...]:
+def least_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE) -> int:
+    """What training takes at least, whatever the batch: what is there all the time, and the optimizer's step."""
+    shares = shares_of(run.sharding, accumulates=flags.gradient_accumulation_steps > 1)
+    lasting = _lasting_parts(plan, DividedBase.of(plan), flags, run.sharding, shares)
+    return sum(part.bytes for part in lasting) + _update(plan, flags, run.sharding, shares).total
+
+
+def _update(plan: Plan, flags: FlatArguments, sharding: Sharding | None, shares: Shares) -> Moment:
+    """The optimizer's step."""
+    return Moment(
+        name="optimizer step", activations=0, logits=0,
+        gradients=sum(count * item for count, item in trained_tensors(plan)) // shares.gradients,
+        temporary=optimizer_temporaries(plan, flags, sharding=sharding) // shares.optimizer,
+    )  # fmt: skip
+
+
+def _recomputed(
+    plan: Plan, flags: FlatArguments, setting: Setting, size: int, length: int, simulations: Simulations
+) -> tuple[Moment, ...]:
     """The moments of the same step with gradient checkpointing; none where it is on already, or the model has none."""
     if setting.checkpointing or not plan.skeleton.model.supports_gradient_checkpointing:
         return ()
     with suppress(Exception):  # as above: then the step without it is all that is known
-        return Footprints(plan, flags, replace(setting, checkpointing=True)).of(size, length, padded=size > 1).moments
+        footprints = Footprints(plan, flags, replace(setting, checkpointing=True), simulations)
+        return footprints.of(size, length, padded=size > 1).moments
     return ()
 
 
 def compare_methods(
-    plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE
+    plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE, *, simulations: Simulations | None = None
 ) -> tuple[TrainingMemory | NoEstimate, ...]:
     """The same for full fine-tuning, LoRA and QLoRA of the plan's model, in this order."""
     estimates: list[TrainingMemory | NoEstimate] = []
     for method in METHODS:
         try:
-            estimates.append(estimate_training_memory(_other_plan(plan, method), flags, run))
+            other = _other_plan(plan, method)
+            estimates.append(estimate_training_memory(other, flags, run, simulations=simulations))
         except FtloadError as error:
             estimates.append(NoEstimate(method=method, reason=error.message))
     return tuple(estimates)

@@ -12,6 +12,8 @@ from .step.simulation import Footprint, Moment, Simulation
 from .training_memory import Fit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..flags.declared import FlatArguments
     from ..plan.plan import Plan
 
@@ -43,15 +45,31 @@ class Curve:
         return (sqrt(linear**2 + 4 * square * left) - linear) / (2 * square)
 
 
-class Footprints:
-    """The footprints of batches of one model, setting and set of flags; each is simulated once."""
+class Simulations:
+    """Simulated steps that estimates share: each setting of a model is set up once, and each batch run once."""
 
-    def __init__(self, plan: Plan, flags: FlatArguments, setting: Setting) -> None:
-        self._simulation = Simulation(plan.skeleton.model, setting)
+    def __init__(self) -> None:
+        self._set_up: dict[tuple[PreTrainedModel, Setting], Simulation] = {}
+        self._run: dict[tuple[PreTrainedModel, Setting, Batch, bool], Footprint] = {}
+
+    def run(self, model: PreTrainedModel, setting: Setting, batch: Batch, *, accumulate: bool) -> Footprint:
+        """As `Simulation.run`."""
+        key = model, setting, batch, accumulate
+        if key not in self._run:
+            if key[:2] not in self._set_up:
+                self._set_up[key[:2]] = Simulation(model, setting)
+            self._run[key] = self._set_up[key[:2]].run(batch, accumulate=accumulate)
+        return self._run[key]
+
+
+class Footprints:
+    """The footprints of batches of one model, setting and set of flags."""
+
+    def __init__(self, plan: Plan, flags: FlatArguments, setting: Setting, simulations: Simulations) -> None:
+        self._model, self._setting, self._simulations = plan.skeleton.model, setting, simulations
         self._accumulate = flags.gradient_accumulation_steps > 1
         self._packing = flags.packing
         self._masks = setting.attention == "sdpa"
-        self._known: dict[Batch, Footprint] = {}
 
     def of(self, size: int, length: int, *, padded: bool) -> Footprint:
         """The footprint of a batch; where sequences are padded, sdpa needs a mask."""
@@ -59,9 +77,7 @@ class Footprints:
         if self._packing:
             # one long sequence without padding; sdpa separates the sequences by a mask
             batch = Batch(size=1, length=size * length, padded=self._masks)
-        if batch not in self._known:
-            self._known[batch] = self._simulation.run(batch, accumulate=self._accumulate)
-        return self._known[batch]
+        return self._simulations.run(self._model, self._setting, batch, accumulate=self._accumulate)
 
     def curves(self, size: int, length: int) -> tuple[Curve, ...]:
         """How each moment grows, from four batches: this one, twice as many sequences, twice as long ones, and both."""
