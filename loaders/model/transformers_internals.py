@@ -9,8 +9,8 @@ The file is long because every such name is in it: what a new release changed is
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -425,6 +425,41 @@ def checkpoint_activations(model: Any, *, use_reentrant: bool) -> None:
     if enable is None:  # older releases have the old name alone
         enable = _attribute(model, "gradient_checkpointing_enable", "PreTrainedModel.gradient_checkpointing_enable")
     enable(options)
+
+
+@contextmanager
+def layer_hooks(layer: Any, before: Callable[[Any], None], after: Callable[[Any], None]) -> Iterator[None]:
+    """Call `before` with the hidden states that enter a decoder layer, and `after` with what it returns.
+
+    Older releases checkpoint a layer's `__call__`, hooks of the module and all; newer ones its `forward`, as FSDP needs
+    it. Without it: with 5.17, no estimate of training memory where checkpointing is re-entrant, as it has no gradients.
+    """
+    from torch import nn
+
+    if type(layer).__call__ is nn.Module.__call__ or not layer.gradient_checkpointing:
+        entering = layer.register_forward_pre_hook(
+            lambda _, args, kwargs: before(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        leaving = layer.register_forward_hook(lambda _, __, output: after(output))
+        try:
+            yield
+        finally:
+            entering.remove()
+            leaving.remove()
+        return
+    checkpoint = layer._gradient_checkpointing_func
+
+    def hooked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before(args[0])
+        output = checkpoint(function, *args, **kwargs)
+        after(output)
+        return output
+
+    layer._gradient_checkpointing_func = hooked
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint
 
 
 # -- GGUF

@@ -7,12 +7,16 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import transformers
 from ftload.loaders.model import transformers_internals
+from torch.utils.checkpoint import checkpoint
 
 from ..conftest import Result
 
@@ -23,7 +27,7 @@ PUBLISHED = {"transformers.utils.logging"}
 OF_TORCH_AND_PYTHON = {
     "_exit", "_checkpoint_offset", "_cdata", "_local_scalar_dense", "_to_copy", "_grouped_mm",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_apply", "_modules",
+    "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_softmax_backward_data", "_apply", "_modules",
 }  # fmt: skip
 """Underscore attributes of other libraries."""
 
@@ -130,3 +134,49 @@ def test_a_module_that_is_gone_is_too(
     error = json.loads(done.out)["error"]
     assert (error["code"], error["kind"]) == (5, "environment")
     assert "has no `conversion_mapping.get_model_conversion_mapping`, which" in error["message"]
+
+
+class OlderLayer(torch.nn.Module):
+    """Its `__call__` is checkpointed, and with it the hooks of the module."""
+
+    gradient_checkpointing = True
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.weight
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_hooks_of_a_layer_see_what_enters_and_leaves_the_checkpoint(use_reentrant: bool) -> None:
+    layer, hidden = OlderLayer(use_reentrant=use_reentrant), torch.ones(2, requires_grad=True)
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+    with transformers_internals.layer_hooks(layer, before.append, after.append):
+        output = layer(hidden)
+        output.sum().backward()
+    # once, though the layer runs twice
+    assert [value is hidden for value in before] == [True]
+    assert [value is output for value in after] == [True]
+    assert output.requires_grad
+    layer(hidden)
+    assert (len(before), len(after)) == (1, 1)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_hooks_of_a_layer_without_checkpointing(keyword: bool) -> None:
+    layer, hidden = OlderLayer(use_reentrant=True), torch.ones(2)
+    layer.gradient_checkpointing, layer._gradient_checkpointing_func = False, lambda function, *args: function(*args)
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+    with transformers_internals.layer_hooks(layer, before.append, after.append):
+        output = layer(hidden_states=hidden) if keyword else layer(hidden)
+    layer(hidden)
+    assert [value is hidden for value in before] == [True]
+    assert [value is output for value in after] == [True]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...model.transformers_internals import layer_hooks
 from ...system.quiet import quiet_transformers
 from .cut_model import CutModel
 from .meta_experts import count_repeats
@@ -21,7 +23,7 @@ from .meta_kernels import kernels_of, liger_unlaunched
 from .setting import Batch, Setting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -58,22 +60,19 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     recorder = _Recorder(model, inputs, setting)
-    hooks = [
-        layer.register_forward_pre_hook(_on_layer_input(recorder, number), with_kwargs=True)
-        for number, layer in enumerate(cut.layers)
-    ]
     decoder: Any = model.get_decoder()
     count_repeats(model, recorder)
-    hooks.append(decoder.register_forward_hook(_on_decoder_output(recorder)))
-    hooks.append(cut.layers[-1].register_forward_hook(_on_last_layer_output(recorder, cut)))
+    hooks = ExitStack()
+    for number, layer in enumerate(cut.layers):
+        hooks.enter_context(layer_hooks(layer, *_on_layer(recorder, cut, number)))
+    hooks.callback(decoder.register_forward_hook(_on_decoder_output(recorder)).remove)
     try:
         with quiet_transformers(), liger_unlaunched(model, wanted=setting.liger), kernels_of(setting.device), recorder:
             with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda saved: saved):
                 output = model(**inputs)
             output.loss.backward()
     finally:
-        for hook in hooks:
-            hook.remove()
+        hooks.close()
         count_repeats(model, None)
         model.zero_grad()
     logits = output.get("logits")
@@ -89,15 +88,28 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
     )
 
 
-def _on_layer_input(recorder: _Recorder, number: int) -> Callable[..., None]:
-    """A layer's backward pass is over when the gradient of its input exists."""
+def _on_layer(
+    recorder: _Recorder, cut: CutModel, number: int
+) -> tuple[Callable[[Tensor], None], Callable[[Any], None]]:
+    """A layer's backward pass is over when its input's gradient exists; the last layer's begins with its output's."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def begin(_: Tensor) -> None:
+        gradients = (parameter.grad for parameter in cut.model.parameters())
+        recorder.head_gradients = sum(
+            value.nbytes for value in gradients if value is not None and not recorder.is_given(value)
+        )
+        recorder.enter(f"backward {number}")
+
+    def before(hidden: Tensor) -> None:
         if hidden.requires_grad:
             hidden.register_hook(lambda _: recorder.enter(f"backward {number - 1}" if number else "embedding"))
 
-    return hook
+    def after(output: Any) -> None:
+        if number == len(cut.layers) - 1:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(begin)
+
+    return before, after
 
 
 def _on_decoder_output(recorder: _Recorder) -> Callable[..., None]:
@@ -106,23 +118,6 @@ def _on_decoder_output(recorder: _Recorder) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         recorder.held = recorder.live
         recorder.enter("loss")
-
-    return hook
-
-
-def _on_last_layer_output(recorder: _Recorder, cut: CutModel) -> Callable[..., None]:
-    """The last layer's backward pass begins when the gradient of its output exists."""
-
-    def begin(_: Tensor) -> None:
-        gradients = (parameter.grad for parameter in cut.model.parameters())
-        recorder.head_gradients = sum(
-            value.nbytes for value in gradients if value is not None and not recorder.is_given(value)
-        )
-        recorder.enter(f"backward {len(cut.layers) - 1}")
-
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden.register_hook(begin)
 
     return hook
 
