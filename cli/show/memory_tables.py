@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -13,23 +14,56 @@ from .tables import UNBOUNDED, format_bytes, harmless, print_line, print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ...loaders.memory.chosen_gpu import ChosenGpu
     from ...loaders.memory.training_memory import Fit, NoEstimate, TrainingMemory
 
-PART_COLOURS = ("blue", "cyan", "magenta", "yellow", "green", "red", "white", "bright_black")
-_BAR_WIDTH = 60
+_BACKWARD = "backward pass of layer "
+_LINE = "│"
+_OVER = "red"
 
 
-def print_training_memory(console: Console, methods: Sequence[TrainingMemory | NoEstimate]) -> None:
-    """Full fine-tuning, LoRA and QLoRA side by side."""
-    known = estimated(methods)
-    if known:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """How a part is drawn: red is for what exceeds a GPU alone."""
+
+    letter: str
+    terminal: str
+    """A colour of 256, which are the same on every terminal: legible on black and on white."""
+    page: str
+    """The same for a page, light or dark."""
+    ink: str
+    """Of the letter on it, in the page."""
+
+
+LOOKS = {
+    "weights": Look(letter="W", terminal="color(26)", page="#2a6fc0", ink="#fff"),
+    "adapter": Look(letter="D", terminal="color(133)", page="#b0559a", ink="#fff"),
+    "optimizer states": Look(letter="O", terminal="color(136)", page="#a87b00", ink="#000"),
+    "CUDA context": Look(letter="C", terminal="color(244)", page="#7d8590", ink="#000"),
+    "gradients": Look(letter="G", terminal="color(28)", page="#3f8f3a", ink="#000"),
+    "activations": Look(letter="A", terminal="color(31)", page="#168aa5", ink="#000"),
+    "logits and loss": Look(letter="L", terminal="color(94)", page="#946e38", ink="#fff"),
+    "temporary buffers": Look(letter="T", terminal="color(98)", page="#8a4fc0", ink="#fff"),
+}
+"""By the part's name. Neighbours differ for people who don't tell red from green, too."""
+MOST_GPUS = 3
+"""Bars are cut where they need more than so many times the GPU's memory: beyond that, nothing else would be seen."""
+
+
+def print_training_memory(console: Console, methods: Sequence[TrainingMemory | NoEstimate], asked: str) -> None:
+    """Full fine-tuning, LoRA and QLoRA side by side, where the method `asked` for is to be trained."""
+    from ...loaders.memory.chosen_gpu import choose_gpu
+
+    known, gpu = estimated(methods), choose_gpu(methods, asked)
+    if gpu is not None:
         drawn = console.is_terminal and console.encoding.startswith("utf")
         console.print()
         print_table(console, _parts(known, drawn=drawn))
-        if drawn:
-            print_table(console, _bars(known))
         console.print()
-        print_table(console, _fits(console, known))
+        print_line(console, f"against a GPU of [bold]{gpu_size(gpu)}[/], {harmless(gpu.reason)}")
+        print_table(console, _against(console, known, gpu, asked, drawn=drawn))
+        console.print()
+        print_table(console, _fits(console, known, gpu))
         print_line(console, f"[dim]{how_to_read(known[0])}[/]")
         for name, origin in origins(known):
             print_line(console, f"[dim]{name}: {harmless(origin)}[/]")
@@ -72,6 +106,62 @@ def part_bytes(method: TrainingMemory, name: str) -> int:
     return sum(part.bytes for part in method.parts if part.name == name)
 
 
+def gpu_size(gpu: ChosenGpu) -> str:
+    """`80 GB`, or `85.03 GB`."""
+    return f"{gpu.bytes / 1e9:.4g} GB"
+
+
+def bar_scale(methods: Iterable[TrainingMemory], gpu: ChosenGpu) -> int:
+    """The bytes that the whole width of a bar stands for: the GPU's line is at the same place in each."""
+    return min(max(gpu.bytes, *(method.total for method in methods)), MOST_GPUS * gpu.bytes)
+
+
+def room_words(method: TrainingMemory, gpu: ChosenGpu) -> str:
+    """How much is too much, or free."""
+    left = gpu.bytes - method.total
+    room = f"{format_bytes(left)} free" if left >= 0 else f"{format_bytes(-left)} too much"
+    if method.total > MOST_GPUS * gpu.bytes:
+        room += f", {method.total / gpu.bytes:.1f} times the GPU"
+    return room
+
+
+def moment_words(method: TrainingMemory) -> str:
+    """When memory is highest."""
+    layer = method.moment.removeprefix(_BACKWARD)
+    if layer != method.moment:
+        layers = sum(moment.name.startswith(_BACKWARD) for moment in method.moments)
+        return f"in the backward pass of layer {int(layer):,} of {layers:,}"
+    loss = "at the loss, when all logits exist" if method.all_logits else "at the loss, which is computed in pieces"
+    return {
+        "loss": loss,
+        "end of the backward pass": "at the end of the backward pass, when all gradients exist",
+        "optimizer step": "in the optimizer's step",
+    }[method.moment]
+
+
+def summary_rows(methods: list[TrainingMemory]) -> list[tuple[str, list[str]]]:
+    """Below the parts: what they add up to, and on which GPU that fits; then the same with gradient checkpointing."""
+    rows = [
+        ("total", [format_bytes(method.total) for method in methods]),
+        ("smallest GPU", [_smallest(method.total) for method in methods]),
+    ]
+    if any(method.with_checkpointing is not None for method in methods):
+        sizes = [method.with_checkpointing for method in methods]
+        rows += [
+            ("with gradient checkpointing", ["" if size is None else format_bytes(size) for size in sizes]),
+            ("smallest GPU then", ["" if size is None else _smallest(size) for size in sizes]),
+        ]
+    return rows
+
+
+def _smallest(total: int) -> str:
+    from ...loaders.memory.chosen_gpu import smallest_gpu
+    from ...loaders.memory.what_fits import GPU_GIGABYTES
+
+    size = smallest_gpu(total)
+    return f"> {GPU_GIGABYTES[-1]} GB" if size is None else f"{size} GB"
+
+
 def what_fits(fit: Fit) -> str:
     """The largest batch and the longest sequence that fit on one GPU, in words.
 
@@ -110,35 +200,80 @@ def _parts(methods: list[TrainingMemory], *, drawn: bool) -> Table:
     table.add_column(f"training, {setting(methods[0])}")
     for method in methods:
         table.add_column(method.method, justify="right", no_wrap=True)
-    for number, name in enumerate(part_names(methods)):
-        mark = Text("■ ", PART_COLOURS[number]) if drawn else Text()
+    for name in part_names(methods):
+        look = LOOKS[name]
+        mark = Text.assemble((look.letter, f"bold reverse {look.terminal}"), " ") if drawn else Text()
         sizes = (part_bytes(method, name) for method in methods)
         table.add_row(mark + Text(name), *(format_bytes(size) if size else "" for size in sizes))
-    table.add_row("total", *(format_bytes(method.total) for method in methods), style="bold")
+    for number, (name, values) in enumerate(summary_rows(methods)):
+        table.add_row(name, *values, style="" if number % 2 else "bold")
     return table
 
 
-def _bars(methods: list[TrainingMemory]) -> Table:
-    """A bar for each method, all on one scale, of what fills the memory."""
-    largest = max(method.total for method in methods)
+def _against(console: Console, methods: list[TrainingMemory], gpu: ChosenGpu, asked: str, *, drawn: bool) -> Table:
+    """For each method its total beside the GPU's memory: in words, and where it can be drawn, as a bar."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    for method in methods:
-        bar, end = Text(), 0.0
-        for colour, name in zip(PART_COLOURS, part_names(methods), strict=False):
-            begin, end = end, end + part_bytes(method, name) / largest * _BAR_WIDTH
-            bar.append("█" * (round(end) - round(begin)), colour)
-        table.add_row(method.method, bar, format_bytes(method.total))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    totals = [format_bytes(method.total) for method in methods]
+    widest = max(map(len, totals))
+    # what the names, the totals, and the space between leave
+    width = min(100, console.width) - max(len(method.method) for method in methods) - widest - 4
+    scale = bar_scale(methods, gpu)
+    if drawn and width > len(gpu_size(gpu)) + 2:
+        begin = memory_bar(methods[0], gpu.bytes, scale, width).plain.index(_LINE)
+        label = f"{gpu_size(gpu)} ┐"
+        label = label.rjust(begin + 1) if len(label) <= begin + 1 else f"{' ' * begin}┌ {gpu_size(gpu)}"
+        table.add_row("", Text(label, "bold", no_wrap=True))
+    for method, total in zip(methods, totals, strict=True):
+        name = Text(method.method, "bold" if method.method == asked else "")
+        words = Text(room_words(method, gpu), "" if method.total <= gpu.bytes else _OVER)
+        words.append(f"; peak {moment_words(method)}", "default")
+        if drawn and width > len(gpu_size(gpu)) + 2:
+            bar = memory_bar(method, gpu.bytes, scale, width)
+            table.add_row(name, bar + Text(f"  {total:>{widest}}", no_wrap=True))
+            name = Text()
+        else:
+            words = Text(f"{total}: ") + words
+        table.add_row(name, words)
     return table
 
 
-def _fits(console: Console, methods: list[TrainingMemory]) -> Table:
+def memory_bar(method: TrainingMemory, gpu: int, scale: int, width: int) -> Text:
+    """A bar of `width` cells for `scale` bytes, one of them the line at the GPU's memory of `gpu` bytes.
+
+    Each part begins with its letter. Beyond the line all is drawn as overflow; a bar that is cut ends with `»`.
+    """
+    width -= 1
+    line = width if scale == gpu else gpu * width // scale
+    filled = min(round(method.total / scale * width), width)
+    filled = min(filled, line) if method.total <= gpu else max(filled, line + 1)
+    cells = [(" ", "")] * width
+    begin = total = 0
+    for part in method.parts:
+        look = LOOKS[part.name]
+        total += part.bytes
+        end = filled if total == method.total else min(round(total / scale * width), filled)
+        for cell in range(begin, end):
+            inside = cell < line
+            if cell == begin:
+                cells[cell] = (look.letter, f"bold reverse {look.terminal}" if inside else f"bold reverse {_OVER}")
+            else:
+                cells[cell] = ("█", look.terminal) if inside else ("▒", _OVER)
+        begin = end
+    if method.total > scale:
+        cells[-1] = ("»", f"bold {_OVER}")
+    return Text.assemble(*cells[:line], (_LINE, "bold"), *cells[line:], no_wrap=True)
+
+
+def _fits(console: Console, methods: list[TrainingMemory], gpu: ChosenGpu) -> Table:
     """What fits on each GPU: the methods side by side, or below each other where that is too wide for the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("fits", justify="right", no_wrap=True)
     for method in methods:
         table.add_column(method.method, no_wrap=True)
     for fits in zip(*(method.fits for method in methods), strict=True):
-        table.add_row(f"{fits[0].gigabytes} GB", *map(_fit_words, fits))
+        table.add_row(_size(fits[0], gpu), *map(_fit_words, fits), style=_row(fits[0], gpu))
     if console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum <= console.width:
         return table
     stacked = Table(box=None, pad_edge=False, show_header=False)
@@ -148,8 +283,17 @@ def _fits(console: Console, methods: list[TrainingMemory]) -> Table:
     for method in methods:
         stacked.add_row(method.method, "[bold]fits[/]")
         for fit in method.fits:
-            stacked.add_row("", f"{fit.gigabytes} GB", _fit_words(fit))
+            stacked.add_row("", _size(fit, gpu), _fit_words(fit), style=_row(fit, gpu))
     return stacked
+
+
+def _size(fit: Fit, gpu: ChosenGpu) -> str:
+    mark = "* " if fit.gigabytes == gpu.gigabytes else ""
+    return f"{mark}{fit.gigabytes} GB"
+
+
+def _row(fit: Fit, gpu: ChosenGpu) -> str:
+    return "bold" if fit.gigabytes == gpu.gigabytes else ""
 
 
 def _fit_words(fit: Fit) -> Text:

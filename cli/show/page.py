@@ -16,14 +16,30 @@ from ...loaders.errors import OutputError, UsageError
 from ...loaders.system.durable import disk_errors
 from ...loaders.system.safe_text import one_line
 from .inspection_tables import facts
-from .memory_tables import estimated, how_to_read, origins, part_bytes, part_names, setting, what_fits, without_estimate
-from .summary import decision_words, details, in_training, needs, weight_bytes
+from .memory_tables import (
+    LOOKS,
+    bar_scale,
+    estimated,
+    gpu_size,
+    how_to_read,
+    moment_words,
+    origins,
+    part_bytes,
+    part_names,
+    room_words,
+    setting,
+    summary_rows,
+    what_fits,
+    without_estimate,
+)
+from .summary import decision_words, details, in_training, needs, trained_method, weight_bytes
 from .tables import format_bytes, format_count
 from .treemap import Rectangle, squarify
 
 if TYPE_CHECKING:
     from ...loaders.inspect.inspection import Inspection
     from ...loaders.inspect.inventory import StoredTensor
+    from ...loaders.memory.chosen_gpu import ChosenGpu
     from ...loaders.memory.training_memory import TrainingMemory
     from ...loaders.prepare import PlanOutcome
     from ...loaders.report.document import StoredTotals
@@ -102,7 +118,11 @@ def _place_errors(path: Path) -> Iterator[None]:
 
 def plan_page(outcome: PlanOutcome) -> str:
     """The page of `ftload plan`."""
+    from ...loaders.memory.chosen_gpu import choose_gpu
+
     plan, known = outcome.plan, estimated(outcome.training_memory)
+    asked = trained_method(plan)
+    gpu = choose_gpu(known, asked)
     parameters = plan.parameters
     tables = [
         _stored_table(plan.stored),
@@ -127,7 +147,7 @@ def plan_page(outcome: PlanOutcome) -> str:
         subtitle=f"{plan.strategy}, as ftload would prepare it",
         figures=figures,
         stored=plan.stored,
-        memory=None if not known else _memory(known),
+        memory=None if gpu is None else _memory(known, gpu, asked),
         missing=[(one.method, one.reason) for one in without_estimate(outcome.training_memory)],
         tables=tables,
         notes=[*map(decision_words, plan.decisions), *plan.warnings],
@@ -181,35 +201,43 @@ def _stored_table(stored: Iterable[StoredTotals]) -> _Table:
     return _Table(title="Parameters", columns=("component", "stored", "#tensors", "#parameters", "#bytes"), rows=rows)
 
 
-def _memory(methods: list[TrainingMemory]) -> dict[str, Any]:
-    """What the page draws of training memory: a bar for each method and GPU, filled by parts."""
+def _memory(methods: list[TrainingMemory], gpu: ChosenGpu, asked: str) -> dict[str, Any]:
+    """What the page draws of training memory: a bar for each method, filled by parts, against one GPU.
+
+    Places and widths are in percent of a bar's width.
+    """
     names = part_names(methods)
+    percent = 100 / bar_scale(methods, gpu)
     return {
         "setting": setting(methods[0]),
         "note": how_to_read(methods[0]),
-        "parts": names,
+        "looks": LOOKS,
+        "parts": [
+            (name, [format_bytes(size) if size else "" for size in (part_bytes(method, name) for method in methods)])
+            for name in names
+        ],
+        "rows": summary_rows(methods),
+        "gpu": {"size": gpu_size(gpu), "reason": gpu.reason, "line": gpu.bytes * percent},
         "methods": [
             {
                 "name": method.method,
+                "asked": method.method == asked,
                 "total": format_bytes(method.total),
-                "moment": method.moment,
-                "sizes": [format_bytes(size) if size else "" for size in (part_bytes(method, name) for name in names)],
-                "gpus": [
-                    {
-                        "gigabytes": fit.gigabytes,
-                        "fits": fit.fits,
-                        "words": what_fits(fit),
-                        "shares": [
-                            (number, part_bytes(method, name) / fit.gigabytes / 1e7)
-                            for number, name in enumerate(names)
-                            if part_bytes(method, name)
-                        ],
-                        "percent": method.total / fit.gigabytes / 1e7,
-                    }
-                    for fit in method.fits
-                ],
+                "room": room_words(method, gpu),
+                "moment": moment_words(method),
+                "parts": [(name, part_bytes(method, name) * percent) for name in names if part_bytes(method, name)],
+                "over": max(0, method.total - gpu.bytes) * percent,
+                "cut": method.total * percent > 100,
             }
             for method in methods
+        ],
+        "fits": [
+            {
+                "size": fits[0].gigabytes,
+                "chosen": fits[0].gigabytes == gpu.gigabytes,
+                "answers": [(fit.fits, what_fits(fit)) for fit in fits],
+            }
+            for fits in zip(*(method.fits for method in methods), strict=True)
         ],
     }
 

@@ -86,7 +86,7 @@ def print_plan(outcome: PlanOutcome, directory: str) -> None:
             *((name, format_bytes(size) + note) for name, size, note in needs(plan)),
         ],
     )
-    print_training_memory(console, outcome.training_memory)
+    print_training_memory(console, outcome.training_memory, trained_method(plan))
     _print_notes(console, plan)
 
 
@@ -166,6 +166,11 @@ def weight_bytes(files: Iterable[WrittenFile | PlannedFile]) -> int:
 def decision_words(decision: Decision) -> str:
     """What was decided, and why: of a report or a plan."""
     return f"{decision.news} – {decision.reason}"
+
+
+def trained_method(plan: PlanDocument) -> str:
+    """The way of training that was asked for, by the name that its estimate of memory has."""
+    return plan.strategy if plan.adapter is not None else "full"
 
 
 def in_training(parameters: Parameters) -> str:

@@ -87,6 +87,7 @@ def estimate_training_memory(
         sharding=sharding,
         parts=(*lasting, *_parts_at(peak, shares, gradients, setting, gathered)),
         moment=peak.name,
+        all_logits=run.step.loss == "model" and not setting.liger,
         moments=(*moments, update),
         gradient_bytes=gradients,
         saved_bytes=footprint.saved,
@@ -117,9 +118,9 @@ def _recomputed(
     plan: Plan, flags: FlatArguments, setting: Setting, size: int, length: int, simulations: Simulations
 ) -> tuple[Moment, ...]:
     """The moments of the same step with gradient checkpointing; none where it is on already, or the model has none."""
-    if setting.checkpointing or not plan.skeleton.model.supports_gradient_checkpointing:
+    if setting.checkpointing:
         return ()
-    with suppress(Exception):  # as above: then the step without it is all that is known
+    with suppress(Exception):  # transformers refuses it, or, as above, a model's own code does
         footprints = Footprints(plan, flags, replace(setting, checkpointing=True), simulations)
         return footprints.of(size, length, padded=size > 1).moments
     return ()

@@ -46,6 +46,8 @@ class TrainingMemory:
     """Of the moment when memory is highest; they add up to `total`."""
     moment: str
     """That moment."""
+    all_logits: bool
+    """Whether the loss is computed of all logits at once."""
     moments: tuple[Moment, ...]
     """All candidates for the peak, without what is there all the time."""
     gradient_bytes: int
