@@ -7,14 +7,22 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ftload.cli.show.page import plan_page
 from ftload.cli.show.tables import format_bytes
+from ftload.loaders.flags.command_line import parse_arguments
+from ftload.loaders.flags.declared import PlanOptions
+from ftload.loaders.memory import chosen_gpu
+from ftload.loaders.prepare import plan_only
+from ftload.loaders.progress import Silent
 
 from ..conftest import Result
+from ..loaders.memories import training_memory
 from ..parity.models import write_model
 from ..tokenizers import write_llama
 from .runs import prepare
@@ -35,6 +43,11 @@ def browser() -> Iterator[Any]:
         )
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen_gpu, "first_gpu", lambda: None)
 
 
 @pytest.fixture
@@ -76,14 +89,48 @@ LOOK = """() => {
     cells: [...document.querySelectorAll('.cell')].map(e => ({box: box(e), title: e.title,
       label: e.firstElementChild.getClientRects().length ? box(e.firstElementChild) : null,
       needs: e.firstElementChild.scrollWidth})),
-    bars: [...document.querySelectorAll('.bar')].map(e => ({box: box(e), parts: [...e.children].map(box)})),
+    bars: [...document.querySelectorAll('.bar')].map(e => ({box: box(e),
+      line: box(e.querySelector('.line')), room: box(e.querySelector('.room')), cut: !!e.querySelector('.cut'),
+      over: [...e.querySelectorAll('.over')].map(box),
+      parts: [...e.querySelectorAll('.part')].map(p => ({box: box(p), title: p.title,
+        letter: p.firstElementChild.getClientRects().length ? box(p.firstElementChild) : null,
+        colour: getComputedStyle(p).backgroundColor}))})),
+    scrolls: [...document.querySelectorAll('#memory .wide')].map(e => e.scrollWidth - e.clientWidth),
+    chosen: [...document.querySelectorAll('.chosen')].map(e => e.firstElementChild.textContent),
     texts,
   };
 }"""
 
 
+def check_bar(bar: dict[str, Any], method: dict[str, Any], capacity: int, scale: int) -> None:
+    """Raise unless lengths in pixels are bytes on the scale; a bar is as long as `scale` bytes."""
+    left, _, right, _ = bar["box"]
+    pixels = (right - left) / scale
+    line = left + capacity * pixels
+    assert bar["line"][2] == pytest.approx(line, abs=0.5)
+    assert (bar["room"][0], bar["room"][2]) == pytest.approx((left, line), abs=0.5)
+    sizes = {part["name"]: part["bytes"] for part in method["parts"] if part["bytes"]}
+    assert [part["title"] for part in bar["parts"]] == list(sizes)
+    end = left
+    for part in bar["parts"]:
+        begin, end = end, end + sizes[part["title"]] * pixels
+        assert (part["box"][0], part["box"][2]) == pytest.approx((begin, end), abs=1.5)
+        if part["letter"]:
+            assert part["letter"][2] <= part["box"][2] + 0.5
+        red, green, blue = map(int, re.findall(r"\d+", part["colour"])[:3])
+        assert red < 1.6 * green or red < blue + 40, part  # red is for overflow
+    total = left + method["total_bytes"] * pixels
+    if method["total_bytes"] <= capacity:
+        assert bar["over"] == []
+        assert end <= line + 0.5
+    else:
+        assert len(bar["over"]) == 1
+        assert (bar["over"][0][0], bar["over"][0][2]) == pytest.approx((line, total), abs=1)
+    assert bar["cut"] == (method["total_bytes"] > scale)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 800, 390])
 def test_it_looks_right(
     browser: Any, planned: tuple[Path, dict[str, Any]], scheme: str, width: int, tmp_path: Path
 ) -> None:
@@ -121,19 +168,76 @@ def test_it_looks_right(
         assert cell["label"][3] <= cell["box"][3] + 1, cell
         assert cell["needs"] <= cell["box"][2] - cell["box"][0] + 1, cell
 
-    # a bar for each method and GPU, filled in proportion, as far as it goes
+    # a bar for each method, filled in proportion up to the GPU's line and, as overflow, beyond it
     methods = [method for method in plan["training_memory"] if "parts" in method]
-    wanted = [(method, fit["gigabytes"] * 10**9) for method in methods for fit in method["fits"]]
-    assert len(seen["bars"]) == len(wanted) == 27
-    for bar, (method, capacity) in zip(seen["bars"], wanted, strict=True):
-        length = bar["box"][2] - bar["box"][0]
-        filled = bar["parts"][-1][2] - bar["box"][0]
-        assert filled == pytest.approx(method["total_bytes"] / capacity * length, abs=1.5)
-        assert len(bar["parts"]) == sum(1 for part in method["parts"] if part["bytes"])
+    capacity = 16 * 10**9
+    assert len(seen["bars"]) == len(methods) == 3
+    for bar, method in zip(seen["bars"], methods, strict=True):
+        check_bar(bar, method, capacity, capacity)
+    assert seen["chosen"] == ["16 GB"]
+    assert seen["scrolls"] == [0, 0]
 
     faint = [text for text, contrast in seen["texts"] if contrast < 4.5]
     assert len(seen["texts"]) > 100
     assert faint == []
+
+
+GB = 10**9
+LARGE = {
+    "weights": 16 * GB, "adapter": GB, "optimizer states": 20 * GB, "CUDA context": 600_000_000,
+    "gradients": 16 * GB, "activations": 140 * GB, "logits and loss": 12 * GB, "temporary buffers": 400_000_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 800, 390])
+def test_overflow_is_seen_as_overflow(
+    browser: Any, llama: Path, tmp_path: Path, scheme: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chosen_gpu, "first_gpu", lambda: ("NVIDIA A100", 80 * GB))
+    methods = (
+        training_memory("full", LARGE, with_checkpointing=90 * GB),
+        training_memory("lora", {**LARGE, "activations": 20 * GB}, moment="backward pass of layer 3"),
+        training_memory("qlora", {**LARGE, "weights": 150 * GB}, with_checkpointing=1111 * GB),
+    )
+    arguments = parse_arguments(["--model", str(llama), "--use_qlora", "--output_dir", str(tmp_path / "out")])
+    outcome = plan_only(arguments, PlanOptions(), Silent())
+    path = tmp_path / "page.html"
+    path.write_text(plan_page(replace(outcome, training_memory=methods)))
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    seen = page.evaluate(LOOK)
+    assert seen["width"] <= seen["window"] == width
+    for bar, method in zip(seen["bars"], methods, strict=True):
+        if bar["cut"]:  # what lies beyond its end is not drawn
+            assert method.method == "qlora"
+            assert bar["over"][0][0] == pytest.approx(bar["line"][2], abs=0.5)
+            assert bar["over"][0][2] > bar["box"][2]
+            assert (
+                page.locator(".bar").nth(2).locator(".parts").evaluate("e => getComputedStyle(e).overflowX") == "hidden"
+            )
+        else:
+            check_bar(bar, method.to_json(), 80 * GB, 240 * GB)
+    assert [bar["cut"] for bar in seen["bars"]] == [False, False, True]
+    assert [len(bar["over"]) for bar in seen["bars"]] == [1, 1, 1]
+    assert seen["chosen"] == ["80 GB"]
+    assert seen["scrolls"] == [0, 0]
+    assert [text for text, contrast in seen["texts"] if contrast < 4.5] == []
+    words = " ".join(page.locator("#memory").inner_text().split())
+    assert "against a GPU of 80 GB, the GPU of this machine: NVIDIA A100" in words
+    assert "126.00 GB too much; peak at the loss, when all logits exist" in words
+    assert "6.00 GB too much; peak in the backward pass of layer 3 of 4" in words
+    assert "260.00 GB too much, 4.2 times the GPU; peak at the loss" in words
+    assert "smallest GPU > 192 GB 96 GB > 192 GB" in words
+    assert "with gradient checkpointing 90.00 GB 1.11 TB" in words
+    assert "smallest GPU then 96 GB > 192 GB" in words
+    page.close()
+
+
+def test_the_line_of_the_gpu_is_written_where_it_stands(planned: tuple[Path, dict[str, Any]]) -> None:
+    text = planned[0].read_text()
+    assert text.count('<div class="line" style="left:100.000%">') == 3
+    assert "against a GPU of <b>16 GB</b>, the smallest here on which qlora fits" in text
 
 
 def test_an_inspection_looks_right(browser: Any, ftload: Ftload, llama: Path, tmp_path: Path) -> None:

@@ -220,22 +220,25 @@ def test_prepare_does_not_know_them(ftload: Ftload, llama: Path) -> None:
     assert ftload("prepare", "--model", llama, "--fsdp", "2").code == 2
 
 
-def test_what_fills_the_memory_is_drawn(llama: Path, tmp_path: Path) -> None:
+def test_what_fills_the_memory_is_drawn(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal: a bar for each method, all on one scale; in a pipe no blanks at the end of lines."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     command = [sys.executable, "-m", "ftload.cli", "plan", "--model", llama, "--max_seq_length", "32", "--use_qlora"]
     piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "█" not in piped
+    assert not set("█▒│") & set(piped)
     assert all(line == line.rstrip() for line in piped.splitlines())
     assert "  fits  full" in piped
     shown = without_colours(at_a_terminal(command, tmp_path, columns=120))
-    totals = re.search(r"^total +(.*)$", shown, re.MULTILINE)
-    assert totals is not None
-    sizes = [float(size) * {"GB": 1000, "MB": 1}[unit] for size, unit in re.findall(r"([0-9.]+) (GB|MB)", totals[1])]
-    bars = re.findall(r"^(full|lora|qlora) +(█+)", shown, re.MULTILINE)
-    assert [name for name, _ in bars] == ["full", "lora", "qlora"]
-    for (_, bar), size in zip(bars, sizes, strict=True):
-        assert len(bar) == pytest.approx(60 * size / max(sizes), abs=1)
-    assert "weights: counted from the checkpoint's headers" in shown
+    bars = re.findall(r"^(full|lora|qlora) +([A-Z].*)│ +([0-9.]+) MB", shown, re.MULTILINE)
+    assert [name for name, _, _ in bars] == ["full", "lora", "qlora"]
+    for _, bar, size in bars:  # 600 MB of 16 GB, the CUDA context, are nearly all that such a small model needs
+        assert len(bar) == 81
+        assert len(bar.rstrip()) == round(float(size) / 16_000 * 81) == 3
+        assert bar.startswith("C")
+    for text in (piped, shown):
+        assert "against a GPU of 16 GB, the smallest here on which qlora fits\n" in re.sub(r" *\r?\n", "\n", text)
+        assert "weights: counted from the checkpoint's headers" in text
+        assert "GB free; peak " in text
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -247,7 +250,7 @@ def test_no_number_is_cut_however_narrow_the_terminal(llama: Path, tmp_path: Pat
     assert "…" not in tables
     assert max(map(len, tables.splitlines())) <= columns
     piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    (heading, *wide) = re.findall(r"^ *(?:fits|[0-9]+ GB)  .*$", piped, re.MULTILINE)
+    (heading, *wide) = re.findall(r"^[ *]*(?:fits|[0-9]+ GB)  .*$", piped, re.MULTILINE)
     assert heading.split() == ["fits", "full", "lora", "qlora"]
     lines = [line.rstrip() for line in tables.splitlines()]
     if columns == 200:
