@@ -9,7 +9,7 @@ from ..loaders.flags.declared import plan_flags
 from .show.output import Output
 
 
-def plan(ctx: typer.Context) -> None:
+def plan(ctx: typer.Context) -> int:
     """Show what `prepare` would write with these flags, what that takes, and what training takes then.
 
     Reads headers, no weights (but all of a .gguf file), and writes nothing but the page of --html.
@@ -29,4 +29,4 @@ def plan(ctx: typer.Context) -> None:
             from .show.page import plan_page, write_page
 
             write_page(options.html, plan_page(outcome))
-        output.plan(outcome, arguments.flat.output_dir)
+        return output.plan(outcome, arguments.flat.output_dir)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .decision import Decision
 from .errors import said_by
 from .standard import Standard
+from .system.quiet import quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,8 @@ def resolve_kernels(model_type: str) -> Kernels:
     """The kernels for an architecture, whatever the state of the packages here."""
     applied: tuple[str, ...] = ()
     try:
-        applied = liger_kernels(model_type)
+        with quiet_bitsandbytes():  # Liger imports PEFT
+            applied = liger_kernels(model_type)
         reason = None if applied else f"Liger has no kernels for `{model_type}`"
     except Exception as error:  # a missing or broken Triton raises whatever it likes
         reason = f"liger-kernel does not import: {said_by(error)}"

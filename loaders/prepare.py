@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
 from .decision import Decision
+from .flags.gpu_sizes import parse_gpus
 from .flags.request import Request, resolve_request
 from .flags.strict import check_strict
 from .merge.merge import merge
@@ -50,7 +51,9 @@ from .write.staging import Staging, staged
 from .write.weights import write_weights
 
 if TYPE_CHECKING:
+    from .errors import FtloadError
     from .flags.declared import Arguments, PlanOptions
+    from .memory.advice import Advice
     from .memory.training_memory import NoEstimate, TrainingMemory
     from .progress import Progress
 
@@ -107,10 +110,23 @@ class PlanOutcome:
 
     plan: PlanDocument
     training_memory: tuple[TrainingMemory | NoEstimate, ...]
+    advice: tuple[Advice, ...] = ()
+    """For each of `--fit`, in its order."""
+
+    @property
+    def error(self) -> FtloadError | None:
+        """The error where nothing fits on one of `--fit`."""
+        from .memory.advice import fit_error
+
+        return fit_error(self.advice)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `ftload plan`."""
-        return {**to_json(self.plan), "training_memory": [estimate.to_json() for estimate in self.training_memory]}
+        return {
+            **to_json(self.plan),
+            "training_memory": [estimate.to_json() for estimate in self.training_memory],
+            "advice": [one.to_json() for one in self.advice],
+        }
 
 
 def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) -> PlanOutcome:
@@ -119,8 +135,10 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     Reads headers; of a repository nothing else travels but the configuration and the tokenizer. Raises what `prepare`
     would.
     """
+    from .memory.advice import advise
     from .memory.estimate import compare_methods
     from .memory.training_run import training_run
+    from .memory.what_fits import Simulations
 
     request = resolve_request(arguments)
     require(STRATEGIES[request.strategy].packages, purpose=f"`{request.strategy}`")
@@ -129,9 +147,13 @@ def plan_only(arguments: Arguments, options: PlanOptions, progress: Progress) ->
     if request.strict:
         check_strict(plan.decisions)
     progress.stage("training memory")
+    run, simulations = training_run(options), Simulations()
+    memory = compare_methods(plan, arguments.flat, run, simulations=simulations)
+    gpus = [parse_gpus(text) for text in options.fit or ()]
     return PlanOutcome(
         plan=describe_plan(plan),
-        training_memory=compare_methods(plan, arguments.flat, training_run(options)),
+        training_memory=memory,
+        advice=advise(plan, arguments, run, gpus, simulations),
     )
 
 

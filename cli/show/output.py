@@ -74,14 +74,16 @@ class Output:
 
             print_summary(outcome, directory)
 
-    def plan(self, outcome: PlanOutcome, directory: str) -> None:
-        """The result of `plan`: with `--json` its document, else tables."""
+    def plan(self, outcome: PlanOutcome, directory: str) -> int:
+        """The result of `plan`: with `--json` its document, else tables; returns the exit code."""
+        error = outcome.error
         if self.as_json:
-            print(json.dumps(outcome.to_json(), indent=2))
+            print(json.dumps({**outcome.to_json(), **_error_key(error)}, indent=2))
         elif not self.quiet:
             from .summary import print_plan
 
             print_plan(outcome, directory)
+        return _verdict(error)
 
     def fused(self, fused: FusedAdapter) -> None:
         """The result of `merge --adapter_only`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...loaders.errors import OutputError, UsageError
 from ...loaders.system.durable import disk_errors
 from ...loaders.system.safe_text import one_line
+from .advice_tables import advice_rows
 from .inspection_tables import facts
 from .memory_tables import (
     LOOKS,
@@ -125,6 +126,7 @@ def plan_page(outcome: PlanOutcome) -> str:
     gpu = choose_gpu(known, asked)
     parameters = plan.parameters
     tables = [
+        _Table(title="Fit", columns=("GPU", "change", "#saves", "#then"), rows=[*advice_rows(outcome.advice)]),
         _stored_table(plan.stored),
         _Table(title="Model", columns=("", ""), rows=[("in training", in_training(parameters)), *details(plan)]),
         _Table(title="Files", columns=("file", "#bytes"), rows=[(file.path, f"{file.bytes:,}") for file in plan.files]),

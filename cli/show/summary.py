@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from .advice_tables import print_advice
 from .memory_tables import print_training_memory
 from .tables import format_bytes, harmless, make_console, print_details, print_labelled, print_line, print_table
 
@@ -88,6 +89,7 @@ def print_plan(outcome: PlanOutcome, directory: str) -> None:
     )
     print_training_memory(console, outcome.training_memory, trained_method(plan))
     _print_notes(console, plan)
+    print_advice(console, outcome.advice)
 
 
 def _print_parameters(console: Console, parameters: Parameters) -> None:

@@ -27,12 +27,11 @@ from .declared import (
     all_flags,
     parse_size,
 )
+from .gpu_sizes import MOST_GPUS, Gpus, parse_gpus
 from .values import ALIASES, EXPECTED, Problems, from_text, is_boolean, is_null, printable
 from .yaml_file import read_yaml
 
 YAML_SUFFIXES = (".yaml", ".yml")
-MOST_GPUS = 100_000
-"""More than train any model: a larger number is a slip."""
 ADAPTER_ONLY = frozenset(
     ("adapter_only", "merge_adapter", "model_name_or_path", "model_revision", "output_dir", "json", "quiet", "debug")
 )
@@ -269,6 +268,28 @@ def _check_plan_options(values: Mapping[str, Any], problems: Problems) -> None:
     for name, count in (("fsdp", fsdp), ("gpus", gpus)):
         if count is not None and not 2 <= count <= MOST_GPUS:
             problems.add(f"`--{name}` is a number of GPUs, 2 to {MOST_GPUS:,}, not {count}")
+    _check_fit(values, problems)
+
+
+def _check_fit(values: Mapping[str, Any], problems: Problems) -> None:
+    """Refuse sizes that no GPU has, that are given twice, or that contradict what else divides the memory."""
+    seen: dict[tuple[int, int], Gpus] = {}
+    dividing = next((name for name in ("fsdp", "zero") if values.get(name) is not None), None)
+    for text in values.get("fit") or ():
+        try:
+            gpus = parse_gpus(text)
+        except UsageError as error:
+            problems.add(f"`--fit`: {error.message}", error.hint)
+            continue
+        key = gpus.count or 1, gpus.bytes
+        if key in seen:
+            problems.add(f"`--fit` names the same twice: `{seen[key]}` and `{gpus}`")
+        seen[key] = gpus
+        if gpus.count is not None and dividing is not None and values.get("fsdp") != gpus.count:
+            problems.add(
+                f"`--fit {gpus}` means FSDP on {gpus.count:,}, `--{dividing} {values[dividing]}` something else",
+                f"beside `--{dividing}`, write the memory of each GPU alone: `--fit {gpus.size}`",
+            )
 
 
 def _check_adapter_only(values: Mapping[str, Any], problems: Problems) -> None:

@@ -259,6 +259,12 @@ class PlanOptions:
         None, PLAN, "Count each GPU's share under DeepSpeed ZeRO: 1 divides optimizer states, 2 gradients, 3 weights"
     )
     gpus: int = field(8, PLAN, "GPUs that --zero divides among")
+    fit: list[str] | None = field(
+        None,
+        PLAN,
+        "What to change so that it fits on GPUs of 24GB, or with FSDP on 2x80GB; exit 6 if nothing does",
+        adds=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,6 +106,7 @@ def terminal(home: Path) -> Iterator[Terminal]:
         ("prepare --base link --embedding-init r\t", "prepare --base link --embedding-init reference"),
         ("plan --ht\t", "plan --html"),
         ("plan --help --fs\t", "plan --help --fsdp"),
+        ("plan --fit 24GB --fit\t", "plan --fit 24GB --fit"),
         ("plan --chat_template tu\t", "plan --chat_template tulu"),
         ("plan --chat_template_name te\t", "plan --chat_template_name template.jinja"),
         ("prepare --get_tok get_tokenizer_s\t", "prepare --get_tok get_tokenizer_simple_v1"),

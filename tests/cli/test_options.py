@@ -93,7 +93,10 @@ def test_help_tells_usage_types_choices_and_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("command", "panel", "flags"),
-    [("plan", "Plan", ["html", "fsdp", "zero", "gpus"]), ("merge", "Merge", ["adapter_only"])],
+    [
+        ("plan", "Plan", ["for", "mixed_precision", "html", "fsdp", "zero", "gpus", "fit"]),
+        ("merge", "Merge", ["adapter_only"]),
+    ],
 )
 def test_a_commands_own_flags_come_first(command: str, panel: str, flags: list[str]) -> None:
     result = CliRunner().invoke(ftload_app, [command, "--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})

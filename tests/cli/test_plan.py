@@ -45,7 +45,7 @@ def test_a_plan_is_its_report(ftload: Ftload, tmp_path: Path, architecture: str,
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
         plan = json.loads(planned.out)
         report = json.loads(ftload("prepare", *words).out)
-        assert {key: plan[key] for key in plan.keys() - {"files", "needs", "stored", "training_memory"}} == {
+        assert {key: plan[key] for key in plan.keys() - {"files", "needs", "stored", "training_memory", "advice"}} == {
             key: report[key] for key in report.keys() - KNOWN_ONLY_AFTERWARDS
         }
         written = (tmp_path / "out").rglob("*.safetensors")

@@ -5,20 +5,17 @@ Layers are fewer, of each kind that there is, and as wide as they are. Files are
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.flags.request import resolve_request
 from ftload.loaders.plan.sources import resolve_sources
 from ftload.loaders.prepare import read_and_plan
 from ftload.loaders.progress import Silent, Stopwatch
 
-from ..tokenizers import write_llama
+from ..headers import write_headers
 
 _DEEPSEEK_V3 = {
     "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 5,
@@ -70,45 +67,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _write(directory: Path, config_class: str, arguments: dict[str, Any], *, packed: bool) -> Path:
-    """Headers of a checkpoint of this configuration; `packed` stores experts in MXFP4, as gpt-oss is published."""
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    config = getattr(transformers, config_class)(**arguments)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    config.architectures = [type(model).__name__]
-    write_llama(directory, vocab_size=128)
-    config.save_pretrained(directory)
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    for name, value in model.state_dict().items():
-        if packed and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, rows, columns = value.shape
-            tensors[f"{name}_blocks"] = "U8", [experts, columns, rows // 32, 16]
-            tensors[f"{name}_scales"] = "U8", [experts, columns, rows // 32]
-        else:
-            tensors[name] = "F32" if value.dtype == torch.float32 else "BF16", list(value.shape)
-    if packed:
-        path = directory / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
-    header: dict[str, Any] = {}
-    position = 0
-    for name, (dtype, shape) in tensors.items():
-        end = position + math.prod(shape) * {"U8": 1, "BF16": 2, "F32": 4}[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + position)
-    return directory
-
-
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_at_least_99_percent_of_the_matrices_become_4_bit(tmp_path: Path, model: str) -> None:
     config_class, arguments = PUBLISHED[model]
-    source = _write(tmp_path / "source", config_class, arguments, packed=model == "gpt-oss-20b")
+    source = write_headers(tmp_path / "source", config_class, arguments, packed=model == "gpt-oss-20b")
     words = ["--model", str(source), "--output_dir", str(tmp_path / "out"), "--use_qlora", "--min_quantized", "99"]
     request = resolve_request(parse_arguments(words))
     plan = read_and_plan(request, resolve_sources(request), Stopwatch(Silent()), headers_only=True)

@@ -89,6 +89,7 @@ def test_what_plan_takes_beside_them() -> None:
         ("fsdp", "int | None", None, ()),
         ("zero", "int | None", None, ()),
         ("gpus", "int", 8, ()),
+        ("fit", "list[str] | None", None, ()),
     ]
     assert not plan_flags().keys() & all_flags().keys()
 
