@@ -50,11 +50,11 @@ MOST_GPUS = 3
 """Bars are cut where they need more than so many times the GPU's memory: beyond that, nothing else would be seen."""
 
 
-def print_training_memory(console: Console, methods: Sequence[TrainingMemory | NoEstimate], asked: str) -> None:
-    """Full fine-tuning, LoRA and QLoRA side by side, where the method `asked` for is to be trained."""
-    from ...loaders.memory.chosen_gpu import choose_gpu
-
-    known, gpu = estimated(methods), choose_gpu(methods, asked)
+def print_training_memory(
+    console: Console, methods: Sequence[TrainingMemory | NoEstimate], asked: str, gpu: ChosenGpu | None
+) -> None:
+    """Full fine-tuning, LoRA and QLoRA side by side against one GPU, where the method `asked` for is to be trained."""
+    known = estimated(methods)
     if gpu is not None:
         drawn = console.is_terminal and console.encoding.startswith("utf")
         console.print()
@@ -108,7 +108,8 @@ def part_bytes(method: TrainingMemory, name: str) -> int:
 
 def gpu_size(gpu: ChosenGpu) -> str:
     """`80 GB`, or `85.03 GB`."""
-    return f"{gpu.bytes / 1e9:.4g} GB"
+    gigabytes, rest = divmod(gpu.bytes, 10**9)
+    return format_bytes(gpu.bytes) if rest else f"{gigabytes:,} GB"
 
 
 def bar_scale(methods: Iterable[TrainingMemory], gpu: ChosenGpu) -> int:
@@ -121,7 +122,7 @@ def room_words(method: TrainingMemory, gpu: ChosenGpu) -> str:
     left = gpu.bytes - method.total
     room = f"{format_bytes(left)} free" if left >= 0 else f"{format_bytes(-left)} too much"
     if method.total > MOST_GPUS * gpu.bytes:
-        room += f", {method.total / gpu.bytes:.1f} times the GPU"
+        room += f", {method.total / gpu.bytes:,.1f} times the GPU"
     return room
 
 

@@ -33,7 +33,7 @@ from .memory_tables import (
     what_fits,
     without_estimate,
 )
-from .summary import decision_words, details, in_training, needs, trained_method, weight_bytes
+from .summary import decision_words, details, drawn_gpu, in_training, needs, trained_method, weight_bytes
 from .tables import format_bytes, format_count
 from .treemap import Rectangle, squarify
 
@@ -119,11 +119,8 @@ def _place_errors(path: Path) -> Iterator[None]:
 
 def plan_page(outcome: PlanOutcome) -> str:
     """The page of `ftload plan`."""
-    from ...loaders.memory.chosen_gpu import choose_gpu
-
     plan, known = outcome.plan, estimated(outcome.training_memory)
-    asked = trained_method(plan)
-    gpu = choose_gpu(known, asked)
+    gpu = drawn_gpu(outcome)
     parameters = plan.parameters
     tables = [
         _Table(title="Fit", columns=("GPU", "change", "#saves", "#then"), rows=[*advice_rows(outcome.advice)]),
@@ -149,7 +146,7 @@ def plan_page(outcome: PlanOutcome) -> str:
         subtitle=f"{plan.strategy}, as ftload would prepare it",
         figures=figures,
         stored=plan.stored,
-        memory=None if gpu is None else _memory(known, gpu, asked),
+        memory=None if gpu is None else _memory(known, gpu, trained_method(plan)),
         missing=[(one.method, one.reason) for one in without_estimate(outcome.training_memory)],
         tables=tables,
         notes=[*map(decision_words, plan.decisions), *plan.warnings],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ...loaders.decision import Decision
     from ...loaders.fuse import FusedAdapter
+    from ...loaders.memory.chosen_gpu import ChosenGpu
     from ...loaders.prepare import Outcome, PlanOutcome
     from ...loaders.recipe.recipe import Recipe
     from ...loaders.report.document import Described, Parameters, PlanDocument, PlannedFile, WrittenFile
@@ -87,7 +88,7 @@ def print_plan(outcome: PlanOutcome, directory: str) -> None:
             *((name, format_bytes(size) + note) for name, size, note in needs(plan)),
         ],
     )
-    print_training_memory(console, outcome.training_memory, trained_method(plan))
+    print_training_memory(console, outcome.training_memory, trained_method(plan), drawn_gpu(outcome))
     _print_notes(console, plan)
     print_advice(console, outcome.advice)
 
@@ -173,6 +174,13 @@ def decision_words(decision: Decision) -> str:
 def trained_method(plan: PlanDocument) -> str:
     """The way of training that was asked for, by the name that its estimate of memory has."""
     return plan.strategy if plan.adapter is not None else "full"
+
+
+def drawn_gpu(outcome: PlanOutcome) -> ChosenGpu | None:
+    """The GPU that training memory is drawn against; None if there is no estimate of it."""
+    from ...loaders.memory.chosen_gpu import choose_gpu
+
+    return choose_gpu(outcome.training_memory, trained_method(outcome.plan), outcome.advice)
 
 
 def in_training(parameters: Parameters) -> str:

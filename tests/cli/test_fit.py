@@ -218,3 +218,12 @@ def test_at_80_columns_the_flags_stay_on_one_line(llama: Path, tmp_path: Path) -
     flags = next(line for line in lines if line.startswith("--"))
     assert flags.endswith(("--gradient_accumulation_steps 4", "--use_qlora", "--gradient_accumulation_steps 8"))
     assert all(len(line) <= 80 for line in lines if line != flags)
+
+
+def test_memory_is_drawn_against_what_is_asked_for(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = ftload("plan", "--model", llama, "--max_seq_length", "512", "--fit", "2x48GB", "24GB", "--html", page)
+    assert (result.code, result.err) == (0, "")
+    assert "\nagainst a GPU of 24 GB, the one of --fit 24GB\n" in result.out
+    assert "\n* 24 GB  yes: " in result.out
+    assert "against a GPU of <b>24 GB</b>, the one of --fit 24GB" in page.read_text()

@@ -23,7 +23,7 @@ from ftload.cli.show.memory_tables import (
     summary_rows,
 )
 from ftload.loaders.memory import chosen_gpu
-from ftload.loaders.memory.chosen_gpu import ChosenGpu
+from ftload.loaders.memory.chosen_gpu import ChosenGpu, choose_gpu
 from ftload.loaders.memory.estimate import compare_methods
 from ftload.loaders.memory.training_memory import NoEstimate, TrainingMemory
 from rich.color import Color, ColorSystem
@@ -55,6 +55,10 @@ def of_size(gigabytes: float, method: str = "full", **more: str) -> TrainingMemo
     return training_memory(method, parts, **more)
 
 
+def a_gpu(size: int) -> ChosenGpu:
+    return ChosenGpu(bytes=size, gigabytes=None, reason="the one of --fit")
+
+
 def lengths(bar: str) -> dict[str, int]:
     """Cells of each part, by its letter; of the line none."""
     return {cells[0]: len(cells) for cells in re.findall(r"[A-Z][█▒]*", bar.replace("│", ""))}
@@ -81,7 +85,7 @@ def test_bars_of_any_sizes_keep_to_the_scale() -> None:
         gpu = choose.choice((16, 24, 80, 192)) * GB
         parts = {name: choose.choice((0, choose.randrange(10**6), choose.randrange(2 * gpu))) for name in PARTS}
         methods = [training_memory("full", parts), of_size(choose.uniform(0.1, 500))]
-        scale, width = bar_scale(methods, ChosenGpu(bytes=gpu, reason="")), choose.randrange(10, 101)
+        scale, width = bar_scale(methods, a_gpu(gpu)), choose.randrange(10, 101)
         assert gpu <= scale <= 3 * gpu
         lines = set()
         for method in methods:
@@ -109,7 +113,7 @@ def test_bars_of_any_sizes_keep_to_the_scale() -> None:
 @pytest.mark.parametrize(("total", "over"), [(80 * GB, False), (80 * GB + 1, True)])
 def test_one_byte_too_much_is_seen(total: int, over: bool) -> None:
     method = training_memory("full", {"weights": total})
-    gpu = ChosenGpu(bytes=80 * GB, reason="")
+    gpu = a_gpu(80 * GB)
     bar = memory_bar(method, gpu.bytes, bar_scale([method], gpu), 61).plain
     assert bar == ("W" + "█" * 58 + "│▒" if over else "W" + "█" * 59 + "│")
     assert room_words(method, gpu) == ("1 B too much" if over else "0 B free")
@@ -117,7 +121,7 @@ def test_one_byte_too_much_is_seen(total: int, over: bool) -> None:
 
 def test_what_would_need_many_gpus_is_cut_and_says_so() -> None:
     small, large = of_size(20, "qlora"), of_size(500, "full")
-    gpu = ChosenGpu(bytes=24 * GB, reason="")
+    gpu = a_gpu(24 * GB)
     scale = bar_scale([small, large], gpu)
     assert scale == 72 * GB
     bars = [memory_bar(method, gpu.bytes, scale, 73).plain for method in (small, large)]
@@ -241,14 +245,14 @@ def shown(
     methods: Sequence[TrainingMemory | NoEstimate],
     width: int,
     *,
-    asked: str = "qlora",
+    gpu: ChosenGpu | None = None,
     encoding: str = "utf-8",
     terminal: bool = True,
 ) -> str:
     buffer = io.BytesIO()
     file = io.TextIOWrapper(buffer, encoding=encoding, errors="replace")
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None, highlight=False, emoji=False)
-    print_training_memory(console, methods, "qlora")
+    print_training_memory(console, methods, "qlora", gpu or choose_gpu(methods, "qlora"))
     file.flush()
     return re.sub(" +\n", "\n", buffer.getvalue().decode(encoding))
 
@@ -341,6 +345,28 @@ def test_a_gpu_of_this_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "* 16 GB" in text
     assert memory_tables.MOST_GPUS == 3
     assert text.count("»") == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (1, "1 B"),
+        (999_999_999, "1000.00 MB"),
+        (GB, "1 GB"),
+        (24 * GB, "24 GB"),
+        (85_030_000_000, "85.03 GB"),
+        (9 * 10**21, "9,000,000,000,000 GB"),
+    ],
+)
+def test_a_gpu_of_any_size_is_drawn(size: int, said: str) -> None:
+    text = shown(THREE, 80, gpu=a_gpu(size))
+    assert f"against a GPU of {said}, the one of --fit\n" in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(
+        line.count("│") == 1 for line in lines if line.startswith(("full  ", "lora  ", "qlora  ")) and "│" in line
+    )
+    assert "* " not in text  # none of those in the table
 
 
 def test_nothing_is_drawn_of_what_is_not_known() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ftload.loaders.memory import chosen_gpu
-from ftload.loaders.memory.chosen_gpu import ChosenGpu, choose_gpu, smallest_gpu
+from ftload.loaders.memory.advice import Advice
+from ftload.loaders.memory.chosen_gpu import ChosenGpu, choose_gpu, smallest_gpu, sold_as
+from ftload.loaders.memory.sharding import Sharding
 from ftload.loaders.memory.training_memory import NoEstimate, TrainingMemory
 from ftload.loaders.system import cuda
 
@@ -29,24 +33,26 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_without_a_gpu_it_is_the_smallest_that_suffices(asked: str, size: int, reason: str) -> None:
-    assert choose_gpu(METHODS, asked) == ChosenGpu(bytes=size * GB, reason=reason)
+    assert choose_gpu(METHODS, asked) == ChosenGpu(bytes=size * GB, gigabytes=size, reason=reason)
 
 
 def test_a_method_without_an_estimate_stands_back() -> None:
     unknown = NoEstimate(method="qlora", reason="no layer can be quantised")
     others: list[TrainingMemory | NoEstimate] = [unknown, *METHODS[1:2]]
-    assert choose_gpu(others, "qlora") == ChosenGpu(bytes=96 * GB, reason="the smallest here on which lora fits")
+    found = choose_gpu(others, "qlora")
+    assert found == ChosenGpu(bytes=96 * GB, gigabytes=96, reason="the smallest here on which lora fits")
     assert choose_gpu([unknown], "qlora") is None
 
 
 def test_a_gpu_that_is_here_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chosen_gpu, "first_gpu", lambda: ("NVIDIA H100 80GB HBM3", 85_030_000_000))
     gpu = choose_gpu(METHODS, "qlora")
-    assert gpu == ChosenGpu(bytes=85_030_000_000, reason="the GPU of this machine: NVIDIA H100 80GB HBM3")
+    reason = "the GPU of this machine: NVIDIA H100 80GB HBM3"
+    assert gpu == ChosenGpu(bytes=85_030_000_000, gigabytes=80, reason=reason)
 
 
 @pytest.mark.parametrize(
-    ("bytes_", "sold_as"),
+    ("bytes_", "gigabytes"),
     [
         (15_835_660_288, 16),  # Tesla T4
         (25_386_352_640, 24),  # RTX 4090
@@ -57,8 +63,40 @@ def test_a_gpu_that_is_here_comes_first(monkeypatch: pytest.MonkeyPatch) -> None
         (300 * GB, None),
     ],
 )
-def test_what_it_is_sold_as(bytes_: int, sold_as: int | None) -> None:
-    assert ChosenGpu(bytes=bytes_, reason="").gigabytes == sold_as
+def test_what_it_is_sold_as(bytes_: int, gigabytes: int | None) -> None:
+    assert sold_as(bytes_) == gigabytes
+
+
+def advice(gpus: str, count: int, size: int) -> Advice:
+    return Advice(
+        gpus=gpus, gpu_count=count, gpu_bytes=size, method="qlora", total_bytes=20 * GB, reason=None,
+        fits_as_given=True, fits=True, changes=(), smallest_bytes=None, paged_bytes=None,
+    )  # fmt: skip
+
+
+SHARED = [replace(method, sharding=Sharding(method="fsdp", gpus=2)) for method in METHODS]
+SIZES = [advice("2x48GB", 2, 48 * GB), advice("24GB", 1, 24 * GB), advice("44GB", 1, 44 * GB)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "fit", "expected"),
+    [
+        (METHODS, SIZES, (24, 24, "the one of --fit 24GB")),
+        (METHODS, SIZES[::-1], (44, None, "the one of --fit 44GB")),
+        (METHODS, SIZES[:1], (48, 48, "each of --fit 2x48GB; what 2 would divide is counted for 1 here")),
+        (SHARED, SIZES[::-1], (48, 48, "each of --fit 2x48GB")),
+        (SHARED, SIZES[1:], (24, 24, "the one of --fit 24GB; what 1 would divide is counted for 2 here")),
+    ],
+)
+def test_what_is_asked_for_comes_before_all(
+    methods: list[TrainingMemory],
+    fit: list[Advice],
+    expected: tuple[int, int | None, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chosen_gpu, "first_gpu", lambda: ("NVIDIA H100 80GB HBM3", 85_030_000_000))
+    size, gigabytes, reason = expected
+    assert choose_gpu(methods, "full", fit) == ChosenGpu(bytes=size * GB, gigabytes=gigabytes, reason=reason)
 
 
 def test_the_smallest_gpu_has_every_byte() -> None:
