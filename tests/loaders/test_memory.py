@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,12 +245,3 @@ def test_a_model_whose_step_can_not_be_simulated(llama: Path, tmp_path: Path, mo
     monkeypatch.setattr(type(plan.skeleton.model), "forward", forward)
     expected = NoEstimate(method="full", reason="its training step can't be simulated: no kernel for meta")
     assert estimate_training_memory(plan, flags) == expected
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the script runs for minutes")
-def test_the_gpu_check_says_in_one_line_that_there_is_no_gpu() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "gpu_check"
-    process = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (5, "")
-    assert process.stderr.startswith("gpu_check: nothing checked: ")
-    assert process.stderr.count("\n") == 1
