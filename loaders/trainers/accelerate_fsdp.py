@@ -33,7 +33,7 @@ class AccelerateFsdp:
     }
     file_name = "train_fsdp.py"
     language = "python"
-    step = TrainingStep()
+    step = TrainingStep(autocast="never", named_optimizer=False)
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """FSDP2 casts floating parameters to the run's dtype before it gathers them, 4-bit codes that look so too."""

@@ -27,7 +27,7 @@ class Axolotl:
     }
     file_name = "axolotl.yaml"
     language = "yaml"
-    step = TrainingStep()
+    step = TrainingStep(unquantised_dtype="bfloat16", embedding_dtype="float32")
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It could import `ftload.register` as one of its plugins, were its transformers not too old for that."""
@@ -60,8 +60,8 @@ class Axolotl:
             )
         if handover.adapter is None:
             notes.append(
-                "Norms, embeddings and what is tied to them are made float32, and are saved so; all else stays "
-                "bfloat16. With FlashAttention 2 they are bfloat16 again."
+                "Norms, embeddings and head are made float32, and are saved so; all else stays bfloat16. With "
+                "FlashAttention 2 they are bfloat16 again."
             )
         if handover.never_trained:
             notes.append(f"It trains what the model's class leaves alone, such as {handover.never_trained[0]}.")

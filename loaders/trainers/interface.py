@@ -86,6 +86,15 @@ class TrainingStep:
     """Of an adapter's weights and gradients."""
     unquantised_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of what is not quantised of a 4-bit base; `float32` is what k-bit preparation makes of it."""
+    embedding_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of norms, embeddings and head where all is trained; with FlashAttention 2 they are bfloat16 in any case."""
+    autocast: Literal["always", "adapters", "never"] = "always"
+    """What is trained under autocast, where precision is mixed. `never`: FSDP2 gathers all weights in bfloat16."""
+    quantised_liger: bool = True
+    """Whether Liger's kernels, where they are asked for, run on a 4-bit base too."""
+    named_optimizer: bool = True
+    """Whether a 4-bit base's adapter has bitsandbytes' paged AdamW; else it is torch's, and `use_8bit_optimizer` is not
+    taken over."""
     reentrant: bool = False
     """Whether gradient checkpointing of a 4-bit base is re-entrant, as k-bit preparation leaves it."""
 

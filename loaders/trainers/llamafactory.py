@@ -29,7 +29,7 @@ class LlamaFactory:
     }
     file_name = "llamafactory.sh"
     language = "sh"
-    step = TrainingStep()
+    step = TrainingStep(unquantised_dtype="bfloat16", autocast="adapters")
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """Its keys have no place for another tokenizer, nor for what makes transformers load 4-bit experts."""

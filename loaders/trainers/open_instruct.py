@@ -45,7 +45,7 @@ class OpenInstruct:
     tested: Mapping[str, str] = {"open_instruct/finetune.py": "of 2026-08-20 (e6c3044aa)"}
     file_name = "open-instruct.sh"
     language = "sh"
-    step = TrainingStep(keeps_outputs=True, reentrant=True)
+    step = TrainingStep(reentrant=True, quantised_liger=False)
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It makes its adapter itself: what it has no flag for can't be had."""
@@ -77,6 +77,8 @@ class OpenInstruct:
             )
         if handover.strategy == "qlora":
             notes.append("--use_qlora goes with --use_lora there: alone it trains no adapter.")
+        if handover.quantised and handover.liger:
+            notes.append("It puts no Liger kernels on a 4-bit base: use_liger_kernel is for full fine-tuning and LoRA.")
         notes.append(
             "--chat_template_name and --add_bos are in the tokenizer already; --add_bos a second time is an error."
         )

@@ -23,7 +23,7 @@ class Trl:
     }
     file_name = "train_trl.py"
     language = "python"
-    step = TrainingStep()
+    step = TrainingStep(loss="chunks")
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It takes the weight of the head as it is stored."""

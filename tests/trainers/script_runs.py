@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ftload.loaders.load import load_prepared
+from ftload.loaders.trainers.registry import TRAINERS
 from safetensors.torch import load_file
 
 from tests.conftest import Result
@@ -21,9 +22,14 @@ from .conftest import CONVERSATIONS
 
 
 def python_of(environment: str) -> Path:
-    """Of a trainer's own environment, below FTLOAD_TRAINERS or where scripts/test_trainers makes it."""
+    """Of a trainer's own environment."""
+    return folder_of(environment) / "bin" / "python"
+
+
+def folder_of(trainer: str) -> Path:
+    """A trainer's environment, or its source: below FTLOAD_TRAINERS, or where scripts/test_trainers makes them."""
     trainers = os.environ.get("FTLOAD_TRAINERS") or Path(__file__).parents[2] / ".cache" / "trainers"
-    return Path(trainers) / environment / "bin" / "python"
+    return Path(trainers) / trainer
 
 
 def needs(environment: str) -> pytest.MarkDecorator:
@@ -134,6 +140,47 @@ def check_start(run: Run, *, dtype: torch.dtype | None = None) -> None:
         assert run.before[name].dtype == (dtype or value.dtype), name
         assert torch.equal(run.before[name], value if dtype is None else value.to(dtype)), name
     assert run.facts["trained"] == run.report["parameters"]["trainable"]
+
+
+def check_step(run: Run, trainer: str, *, sharded: bool = False) -> None:
+    """What the first step held is what the trainer's `TrainingStep` says."""
+    step, seen = TRAINERS[trainer].step, run.facts["step"]
+    has_adapter, quantised = (run.prepared / "adapter").exists(), run.report["quantization"] is not None
+    autocast = step.autocast == "always" or (has_adapter and step.autocast == "adapters")
+    tokens, rows = seen["batch"][0] * seen["batch"][1], run.report["embeddings"]["rows_after"]
+    assert seen["autocast"] == autocast
+    if step.loss == "chunks":
+        assert seen["head"] is None
+        assert not seen["saved_logits"]
+    else:
+        assert seen["head"] == "bfloat16"
+        assert ["float32", [tokens, rows]] in seen["saved_logits"]
+        assert seen["outputs"] == ("float32" if autocast else "bfloat16")
+    assert seen["logits_live"] == step.keeps_outputs
+    if run.facts["checkpointing"]:
+        assert seen["reentrant"] == [quantised and step.reentrant]
+    for name, dtype in seen["parameters"].items():
+        if name in run.facts["packed"]:
+            continue
+        plain = name.replace(".default.", ".")
+        if has_adapter and plain in run.before:
+            expected = step.adapter_dtype
+        elif has_adapter:
+            expected = step.unquantised_dtype if quantised else "bfloat16"
+        elif sharded:
+            expected = "float32"
+        else:
+            is_wide = any(part in name for part in ("norm", "embed_tokens", "lm_head"))
+            expected = step.embedding_dtype if is_wide else "bfloat16"
+        assert dtype == expected, name
+    assert set(seen["gradients"]) == {str(one.dtype).removeprefix("torch.") for one in run.before.values()}
+    optimizer, size = seen["optimizer"]
+    is_named = quantised and step.named_optimizer
+    assert optimizer.partition(".")[0] == ("bitsandbytes" if is_named else "torch")
+    if not sharded:
+        # two states as wide as what is trained, none large enough for 8 bits here, and torch's count of steps
+        steps = 0 if is_named else 4 * len(run.before)
+        assert size == sum(2 * value.nbytes for value in run.before.values()) + steps
 
 
 def check_end(run: Run) -> None:

@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 from tests.conftest import Result
 
 from .conftest import write_conversations
-from .script_runs import CASES, check_batch, check_end, check_liger, check_start, needs_environment, run_recipe
+from .script_runs import (
+    CASES,
+    check_batch,
+    check_end,
+    check_liger,
+    check_start,
+    check_step,
+    needs_environment,
+    run_recipe,
+)
 
 COLOURS = ("red", "blue", "green", "brown")
 Ftload = Callable[..., Result]
@@ -29,6 +38,7 @@ def test_the_recipe_trains_what_was_prepared(
         ftload, "accelerate-fsdp", model, conversations, tmp_path, *flags, options=("--fsdp",), processes=2
     )
     check_start(run, dtype=torch.float32)
+    check_step(run, "accelerate-fsdp", sharded=True)
     check_batch(run, 2)
     check_end(run)
     assert run.facts["checkpointing"] == ("checkpointing" in case)

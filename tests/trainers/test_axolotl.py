@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import Result
 
-from .script_runs import CASES, Run, check_end, check_rows, check_start, needs, run_recipe
+from .script_runs import CASES, Run, check_end, check_rows, check_start, check_step, needs, run_recipe
 
 Ftload = Callable[..., Result]
 PROGRAM = Path(__file__).with_name("axolotl_on_cpu.py")
@@ -32,6 +32,7 @@ def test_the_recipe_trains_the_prepared_adapter(
 ) -> None:
     run = _run(ftload, tiny_llama, conversations, tmp_path, *CASES[case])
     check_start(run)
+    check_step(run, "axolotl")
     check_end(run)
     assert run.facts["attention"] == run.report["attention"]["effective"]
     assert run.facts["checkpointing"] == ("checkpointing" in case)
@@ -45,6 +46,7 @@ def test_a_standard_output_is_trained_with_float32_norms_and_embeddings(
     ftload: Ftload, tiny_llama: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = _run(ftload, tiny_llama, conversations, tmp_path)
+    check_step(run, "axolotl")
     widened = {name for name, value in run.before.items() if value.dtype == torch.float32}
     assert widened == {name for name in run.before if "norm" in name or "embed" in name}
     run.before.update({name: run.before[name].to(torch.bfloat16) for name in widened})

@@ -118,7 +118,7 @@ def test_what_axolotl_cannot_take_is_refused(qlora: Handover) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"adapter": None, "quantised": False}, "Norms, embeddings and what is tied to them are made float32"),
+        ({"adapter": None, "quantised": False}, "Norms, embeddings and head are made float32"),
         ({}, "load_in_4bit is needed, though the base is 4-bit as it is stored"),
         ({"attention": "sdpa", "attention_asked": "flash_attention_2"}, "set attn_implementation to flash_attention_2"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Result
 
-from .script_runs import CASES, Run, check_end, check_rows, check_start, needs, run_recipe
+from .script_runs import CASES, Run, check_end, check_rows, check_start, check_step, needs, run_recipe
 
 Ftload = Callable[..., Result]
 PROGRAM = Path(__file__).with_name("llamafactory_on_cpu.py")
@@ -24,6 +24,7 @@ def test_the_recipe_trains_what_was_prepared(
     base = ("--base", "copy") if "--use_lora" in CASES[case] and "--base" not in CASES[case] else ()
     run = _run(ftload, tiny_llama, conversations, tmp_path, *CASES[case], *base)
     check_start(run)
+    check_step(run, "llamafactory")
     check_end(run)
     assert run.facts["attention"] == run.report["attention"]["effective"]
     assert run.facts["checkpointing"] == ("checkpointing" in case)
@@ -46,6 +47,7 @@ def test_a_mixture_is_trained(ftload: Ftload, tiny_mixture: Path, conversations:
         "30",
     )
     check_start(run)
+    check_step(run, "llamafactory")
     check_end(run)
     assert run.facts["packed"]
 

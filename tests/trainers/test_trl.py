@@ -16,6 +16,7 @@ from .script_runs import (
     check_liger,
     check_like_load_prepared,
     check_start,
+    check_step,
     needs_environment,
     run_recipe,
 )
@@ -31,6 +32,7 @@ def test_the_recipe_trains_what_was_prepared(
     model = tiny_mixture if "experts" in case else tiny_llama
     run = run_recipe(ftload, "trl", model, conversations, tmp_path, *CASES[case], "--lora_dropout", "0")
     check_start(run)
+    check_step(run, "trl")
     check_batch(run, 4)
     check_end(run)
     check_like_load_prepared(run)

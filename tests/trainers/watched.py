@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from watched_step import StepWatch
 
 
 class Watch:
@@ -24,7 +25,8 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts: dict[str, Any] = {"losses": []}
+        self.facts: dict[str, Any] = {"losses": [], "step": {}}
+        self.step = StepWatch(self.facts["step"])
 
     def see(self, model: torch.nn.Module) -> None:
         """The model before its first step."""
@@ -79,10 +81,15 @@ def main(script: str, folder: str, *options: str) -> None:
             if isinstance(thing, torch.nn.Module):
                 watch.see_packed(thing)
                 thing.register_forward_pre_hook(watch.see_batch, with_kwargs=True)
-        return prepare(accelerator, *things, **more)
+        prepared = prepare(accelerator, *things, **more)
+        for thing in prepared if isinstance(prepared, tuple | list) else (prepared,):
+            if isinstance(thing, torch.nn.Module):
+                watch.step.watch(thing)
+        return prepared
 
     def watched_backward(accelerator: Accelerator, loss: torch.Tensor, **more: Any) -> None:
         watch.facts["losses"].append(loss.item())
+        watch.step.before_backward()
         backward(accelerator, loss, **more)
 
     def first_forward(module: torch.nn.Module, _: Any) -> None:
