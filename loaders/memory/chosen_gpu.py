@@ -59,7 +59,7 @@ def _of_fit(sharding: Sharding | None, advice: Sequence[Advice]) -> ChosenGpu:
     one = (*alike, *advice)[0]
     reason = f"{'the one' if one.gpu_count == 1 else 'each'} of --fit {one.gpus}"
     if not alike:
-        reason += f"; what {one.gpu_count:,} would divide is counted for {count:,} here"
+        reason += "; nothing is divided here" if count == 1 else f"; these are shares of {count:,} GPUs"
     whole = one.gpu_bytes // GIGABYTE
     is_sold = one.gpu_bytes == whole * GIGABYTE and whole in GPU_GIGABYTES
     return ChosenGpu(bytes=one.gpu_bytes, gigabytes=whole if is_sold else None, reason=reason)

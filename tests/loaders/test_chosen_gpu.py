@@ -83,9 +83,9 @@ SIZES = [advice("2x48GB", 2, 48 * GB), advice("24GB", 1, 24 * GB), advice("44GB"
     [
         (METHODS, SIZES, (24, 24, "the one of --fit 24GB")),
         (METHODS, SIZES[::-1], (44, None, "the one of --fit 44GB")),
-        (METHODS, SIZES[:1], (48, 48, "each of --fit 2x48GB; what 2 would divide is counted for 1 here")),
+        (METHODS, SIZES[:1], (48, 48, "each of --fit 2x48GB; nothing is divided here")),
         (SHARED, SIZES[::-1], (48, 48, "each of --fit 2x48GB")),
-        (SHARED, SIZES[1:], (24, 24, "the one of --fit 24GB; what 1 would divide is counted for 2 here")),
+        (SHARED, SIZES[1:], (24, 24, "the one of --fit 24GB; these are shares of 2 GPUs")),
     ],
 )
 def test_what_is_asked_for_comes_before_all(
