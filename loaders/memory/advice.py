@@ -113,18 +113,19 @@ def fit_error(advice: Iterable[Advice]) -> ResourceError | None:
     failed = [one for one in advice if not one.fits]
     if not failed:
         return None
-    messages, hint = [], "take more GPUs, as in `--fit 2x80GB`, larger ones, or a smaller model"
+    messages, hint = [], None
     for one in failed:
         if one.smallest_bytes is None:
             messages.append(f"whether `{one.method}` fits on `{one.gpus}` is not known: {one.reason}")
             continue
+        hint = hint or "take more GPUs, as in `--fit 2x80GB`, larger ones, or a smaller model"
         messages.append(
             f"nothing fits on `{one.gpus}`: with all that can be changed, training takes {one.smallest_bytes:,} bytes"
         )
         if one.paged_bytes is not None:
             hint = (
-                f"the optimizer is paged: it may still run, slowly, with up to {one.paged_bytes:,} bytes of its states "
-                "in the host's memory"
+                f"the optimizer is paged: on `{one.gpus}` it may still run, slowly, with up to {one.paged_bytes:,} "
+                "bytes of its states in the host's memory"
             )
     return ResourceError("; ".join(messages), hint=hint)
 

@@ -39,6 +39,8 @@ _OF_4_BITS: frozenset[Kind] = frozenset(("storage", "8-bit optimizer"))
 """Those that have a meaning for QLoRA alone."""
 LENGTH_STEP = 128
 """Tokens: lengths that are advised are multiples of it."""
+_LARGEST_BATCH, _LARGEST_LENGTH = 4096, 2**20
+"""Of those that are tried: a larger one is a slip of who typed it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ def possible_changes(
     if sharding is not None and sharding.method == "fsdp" and own.bnb_4bit_quant_storage in (None, "uint8"):
         found["storage"].append(("4-bit weights as bfloat16, divided", {"bnb_4bit_quant_storage": "bfloat16"}))
     size, accumulated = flat.per_device_train_batch_size, flat.gradient_accumulation_steps
-    for smaller in range(size - 1, 0, -1):
+    for smaller in range(min(size - 1, _LARGEST_BATCH), 0, -1):
         if size % smaller == 0 and accumulated >= 1:
             steps = accumulated * size // smaller
             flags = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": steps}
@@ -80,7 +82,8 @@ def possible_changes(
         flags = {} if flat.use_lora else {"use_lora": True}  # Open Instruct looks for both
         flags |= {"use_qlora": True} | ({"base": "auto"} if own.base == "reference" else {})
         found["qlora"].append((f"QLoRA in place of {method}", flags))
-    for shorter in range((length - 1) // LENGTH_STEP * LENGTH_STEP, 0, -LENGTH_STEP):
+    longest = min(length - 1, _LARGEST_LENGTH) // LENGTH_STEP * LENGTH_STEP
+    for shorter in range(longest, 0, -LENGTH_STEP):
         found["length"].append((f"length {length:,} → {shorter:,} tokens", {"max_seq_length": shorter}))
     return {
         kind: tuple(Change(kind=kind, words=words, flags=flags) for words, flags in ways)
