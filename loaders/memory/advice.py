@@ -2,8 +2,9 @@
 
 All lists of one change are tried, then all of two, and so on; of lists that are equally long, those that alter the
 result of training least come first (`changes.py`). So the list that is found is the shortest, and none of its changes
-can be left out. One that cuts sequences is tried only once all others are. Of the batch sizes and lengths in a list,
-the largest that fits is taken: first of the lengths, as cutting loses data.
+can be left out. Lists that cut sequences are tried only once all others are: first those that leave at least half of
+the length. Of the batch sizes and lengths in a list, the largest that fits is taken: first of the lengths, as cutting
+loses data.
 
 Every list is tried by an estimate of its own, with the plan that its flags give. Two things save estimates: simulated
 steps are shared (`Simulations`), and a list whose weights and optimizer states alone are too large is not simulated.
@@ -171,6 +172,7 @@ class _Trials:
         self._estimates: dict[str, tuple[tuple[Change, ...], TrainingMemory | NoEstimate]] = {}
         given = self.estimate(())
         self._possible: dict[Kind, tuple[Change, ...]] = {}
+        self._length = given.length if isinstance(given, TrainingMemory) else 0
         if isinstance(given, TrainingMemory):
             possible = possible_changes(plan, arguments, length=given.length, sharding=run.sharding)
             in_4_bits = self._quantised or ("qlora" in possible and self._can_be_prepared(possible["qlora"][0]))
@@ -180,8 +182,8 @@ class _Trials:
 
     def shortest(self, room: int) -> list[tuple[Change, int]] | None:
         """The shortest list that fits into `room` bytes, each change with the peak once it is made."""
-        for kinds in self._lists():
-            changes = self._least_changes(kinds, room)
+        for possible in self._stages():
+            changes = self._shortest_of(possible, room)
             if changes is not None:
                 peaks = [self.estimate(changes[:number]) for number in range(1, len(changes) + 1)]
                 totals = [peak.total for peak in peaks if isinstance(peak, TrainingMemory)]
@@ -233,23 +235,36 @@ class _Trials:
             or self._plan_of(changed(self._arguments, (change,))) is not None
         )
 
-    def _lists(self) -> Iterator[tuple[Kind, ...]]:
-        """The kinds of all lists, in the order in which they are tried."""
-        kinds = tuple(self._possible)
-        for cuts in (False, True):
-            for count in range(1, len(kinds) + 1):
-                for chosen in sorted(combinations(kinds, count), key=harm):
-                    if ("length" in chosen) == cuts and go_together(chosen, quantised=self._quantised):
-                        yield chosen
+    def _stages(self) -> Iterator[dict[Kind, tuple[Change, ...]]]:
+        """What is tried first, and what only where that does not fit: to cut sequences, down to half, and further."""
+        lengths = self._possible.get("length", ())
+        halves = tuple(change for change in lengths if 2 * change.flags["max_seq_length"] >= self._length)
+        possible = self._possible.copy()
+        possible.pop("length", None)
+        yield possible
+        for ways in (halves, lengths):
+            if ways:
+                possible["length"] = ways
+                yield possible
 
-    def _least_changes(self, kinds: Iterable[Kind], room: int) -> tuple[Change, ...] | None:
+    def _shortest_of(self, possible: dict[Kind, tuple[Change, ...]], room: int) -> tuple[Change, ...] | None:
+        """The shortest list of such changes that fits into `room` bytes; of equally long ones, the mildest."""
+        for count in range(1, len(possible) + 1):
+            for kinds in sorted(combinations(possible, count), key=harm):
+                if go_together(kinds, quantised=self._quantised):
+                    changes = self._least_changes({kind: possible[kind] for kind in kinds}, room)
+                    if changes is not None:
+                        return changes
+        return None
+
+    def _least_changes(self, possible: Mapping[Kind, tuple[Change, ...]], room: int) -> tuple[Change, ...] | None:
         """The least change of each kind that fits into `room` bytes together; None if even the greatest do not."""
-        changes = {kind: self._possible[kind][-1] for kind in kinds}
+        changes = {kind: ways[-1] for kind, ways in possible.items()}
         if not self._fits(changes.values(), room):
             return None
         for kind in ("length", "batch"):
             if kind in changes:
-                ways = self._possible[kind]
+                ways = possible[kind]
                 # the last one fits
                 number = bisect_left(
                     ways[:-1], True, key=lambda way: self._fits((changes | {way.kind: way}).values(), room)

@@ -11,7 +11,7 @@ between lists of changes that are equally long.
 - `lora`: an adapter is trained in place of all weights.
 - `qlora`: and the base is rounded to 4 bits.
 - `length`: sequences are cut, so that data is lost. That is the last resort: it is advised only where no list of other
-  changes fits.
+  changes fits, and to less than half only where no list that leaves half does.
 
 bitsandbytes' paged optimizer is no change: under QLoRA, Open Instruct's is paged already.
 """

@@ -152,10 +152,10 @@ def advice_for(asked: tuple[Opinion, Simulations], words: list[str], gpus: Gpus)
     return advice
 
 
-def ways(arguments: Arguments, model: str, gpus: Gpus) -> dict[str, list[str]]:
-    """The strongest change of each kind, in words."""
+def ways(arguments: Arguments, model: str, gpus: Gpus, shortest: int) -> dict[str, list[str]]:
+    """The strongest change of each kind, in words; sequences have at least `shortest` tokens."""
     flat = arguments.flat
-    length = flat.max_seq_length or (1024 if model == "GPT-2" else 4096)
+    length = given_length(arguments, model)
     size, steps = flat.per_device_train_batch_size, flat.gradient_accumulation_steps
     found = {
         "checkpointing": [] if flat.gradient_checkpointing else ["--gradient_checkpointing"],
@@ -165,9 +165,13 @@ def ways(arguments: Arguments, model: str, gpus: Gpus) -> dict[str, list[str]]:
         "storage": ["--bnb_4bit_quant_storage", "bfloat16"] if gpus.count is not None else [],
         "lora": [] if flat.use_lora or flat.use_qlora else ["--use_lora"],
         "qlora": [] if flat.use_qlora else ["--use_qlora", "--base", "copy"],
-        "length": ["--max_seq_length", "128"] if length > 128 else [],
+        "length": ["--max_seq_length", str(shortest)] if length > shortest else [],
     }
     return {kind: words for kind, words in found.items() if words}
+
+
+def given_length(arguments: Arguments, model: str) -> int:
+    return arguments.flat.max_seq_length or (1024 if model == "GPT-2" else 4096)
 
 
 def batch(size: int, sequences: int) -> list[str]:
@@ -175,14 +179,16 @@ def batch(size: int, sequences: int) -> list[str]:
     return ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps)]
 
 
-def lists(arguments: Arguments, model: str, gpus: Gpus, counts: Iterable[int], *, cut: bool) -> list[list[str]]:
-    """All lists of so many changes, in words: those that can be typed; `cut` allows shorter sequences."""
-    kinds = ways(arguments, model, gpus)
+def lists(
+    arguments: Arguments, model: str, gpus: Gpus, counts: Iterable[int], *, shortest: int = 10**9
+) -> list[list[str]]:
+    """All lists of so many changes, in words: those that can be typed; sequences have at least `shortest` tokens."""
+    kinds = ways(arguments, model, gpus, shortest)
     found = []
     for count in counts:
         for chosen in combinations(kinds, count):
             quantised = arguments.flat.use_qlora or "qlora" in chosen
-            if {"lora", "qlora"} <= {*chosen} or ("length" in chosen and not cut):
+            if {"lora", "qlora"} <= {*chosen}:
                 continue
             if quantised or not {"storage", "8-bit"} & {*chosen}:
                 found.append([word for kind in chosen for word in kinds[kind]])
@@ -203,7 +209,7 @@ def test_what_is_advised_fits_and_nothing_shorter_does(
         return
     if not advice.fits:
         assert advice.changes == ()
-        everything = lists(arguments, model, gpus, range(len(ORDER) + 1), cut=True)
+        everything = lists(arguments, model, gpus, range(len(ORDER) + 1), shortest=128)
         peaks = [peak for peak in (opinion.peak([*words, *more], gpus) for more in everything) if peak is not None]
         assert min(peaks) > gpus.bytes
         assert advice.smallest_bytes == min(peaks)
@@ -211,7 +217,11 @@ def test_what_is_advised_fits_and_nothing_shorter_does(
     # every estimate below is of flags as they are typed
     changed = [*words, *advice.command_line.split()]
     assert Opinion(opinion.source).peak(changed, gpus) == advice.changes[-1].total_bytes <= gpus.bytes
-    cuts = any(change.change == "length" for change in advice.changes)
+    length = given_length(arguments, model)
+    half = -(-length // 256) * 128
+    stages = (half, 128) if any(change.change == "length" for change in advice.changes) else ()
+    if stages and advice.flags["max_seq_length"] >= half:
+        stages = (half,)
     for number in range(len(advice.changes)):
         left = [change for other, change in enumerate(advice.changes) if other != number]
         typed = [word for change in left for word in typed_change(change.flags)]
@@ -219,9 +229,11 @@ def test_what_is_advised_fits_and_nothing_shorter_does(
             assert not opinion.fits([*words, *typed], gpus), advice.changes[number]
         except FtloadError:  # what goes with QLoRA alone is refused without it
             assert advice.changes[number].change == "qlora"
-    shorter = lists(arguments, model, gpus, range(len(advice.changes)), cut=cuts)
-    if cuts:  # the last resort: nothing else fits, however long the list
-        shorter += lists(arguments, model, gpus, range(len(ORDER) + 1), cut=False)
+    shorter = lists(arguments, model, gpus, range(len(advice.changes)), shortest=stages[-1] if stages else 10**9)
+    if stages:  # the last resort: nothing else fits, however long the list
+        shorter += lists(arguments, model, gpus, range(len(ORDER) + 1))
+    if len(stages) == 2:  # and nothing that leaves half of the length
+        shorter += lists(arguments, model, gpus, range(len(ORDER) + 1), shortest=half)
     fitting = [more for more in shorter if opinion.fits([*words, *more], gpus)]
     assert fitting == []
     before = advice.total_bytes or 0
@@ -244,8 +256,7 @@ def test_what_is_advised_fits_and_nothing_shorter_does(
         if change.change == "length":
             length = now.max_seq_length or 0
             assert length % 128 == 0
-            given = flat.max_seq_length or 4096
-            if length + 128 < given:
+            if length + 128 < given_length(arguments, model):
                 longer = [*changed, "--max_seq_length", str(length + 128)]
                 smallest = batch(1, sequences) if any(one.change == "batch" for one in advice.changes) else []
                 assert not opinion.fits([*longer, *smallest], gpus)

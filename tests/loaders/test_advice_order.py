@@ -103,7 +103,8 @@ def preference(changes: dict[str, Any]) -> tuple[Any, ...]:
     """What is compared, the first difference counts; the smallest is advised."""
     worst_first = sorted((MILDEST_FIRST.index(kind) for kind in changes), reverse=True)
     kept = -changes.get("length", 0), -changes.get("batch", 0)
-    return "length" in changes, len(changes), worst_first, kept
+    lost = 0 if "length" not in changes else 1 if 2 * changes["length"] >= LENGTHS[0] else 2
+    return lost, len(changes), worst_first, kept
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,8 @@ def test_the_list_is_the_one_that_trying_everything_finds(
             "full", {"checkpointing": 0.5, "batch": 0.543, "liger": 0.7, "length": 0.0}, 0.22,
             ["checkpointing", "batch", "liger"],
         ),
-        ("full", {"checkpointing": 0.5, "batch": 0.543, "length": 0.0}, 0.22, ["length"]),
+        ("full", {"checkpointing": 0.5, "batch": 0.543, "length": 0.0}, 0.22, ["checkpointing", "batch", "length"]),
+        ("full", {"checkpointing": 0.9, "batch": 0.9, "length": 0.0}, 0.22, ["length"]),
         # one change is less than two
         ("full", {"checkpointing": 0.5, "batch": 0.0, "liger": 0.5, "qlora": 0.1}, 0.124, ["qlora"]),
         ("qlora on 2", {"storage": 0.9, "8-bit optimizer": 0.8, "length": 0.5}, 0.75, ["storage", "8-bit optimizer"]),
