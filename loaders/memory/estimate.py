@@ -1,10 +1,9 @@
 """The memory that training takes on each GPU: weights, gradients, optimizer states, activations and all the rest.
 
 Weights and gradients are counted, optimizer states follow their libraries' formulas (`optimizer.py`), activations are
-simulated (`simulation.py`). The step is the one of Open Instruct's SFT script on what `load_prepared` gives, without
-autocast: `outputs = model(**batch, use_cache=False)`, backward, `optimizer.step()`, `zero_grad()`; `outputs`, logits
-included, lives until the next step. "GB" are 10⁹ bytes; what a GPU sold as 80 GB has beyond that is left for
-fragmentation.
+simulated (`step/simulation.py`). The step is the one that a trainer runs on what `load_prepared` gives: forward pass,
+under autocast with mixed precision, backward pass, `optimizer.step()`, `zero_grad()`. "GB" are 10⁹ bytes; what a GPU
+sold as 80 GB has beyond that is left for fragmentation.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES
 from ..errors import FtloadError, said_by
 from ..plan.plan import Plan
 from ..plan.planning import make_plan
+from ..trainers.registry import TRAINERS
 from .optimizer import optimizer_bytes, optimizer_temporaries, trained_tensors
-from .sharding import DividedBase, Sharding, Shares, one_share, shares_of, with_share
+from .sharding import DividedBase, Shares, one_share, shares_of, with_share
 from .step.cut_model import layer_bytes
 from .step.setting import Setting, training_setting
 from .step.simulation import Moment
@@ -56,9 +55,9 @@ def estimate_training_memory(
     method = plan.strategy.name if plan.adapter is not None else "full"
     length, length_origin = _length(plan, flags)
     size = flags.per_device_train_batch_size
-    setting = training_setting(plan, flags)
-    shares = shares_of(sharding, accumulates=flags.gradient_accumulation_steps > 1)
-    if shares.weights > 1 and setting.is_quantised and sharding is not None and sharding.method == "zero":
+    setting = training_setting(plan, flags, run)
+    shares = shares_of(run, accumulates=flags.gradient_accumulation_steps > 1)
+    if shares.weights > 1 and setting.is_quantised and sharding is not None and not sharding.is_fsdp:
         return NoEstimate(method=method, reason="how ZeRO-3 divides 4-bit weights is not known here; for --fsdp it is")
     try:
         footprints = Footprints(plan, flags, setting, simulations)
@@ -66,11 +65,11 @@ def estimate_training_memory(
         fits = Fits(footprints, size=size, length=length) if gpus else None
     except Exception as error:  # a model's own code may do what has no meaning without data
         return NoEstimate(method=method, reason=f"its training step can't be simulated: {said_by(error)}")
-    base = DividedBase.of(plan)
-    lasting = _lasting_parts(plan, base, flags, sharding, shares)
+    base = DividedBase.of(plan, run)
+    lasting = _lasting_parts(plan, base, flags, run, shares)
     lasting_bytes = sum(part.bytes for part in lasting)
     gathered = _gathered_bytes(plan, base, setting) if shares.weights > 1 else 0
-    update = _update(plan, flags, sharding, shares)
+    update = _update(plan, flags, run, shares)
     gradients = update.gradients
     moments = tuple(shares.divide_gradients(moment, gathered) for moment in footprint.moments)
     recomputed = tuple(
@@ -85,7 +84,7 @@ def estimate_training_memory(
         length_origin=length_origin,
         attention=setting.attention,
         sharding=sharding,
-        parts=(*lasting, *_parts_at(peak, shares, gradients, setting, gathered)),
+        parts=(*lasting, *_parts_at(peak, shares, gradients, setting, gathered, run)),
         moment=peak.name,
         all_logits=run.step.loss == "model" and not setting.liger,
         moments=(*moments, update),
@@ -100,17 +99,17 @@ def estimate_training_memory(
 
 def least_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun = _ALONE) -> int:
     """What training takes at least, whatever the batch: what is there all the time, and the optimizer's step."""
-    shares = shares_of(run.sharding, accumulates=flags.gradient_accumulation_steps > 1)
-    lasting = _lasting_parts(plan, DividedBase.of(plan), flags, run.sharding, shares)
-    return sum(part.bytes for part in lasting) + _update(plan, flags, run.sharding, shares).total
+    shares = shares_of(run, accumulates=flags.gradient_accumulation_steps > 1)
+    lasting = _lasting_parts(plan, DividedBase.of(plan, run), flags, run, shares)
+    return sum(part.bytes for part in lasting) + _update(plan, flags, run, shares).total
 
 
-def _update(plan: Plan, flags: FlatArguments, sharding: Sharding | None, shares: Shares) -> Moment:
+def _update(plan: Plan, flags: FlatArguments, run: TrainingRun, shares: Shares) -> Moment:
     """The optimizer's step."""
     return Moment(
         name="optimizer step", activations=0, logits=0,
-        gradients=sum(count * item for count, item in trained_tensors(plan)) // shares.gradients,
-        temporary=optimizer_temporaries(plan, flags, sharding=sharding) // shares.optimizer,
+        gradients=sum(count * item for count, item in trained_tensors(plan, run)) // shares.gradients,
+        temporary=optimizer_temporaries(plan, flags, run) // shares.optimizer,
     )  # fmt: skip
 
 
@@ -164,14 +163,17 @@ def _length(plan: Plan, flags: FlatArguments) -> tuple[int, str]:
 
 
 def _lasting_parts(
-    plan: Plan, base: DividedBase, flags: FlatArguments, sharding: Sharding | None, shares: Shares
+    plan: Plan, base: DividedBase, flags: FlatArguments, run: TrainingRun, shares: Shares
 ) -> tuple[Part, ...]:
     """What is there all the time."""
-    adapter = sum(tensor.nbytes for tensor in plan.adapter_tensors())
+    adapter, dtype = 0, ""
+    if plan.adapter is not None:
+        trained = trained_tensors(plan, run)
+        adapter, dtype = sum(count * width for count, width in trained), {2: "bfloat16", 4: "float32"}[trained[0][1]]
     weights = with_share("counted from the checkpoint's headers", shares.weights)
     if base.whole and shares.weights > 1:
         weights += f", {base.whole:,} bytes aside: {base.reason}"
-    optimizer = optimizer_bytes(plan, flags, sharding=sharding)
+    optimizer = optimizer_bytes(plan, flags, run)
     return (
         Part(
             name="weights",
@@ -181,7 +183,7 @@ def _lasting_parts(
         Part(
             name="adapter",
             bytes=one_share(adapter, shares.weights),
-            origin=with_share("counted from the layers' shapes, in float32", shares.weights),
+            origin=with_share(f"counted from the layers' shapes, in {dtype}", shares.weights),
         ),
         replace(optimizer, bytes=one_share(optimizer.bytes, shares.optimizer)),
         Part(
@@ -195,21 +197,19 @@ def _lasting_parts(
 def _gathered_bytes(plan: Plan, base: DividedBase, setting: Setting) -> int:
     """The weights that each GPU holds whole: two layers, one of them prefetched, and all outside the layers.
 
-    Where quantised weights are divided, all others, which are float32 then, are gathered in the dtype of theirs.
+    `setting` says in which dtype.
     """
     layers, outside = layer_bytes(plan.skeleton.model, setting, base.codes)
-    quantisation, width = plan.strategy.quantisation, 4
-    if quantisation is not None and quantisation.mixed_precision is not None:
-        width = ITEM_BYTES[DTYPE_CODES[quantisation.mixed_precision]]
-    largest = max(codes + plain * width // 4 for plain, codes in layers)
-    plain, codes = outside
-    return 2 * largest + codes + plain * width // 4
+    return 2 * max(map(sum, layers)) + sum(outside)
 
 
-def _parts_at(peak: Moment, shares: Shares, gradients: int, setting: Setting, gathered: int) -> tuple[Part, ...]:
+def _parts_at(
+    peak: Moment, shares: Shares, gradients: int, setting: Setting, gathered: int, run: TrainingRun
+) -> tuple[Part, ...]:
     """What a moment holds beside what is there all the time; `gradients` are the bytes of all of them on one GPU."""
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
-    simulated = f"measured by simulation: one step on `meta`, {kernels}"
+    precision = "bfloat16 autocast" if setting.autocast else "no autocast"
+    simulated = f"measured by simulation: a step of {TRAINERS[run.trainer].title} on `meta`, {precision}, {kernels}"
     if setting.quantised_experts:
         simulated += ", as many tokens for each expert"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .sharding import Sharding, with_share
+from .sharding import with_share
 from .training_memory import Part
+from .training_run import TrainingRun
 
 if TYPE_CHECKING:
     from ..flags.declared import FlatArguments
     from ..plan.plan import Plan
 
 
-def trained_tensors(plan: Plan) -> list[tuple[int, int]]:
-    """Number of elements, and bytes of an element, of each tensor that is trained."""
+def trained_tensors(plan: Plan, run: TrainingRun) -> list[tuple[int, int]]:
+    """Number of elements, and bytes of an element as it is held, of each tensor that is trained."""
     if plan.adapter is not None:
-        return [(tensor.parameters, tensor.nbytes // tensor.parameters) for tensor in plan.adapter_tensors()]
+        width = 2 if run.makes_bfloat16 or (run.step.adapter_dtype == "bfloat16" and not run.upcasts) else 4
+        return [(tensor.parameters, width) for tensor in plan.adapter_tensors()]
     return [
-        (value.numel(), value.element_size())
+        (value.numel(), 4 if run.upcasts else value.element_size())
         for name, value in plan.skeleton.model.named_parameters()
         if name not in plan.skeleton.never_trained
     ]
 
 
-def optimizer_bytes(plan: Plan, flags: FlatArguments, *, sharding: Sharding | None = None) -> Part:
+def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
     """All states of the optimizer that Open Instruct's SFT script creates, before they are divided among GPUs.
 
     For n trained elements in tensors of n_t elements each:
@@ -36,10 +38,10 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, *, sharding: Sharding | No
     - Else torch's AdamW: two states in the parameter's dtype, and a float32 step count for each tensor, which lies on
       the GPU only with `fused_optimizer`.
     """
-    trained = trained_tensors(plan)
+    trained, sharding = trained_tensors(plan, run), run.sharding
     elements = sum(count for count, _ in trained)
     name = "optimizer states"
-    if sharding is not None and sharding.method == "zero":
+    if sharding is not None and not sharding.is_fsdp:
         origin = "formula: AdamW under DeepSpeed, 12 bytes a trained parameter (two states and the weight in float32)"
         return Part(name=name, bytes=12 * elements, origin=with_share(origin, sharding.gpus))
     if plan.quantization_config is not None:
@@ -58,21 +60,21 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, *, sharding: Sharding | No
         if flags.fused_optimizer:
             size += 4 * len(trained)
         origin = "formula: torch's AdamW, two states in the dtype of each trained parameter"
-        if sharding is not None:
-            origin += " (without mixed precision, under which FSDP keeps weights and states in float32)"
+        if run.upcasts:
+            origin += ", float32 under FSDP's mixed precision"
         if flags.use_8bit_optimizer:
             origin += " (use_8bit_optimizer is for QLoRA alone)"
     return Part(name=name, bytes=size, origin=with_share(origin, sharding.gpus if sharding else 1))
 
 
-def optimizer_temporaries(plan: Plan, flags: FlatArguments, *, sharding: Sharding | None) -> int:
+def optimizer_temporaries(plan: Plan, flags: FlatArguments, run: TrainingRun) -> int:
     """Bytes that the optimizer's step itself allocates, before they are divided among GPUs.
 
     torch's unfused AdamW holds the roots of all second states at once. DeepSpeed turns its share of the gradients into
     float32 (`stage_1_and_2.py`).
     """
-    trained = trained_tensors(plan)
-    if sharding is not None and sharding.method == "zero":
+    trained, sharding = trained_tensors(plan, run), run.sharding
+    if sharding is not None and not sharding.is_fsdp:
         return 4 * sum(count for count, _ in trained)
     if plan.quantization_config is not None or flags.fused_optimizer:
         return 0

@@ -27,6 +27,16 @@ class TrainingRun:
     """None: one GPU holds all."""
 
     @property
+    def upcasts(self) -> bool:
+        """Whether what is trained is held in float32: accelerate has it so where FSDP has mixed precision."""
+        return self.mixed_precision == "bf16" and self.sharding is not None and self.sharding.is_fsdp
+
+    @property
+    def makes_bfloat16(self) -> bool:
+        """Whether what is not quantised, adapters included, is made bfloat16: DeepSpeed does under mixed precision."""
+        return self.mixed_precision == "bf16" and self.sharding is not None and not self.sharding.is_fsdp
+
+    @property
     def step(self) -> TrainingStep:
         """How the trainer runs one step."""
         return TRAINERS[self.trainer].step

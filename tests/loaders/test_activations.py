@@ -17,6 +17,7 @@ from ftload.loaders.memory.step.cut_model import cut_model
 from ftload.loaders.memory.step.recorded_step import record_step
 from ftload.loaders.memory.step.setting import Batch, LoraSetting, Setting, training_setting
 from ftload.loaders.memory.step.simulation import Simulation
+from ftload.loaders.memory.training_run import MixedPrecision, TrainingRun
 
 from ..cli.runs import FLAGS, prepare
 from ..parity.models import ARCHITECTURES
@@ -104,11 +105,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("strategy", ["standard", "lora", "qlora"])
 @pytest.mark.parametrize("architecture", TINY)
 def test_saved_bytes_are_those_of_real_steps(
-    sources: Callable[[str], Path], tmp_path: Path, architecture: str, strategy: str, checkpointing: bool
+    sources: Callable[[str], Path],
+    tmp_path: Path,
+    architecture: str,
+    strategy: str,
+    checkpointing: bool,
+    precision: MixedPrecision,
 ) -> None:
     flags = [*FLAGS[strategy], *(["--gradient_checkpointing"] if checkpointing else []), "--lora_rank", "8"]
     flags += ["--min_quantized", "0"] if strategy == "qlora" else []  # of mixtures as tiny as these, routers are much
@@ -118,10 +125,12 @@ def test_saved_bytes_are_those_of_real_steps(
     model, _ = load_prepared(tmp_path / "out")
     plan, arguments = make_plan(sources(architecture), tmp_path / "plan", *flags)
     attention = model.config._attn_implementation
-    setting = replace(training_setting(plan, arguments), attention=attention, device="cpu")
+    run = TrainingRun(mixed_precision=precision)
+    setting = replace(training_setting(plan, arguments, run), attention=attention, device="cpu")
     simulation = Simulation(plan.skeleton.model, setting)
     for batch in BATCHES:
-        real = saved_by(model, inputs_of(batch))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            real = saved_by(model, inputs_of(batch))
         assert simulation.run(batch).saved == pytest.approx(real, rel=0.03), batch
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...model.experts.fused import by_module
-from ...model.transformers_internals import checkpoint_activations
+from ...model.transformers_internals import checkpoint_activations, wrap_checkpointed
 from ...system.quiet import quiet_transformers
 from .meta_kernels import lora_linear, quantised_linear, set_attention
 from .setting import LoraSetting, Setting
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...model.experts.fused import FusedExperts
+    from .autocast import Autocast
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +29,8 @@ class CutModel:
     layers: tuple[nn.Module, ...]
     gradients: tuple[int, ...]
     """Bytes of each layer's gradients."""
+    autocast: Autocast | None
+    """That of its forward pass."""
 
 
 def cut_model(model: PreTrainedModel, chosen: list[int], setting: Setting) -> CutModel:
@@ -44,8 +47,20 @@ def cut_model(model: PreTrainedModel, chosen: list[int], setting: Setting) -> Cu
     text.num_hidden_layers = len(chosen)
     with quiet_transformers():
         _set_up_training(copy, path, chosen, setting)
+    autocast = _autocast(copy, setting) if setting.autocast else None
     layers: Any = copy.get_submodule(path)
-    return CutModel(model=copy, layers=tuple(layers), gradients=tuple(gradient_bytes(layer) for layer in layers))
+    gradients = tuple(gradient_bytes(layer) for layer in layers)
+    return CutModel(model=copy, layers=tuple(layers), gradients=gradients, autocast=autocast)
+
+
+def _autocast(model: PreTrainedModel, setting: Setting) -> Autocast:
+    """Autocast that is on again where checkpointing runs a layer a second time."""
+    from .autocast import Autocast
+
+    autocast = Autocast(setting.device)
+    if setting.checkpointing:
+        wrap_checkpointed(model, autocast.in_region)
+    return autocast
 
 
 def gradient_bytes(module: nn.Module) -> int:
@@ -133,15 +148,15 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
         _split_quantised_experts(model, setting.quantised_experts, prefixes)
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(getattr(torch, setting.unquantised_dtype))
     if setting.checkpointing:
-        # k-bit preparation leaves torch's default, re-entrant; transformers' own default is not
-        checkpoint_activations(model, use_reentrant=setting.is_quantised)
+        # transformers' own default is not re-entrant
+        checkpoint_activations(model, use_reentrant=setting.is_quantised and setting.reentrant)
         if setting.lora is not None:
             model.enable_input_require_grads()
     if setting.lora is not None:
         model.requires_grad_(False)
-        _add_adapters(model, setting.lora, prefixes)
+        _add_adapters(model, setting.lora, prefixes, setting)
     model.train()
 
 
@@ -156,7 +171,7 @@ def _split_quantised_experts(
             split_experts(model.get_submodule(name), together[full])
 
 
-def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[str, str]) -> None:
+def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[str, str], setting: Setting) -> None:
     """Beside linear layers, each expert's among them, and beside the parameters of experts that are not quantised."""
     from .meta_experts import AdaptedParameters, is_split
 
@@ -166,12 +181,12 @@ def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[s
         ranks |= {fused.layer(number).name: lora.expert_rank for number in range(fused.experts)}
     for name, full in _full_names(model, prefixes).items():
         if full in ranks:
-            base, rank = model.get_submodule(name), ranks[full]
-            _replace(model, name, lora_linear(base, rank=rank, alpha=lora.alpha, dropout=lora.dropout))
+            adapted = lora_linear(model.get_submodule(name), lora, rank=ranks[full], setting=setting)
+            _replace(model, name, adapted)
         elif full in together:
             module = model.get_submodule(name)
             if not is_split(module):
-                adapted = AdaptedParameters(module, together[full], rank=lora.expert_rank, alpha=lora.alpha)
+                adapted = AdaptedParameters(module, together[full], lora)
                 _replace(model, name, adapted)
 
 

@@ -26,6 +26,7 @@ from .meta_kernels import quantised_layer
 
 if TYPE_CHECKING:
     from ...model.experts.fused import FusedExperts
+    from .setting import LoraSetting
 
 _FUNCTION = "ftload_even_experts"
 
@@ -69,20 +70,21 @@ def count_repeats(model: nn.Module, repeats: Repeats | None) -> None:
 
 
 class AdaptedParameters(nn.Module):
-    """In place of PEFT's adapter of fused parameters (its `ParamWrapper`, of 0.21), without autocast.
+    """In place of PEFT's adapter of fused parameters (its `ParamWrapper`, of 0.21).
 
-    In each forward pass it computes the whole of them anew, `W + alpha / r · B A`, in W's dtype; A and B are float32.
+    In each forward pass it computes the whole of them anew, `W + alpha / r · B A`, in W's dtype.
     """
 
-    def __init__(self, base: nn.Module, fused: Iterable[FusedExperts], *, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Module, fused: Iterable[FusedExperts], lora: LoraSetting) -> None:
         super().__init__()
         self.base = base
-        self.scaling = alpha / rank
+        rank, dtype = lora.expert_rank, getattr(torch, lora.dtype)
+        self.scaling = lora.alpha / rank
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for one in fused:
             name = one.parameter.rpartition(".")[2]
-            self.a[name] = nn.Parameter(torch.empty(one.experts * rank, one.in_features, device="meta"))
-            self.b[name] = nn.Parameter(torch.empty(one.out_features, rank * one.experts, device="meta"))
+            self.a[name] = nn.Parameter(torch.empty(one.experts * rank, one.in_features, device="meta", dtype=dtype))
+            self.b[name] = nn.Parameter(torch.empty(one.out_features, rank * one.experts, device="meta", dtype=dtype))
             self.transposed, self.experts = one.transposed, one.experts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +117,8 @@ class _Sum(nn.Module):
         self.left, self.right, self.scaling = left, right, scaling
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.baddbmm(weight, self.left, self.right, alpha=self.scaling)
+        with torch._C.DisableTorchFunction():  # no autocast
+            return torch.baddbmm(weight, self.left, self.right, alpha=self.scaling)
 
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

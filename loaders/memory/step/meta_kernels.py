@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...liger import apply_liger
@@ -17,6 +17,8 @@ from ...model.transformers_internals import set_attention_implementation
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from .setting import LoraSetting, Setting
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
@@ -92,23 +94,29 @@ def _out_in(linear: Any) -> tuple[int, int]:
     return (rows, columns) if hasattr(linear, "out_features") else (columns, rows)
 
 
-def lora_linear(base: Any, *, rank: int, alpha: float, dropout: float) -> nn.Module:
-    """In place of PEFT's LoRA layer, without autocast: `base(x) + B(A(dropout(x))) · alpha / r`, A and B float32."""
+def lora_linear(base: Any, lora: LoraSetting, *, rank: int, setting: Setting) -> nn.Module:
+    """In place of PEFT's LoRA layer: `base(x) + B(A(dropout(x))) · alpha / r`, with x in the dtype of A.
+
+    Beside a 4-bit weight x is left to autocast where that is on, for CUDA: PEFT asks for that device alone.
+    """
     import torch
 
-    out_features, in_features = base.shape if hasattr(base, "shape") else _out_in(base)
+    dtype = getattr(torch, lora.dtype)
+    is_quantised = hasattr(base, "shape")
+    out_features, in_features = base.shape if is_quantised else _out_in(base)
+    casts = not (is_quantised and setting.autocast and setting.device == "cuda")
 
     class Lora(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.base = base
-            self.a = torch.nn.Linear(in_features, rank, bias=False, device="meta")
-            self.b = torch.nn.Linear(rank, out_features, bias=False, device="meta")
-            self.dropout = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
+            self.a = torch.nn.Linear(in_features, rank, bias=False, device="meta", dtype=dtype)
+            self.b = torch.nn.Linear(rank, out_features, bias=False, device="meta", dtype=dtype)
+            self.dropout = torch.nn.Dropout(lora.dropout) if lora.dropout else torch.nn.Identity()
 
         def forward(self, x: Tensor) -> Tensor:
             result = self.base(x)
-            update = self.b(self.a(self.dropout(x.float()))) * (alpha / rank)
+            update = self.b(self.a(self.dropout(x.to(dtype) if casts else x))) * (lora.alpha / rank)
             return (result + update).to(result.dtype)
 
     return Lora()
@@ -229,11 +237,24 @@ def kernels_of(device: str) -> Iterator[None]:
     own = {name: getattr(functional, name) for name in kernels}
     try:
         for name, kernel in kernels.items():
-            setattr(functional, name, kernel)
+            setattr(functional, name, _seen_by_modes(name, kernel))
         yield
     finally:
         for name, kernel in own.items():
             setattr(functional, name, kernel)
+
+
+def _seen_by_modes(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that a function mode, such as autocast, is asked about under the name of what it stands for."""
+    from torch.overrides import handle_torch_function, has_torch_function
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args):
+            return handle_torch_function(function, args, *args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    function.__name__ = name
+    return function
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ...model.transformers_internals import layer_hooks
 from ...system.quiet import quiet_transformers
 from .cut_model import CutModel
+from .losses import step_loss
 from .meta_experts import count_repeats
 from .meta_kernels import kernels_of, liger_unlaunched
 from .setting import Batch, Setting
@@ -38,7 +39,7 @@ class RecordedStep:
     loss_peak: int
     """Peak from the last norm's forward pass until the last layer's backward pass begins."""
     logits: int
-    """The model's output, which the training loop holds until the step is over."""
+    """The model's output, where the training loop holds it until the step is over."""
     head_gradients: int
     """Gradients that exist when the last layer's backward pass begins."""
     backward_peaks: tuple[int, ...]
@@ -68,14 +69,24 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
     hooks.callback(decoder.register_forward_hook(_on_decoder_output(recorder)).remove)
     try:
         with quiet_transformers(), liger_unlaunched(model, wanted=setting.liger), kernels_of(setting.device), recorder:
-            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda saved: saved):
-                output = model(**inputs)
-            output.loss.backward()
+            with (
+                torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda saved: saved),
+                nullcontext() if cut.autocast is None else cut.autocast.region(),
+            ):
+                loss, outputs = step_loss(
+                    model, inputs, setting.loss, product_dtype=torch.bfloat16 if setting.autocast else None
+                )
+            logits = outputs.get("logits")
+            del outputs
+            if setting.autocast and logits is not None:
+                logits = logits.float()  # accelerate's conversion of outputs
+            if not setting.keeps_outputs:
+                logits = None
+            loss.backward()
     finally:
         hooks.close()
         count_repeats(model, None)
         model.zero_grad()
-    logits = output.get("logits")
     recorder.enter("done")
     return RecordedStep(
         saved=recorder.saved,

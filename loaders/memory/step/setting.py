@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ...flags.declared import FlatArguments
     from ...model.experts.fused import FusedExperts
     from ...plan.plan import Plan
+    from ..training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,8 @@ class LoraSetting:
     rank: int
     alpha: float
     dropout: float
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its weights."""
     experts: tuple[FusedExperts, ...] = ()
     """Fused experts that have one, 4-bit or not."""
     expert_rank: int = 0
@@ -44,12 +47,22 @@ class Setting:
     liger: bool = False
     router_loss: bool = False
     """Whether the load-balancing loss is computed."""
+    autocast: bool = False
+    """Whether the forward pass runs under bfloat16 autocast, and its outputs become float32, as accelerate has it."""
+    loss: Literal["model", "chunks"] = "model"
+    """As `TrainingStep.loss`."""
+    keeps_outputs: bool = True
+    """Whether the model's outputs, logits included, live until the backward pass is over."""
+    unquantised_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of what is not quantised beside what is."""
+    reentrant: bool = True
+    """Whether checkpointing beside quantised weights is re-entrant."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """The device whose kernels are simulated."""
+    """The device whose kernels, and whose rules of autocast, are simulated."""
 
     @property
     def is_quantised(self) -> bool:
-        """Whether any weights are: then all other parameters are float32, as k-bit preparation leaves them."""
+        """Whether any weights are: then all other parameters have `unquantised_dtype`."""
         return bool(self.quantised or self.quantised_experts)
 
 
@@ -65,11 +78,13 @@ class Batch:
     """Whether some sequences are shorter: sdpa needs a mask then."""
 
 
-def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
+def training_setting(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Setting:
     """How the plan's model is trained on a GPU.
 
     Without a GPU here, attention is the requested one if the model supports it; with a GPU, the one that works here.
+    FSDP gathers all weights in bfloat16 under mixed precision. DeepSpeed makes the model bfloat16, and has no autocast.
     """
+    is_bfloat16 = run.upcasts or run.makes_bfloat16
     attention = plan.attention.effective
     if cuda_problem() is not None and attention_support(type(plan.skeleton.model)).flash:
         attention = plan.attention.requested
@@ -81,6 +96,7 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
             rank=facts["r"],
             alpha=facts["alpha"],
             dropout=facts["dropout"],
+            dtype="bfloat16" if is_bfloat16 else run.step.adapter_dtype,
             experts=plan.skeleton.experts if rank_of_experts else (),
             expert_rank=rank_of_experts or 0,
         )
@@ -93,4 +109,9 @@ def training_setting(plan: Plan, flags: FlatArguments) -> Setting:
         quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in packed),
         liger=plan.kernels is not None and plan.kernels.supported,
         router_loss=flags.load_balancing_loss,
+        autocast=run.mixed_precision == "bf16" and not run.makes_bfloat16,
+        loss=run.step.loss,
+        keeps_outputs=run.step.keeps_outputs,
+        unquantised_dtype="bfloat16" if is_bfloat16 else run.step.unquantised_dtype,
+        reentrant=run.step.reentrant,
     )
