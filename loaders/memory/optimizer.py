@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .sharding import with_share
+from .step.setting import wide_parameters
 from .training_memory import Part
 from .training_run import TrainingRun
 
@@ -18,8 +19,9 @@ def trained_tensors(plan: Plan, run: TrainingRun) -> list[tuple[int, int]]:
     if plan.adapter is not None:
         width = 2 if run.makes_bfloat16 or (run.step.adapter_dtype == "bfloat16" and not run.upcasts) else 4
         return [(tensor.parameters, width) for tensor in plan.adapter_tensors()]
+    wide = wide_parameters(plan, run)
     return [
-        (value.numel(), 4 if run.upcasts else value.element_size())
+        (value.numel(), 4 if run.upcasts or name in wide else value.element_size())
         for name, value in plan.skeleton.model.named_parameters()
         if name not in plan.skeleton.never_trained
     ]
@@ -44,7 +46,7 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
     if sharding is not None and not sharding.is_fsdp:
         origin = "formula: AdamW under DeepSpeed, 12 bytes a trained parameter (two states and the weight in float32)"
         return Part(name=name, bytes=12 * elements, origin=with_share(origin, sharding.gpus))
-    if plan.quantization_config is not None:
+    if plan.quantization_config is not None and run.step.named_optimizer:
         paged = "; paged: may move to the host's memory"
         if flags.use_8bit_optimizer:
             in_8_bits = [count for count, _ in trained if count >= 4096]
@@ -63,7 +65,8 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
         if run.upcasts:
             origin += ", float32 under FSDP's mixed precision"
         if flags.use_8bit_optimizer:
-            origin += " (use_8bit_optimizer is for QLoRA alone)"
+            why = "is for QLoRA alone" if run.step.named_optimizer else "is not taken over by this trainer's recipe"
+            origin += f" (use_8bit_optimizer {why})"
     return Part(name=name, bytes=size, origin=with_share(origin, sharding.gpus if sharding else 1))
 
 
@@ -76,6 +79,6 @@ def optimizer_temporaries(plan: Plan, flags: FlatArguments, run: TrainingRun) ->
     trained, sharding = trained_tensors(plan, run), run.sharding
     if sharding is not None and not sharding.is_fsdp:
         return 4 * sum(count for count, _ in trained)
-    if plan.quantization_config is not None or flags.fused_optimizer:
+    if flags.fused_optimizer or (plan.quantization_config is not None and run.step.named_optimizer):
         return 0
     return sum(count * item for count, item in trained)

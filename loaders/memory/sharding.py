@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..report.report import base_in_training, data_bytes
+from .step.setting import wide_parameters
 from .step.simulation import Moment
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ class DividedBase:
 
 def _as_held(plan: Plan, run: TrainingRun) -> Iterator[OutputTensor]:
     """The base's tensors in the dtypes that they are held in."""
-    is_trained = plan.adapter is None
+    is_trained, wide = plan.adapter is None, wide_parameters(plan, run)
     is_bfloat16 = run.makes_bfloat16 or run.step.unquantised_dtype == "bfloat16"
     for tensor in base_in_training(plan):
-        if is_trained and run.upcasts and tensor.name not in plan.skeleton.never_trained:
+        if tensor.name in wide or (is_trained and run.upcasts and tensor.name not in plan.skeleton.never_trained):
             yield replace(tensor, dtype="F32")
         elif plan.strategy.quantisation is not None and is_bfloat16 and tensor.counted_as == "float32":
             yield replace(tensor, dtype="BF16")

@@ -36,6 +36,11 @@ class TrainingRun:
         """Whether what is not quantised, adapters included, is made bfloat16: DeepSpeed does under mixed precision."""
         return self.mixed_precision == "bf16" and self.sharding is not None and not self.sharding.is_fsdp
 
+    def has_autocast(self, *, trains_all: bool) -> bool:
+        """Whether the forward pass is under autocast; FSDP2 and DeepSpeed compute in bfloat16 without it."""
+        wanted = self.step.autocast == "always" or (self.step.autocast == "adapters" and not trains_all)
+        return self.mixed_precision == "bf16" and self.sharding is None and wanted
+
     @property
     def step(self) -> TrainingStep:
         """How the trainer runs one step."""

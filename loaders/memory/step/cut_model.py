@@ -149,6 +149,10 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.to(getattr(torch, setting.unquantised_dtype))
+    for name, full in _full_names(model, prefixes).items():
+        for leaf, parameter in model.get_submodule(name).named_parameters(recurse=False):
+            if f"{full}.{leaf}" in setting.wide:
+                parameter.data = parameter.data.float()
     if setting.checkpointing:
         # transformers' own default is not re-entrant
         checkpoint_activations(model, use_reentrant=setting.is_quantised and setting.reentrant)

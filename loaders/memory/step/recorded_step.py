@@ -155,7 +155,7 @@ class _Recorder(TorchDispatchMode):
         self._head = head
         # on a GPU, Liger multiplies straight into the head's gradient; elsewhere into a new tensor that it adds
         aten = torch.ops.aten
-        self._in_place = (aten.mm.default, aten._to_copy.default) if setting.liger else ()
+        self._in_place = (aten.mm.default, aten._to_copy.default) if setting.liger and setting.loss == "model" else ()
         # the CUDA kernel of softmax's backward pass is given gradient · result (`SoftMax.cu`), log-softmax's is not
         self._multiplies_first = aten._softmax_backward_data.default if setting.device == "cuda" else None
         parameters = [*model.parameters()]

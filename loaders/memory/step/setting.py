@@ -57,6 +57,8 @@ class Setting:
     """Of what is not quantised beside what is."""
     reentrant: bool = True
     """Whether checkpointing beside quantised weights is re-entrant."""
+    wide: frozenset[str] = frozenset()
+    """Full names of the parameters that are made float32 where all is trained."""
     device: Literal["cuda", "cpu"] = "cuda"
     """The device whose kernels, and whose rules of autocast, are simulated."""
 
@@ -81,13 +83,9 @@ class Batch:
 def training_setting(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Setting:
     """How the plan's model is trained on a GPU.
 
-    Without a GPU here, attention is the requested one if the model supports it; with a GPU, the one that works here.
-    FSDP gathers all weights in bfloat16 under mixed precision. DeepSpeed makes the model bfloat16, and has no autocast.
+    Under mixed precision FSDP gathers all weights in bfloat16, DeepSpeed makes them bfloat16: neither has autocast.
     """
     is_bfloat16 = run.upcasts or run.makes_bfloat16
-    attention = plan.attention.effective
-    if cuda_problem() is not None and attention_support(type(plan.skeleton.model)).flash:
-        attention = plan.attention.requested
     lora = None
     if plan.adapter is not None and plan.targets is not None:
         facts, rank_of_experts = plan.adapter.facts(), plan.request.lora_experts
@@ -102,16 +100,42 @@ def training_setting(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Sett
         )
     packed = plan.quantised_experts
     return Setting(
-        attention=attention,
+        attention=training_attention(plan),
         checkpointing=flags.gradient_checkpointing,
         lora=lora,
         quantised=plan.quantised_layers,
         quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in packed),
-        liger=plan.kernels is not None and plan.kernels.supported,
+        liger=plan.kernels is not None
+        and plan.kernels.supported
+        and (plan.quantization_config is None or run.step.quantised_liger),
         router_loss=flags.load_balancing_loss,
-        autocast=run.mixed_precision == "bf16" and not run.makes_bfloat16,
+        autocast=run.has_autocast(trains_all=plan.adapter is None),
         loss=run.step.loss,
         keeps_outputs=run.step.keeps_outputs,
         unquantised_dtype="bfloat16" if is_bfloat16 else run.step.unquantised_dtype,
         reentrant=run.step.reentrant,
+        wide=wide_parameters(plan, run),
+    )
+
+
+def training_attention(plan: Plan) -> str:
+    """The implementation of attention.
+
+    Without a GPU here, it is the requested one if the model supports it; with a GPU, the one that works here.
+    """
+    if cuda_problem() is not None and attention_support(type(plan.skeleton.model)).flash:
+        return plan.attention.requested
+    return plan.attention.effective
+
+
+def wide_parameters(plan: Plan, run: TrainingRun) -> frozenset[str]:
+    """Names of the trained parameters that `TrainingStep.embedding_dtype` makes float32."""
+    if plan.adapter is not None or run.step.embedding_dtype == "bfloat16" or run.makes_bfloat16:
+        return frozenset()
+    if training_attention(plan) == "flash_attention_2":
+        return frozenset()
+    model = plan.skeleton.model
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    return frozenset(
+        name for name, value in model.named_parameters() if id(value) in ends or "norm" in name.rpartition(".")[0]
     )
