@@ -192,13 +192,21 @@ class _Trials:
         return None
 
     def smallest(self) -> tuple[tuple[Change, ...], TrainingMemory]:
-        """The smallest estimate of all that were made, among them that of all changes together."""
-        strongest = {kind: ways[-1] for kind, ways in self._possible.items()}
-        if "qlora" in strongest:
-            strongest.pop("lora", None)
-        self.estimate(in_order(strongest.values()))
-        known = [(made, found) for made, found in self._estimates.values() if isinstance(found, TrainingMemory)]
-        return min(known, key=lambda one: one[1].total)
+        """The smallest estimate of all lists of changes, each as great as it can be."""
+        greatest = [ways[-1] for ways in self._possible.values()]
+        best: tuple[tuple[Change, ...], TrainingMemory] | None = None
+        for count in range(len(greatest), -1, -1):
+            for chosen in combinations(greatest, count):
+                if not go_together(tuple(change.kind for change in chosen), quantised=self._quantised):
+                    continue
+                changes = in_order(chosen)
+                if best is not None and not self._may_take_less(changes, best[1].total):
+                    continue
+                found = self.estimate(changes)
+                if isinstance(found, TrainingMemory) and (best is None or found.total < best[1].total):
+                    best = changes, found
+        assert best is not None, "the list without changes has an estimate"
+        return best
 
     def paged_bytes(self, changes: tuple[Change, ...], peak: TrainingMemory, room: int) -> int | None:
         """The optimizer's states, where training would fit but for them, and they may move to the host's memory.
@@ -274,12 +282,16 @@ class _Trials:
 
     def _fits(self, changes: Iterable[Change], room: int) -> bool:
         changes = in_order(changes)
-        arguments = changed(self._arguments, changes)
-        plan = self._plan_of(arguments)
-        if plan is None or least_bytes(plan, arguments.flat, self._run) > room:
+        if not self._may_take_less(changes, room):
             return False
         estimate = self.estimate(changes)
         return isinstance(estimate, TrainingMemory) and estimate.total <= room
+
+    def _may_take_less(self, changes: tuple[Change, ...], room: int) -> bool:
+        """Whether what does not depend on the batch fits into `room` bytes."""
+        arguments = changed(self._arguments, changes)
+        plan = self._plan_of(arguments)
+        return plan is not None and least_bytes(plan, arguments.flat, self._run) <= room
 
     def _plan_of(self, arguments: Arguments) -> Plan | None:
         """The plan of the same sources for other arguments; None where they can't be prepared so."""

@@ -86,8 +86,8 @@ def estimate_row(row: GpuRow) -> EstimatedRow:
         for width in (module.in_features, module.out_features)
     )
     lora = LoraSetting(layers=frozenset(adapted), rank=row.lora_rank, alpha=2 * row.lora_rank, dropout=0.0)
-    setting = Setting(attention=row.attention, checkpointing=True, lora=lora, quantised=quantised)
-    with keys_and_values_expanded(), checkpointing_is_not_reentrant():
+    setting = Setting(attention=row.attention, checkpointing=True, lora=lora, quantised=quantised, reentrant=False)
+    with keys_and_values_expanded():
         footprint = Simulation(model, setting).run(Batch(size=row.batch, length=row.length))
     tokens = rounded(8 * row.batch * row.length)
     lasting = weights + adapter + 2 * adapter + tokens + THREADS * CUBLAS_WORKSPACE
@@ -141,16 +141,3 @@ def keys_and_values_expanded() -> Iterator[None]:
         yield
     finally:
         sdpa_attention.use_gqa_in_sdpa = own
-
-
-@contextlib.contextmanager
-def checkpointing_is_not_reentrant() -> Iterator[None]:
-    """As those who measured asked for it, with 4-bit weights too."""
-    from ftload.loaders.memory.step import cut_model
-
-    own = cut_model.checkpoint_activations
-    cut_model.checkpoint_activations = lambda model, **_: own(model, use_reentrant=False)
-    try:
-        yield
-    finally:
-        cut_model.checkpoint_activations = own
