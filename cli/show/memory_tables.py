@@ -64,6 +64,8 @@ def print_training_memory(
         print_table(console, _against(console, known, gpu, asked, drawn=drawn))
         console.print()
         print_table(console, _fits(console, known, gpu))
+        for words in excess_words(known):
+            print_line(console, words)
         print_line(console, f"[dim]{how_to_read(known[0])}[/]")
         for name, origin in origins(known):
             print_line(console, f"[dim]{name}: {harmless(origin)}[/]")
@@ -172,6 +174,17 @@ def what_fits(fit: Fit) -> str:
     length = f"{fit.largest_length:,} tokens" if fit.largest_length else ""
     words = " or ".join(filter(None, (batch, length)))
     return f"only {words}" if words and not fit.fits else words
+
+
+def excess_words(methods: Iterable[TrainingMemory]) -> list[str]:
+    """What is to blame where a method takes more than the one before it."""
+    from ...loaders.memory.training_memory import excesses
+
+    return [
+        f"{one.method} takes {format_bytes(one.bytes)} more than {one.other}, for its {one.part}: "
+        f"{format_bytes(one.part_bytes)} instead of {format_bytes(one.other_bytes)}"
+        for one in excesses(methods)
+    ]
 
 
 def how_to_read(method: TrainingMemory) -> str:

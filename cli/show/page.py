@@ -21,6 +21,7 @@ from .memory_tables import (
     LOOKS,
     bar_scale,
     estimated,
+    excess_words,
     gpu_size,
     how_to_read,
     moment_words,
@@ -210,6 +211,7 @@ def _memory(methods: list[TrainingMemory], gpu: ChosenGpu, asked: str) -> dict[s
     return {
         "setting": setting(methods[0]),
         "note": how_to_read(methods[0]),
+        "excesses": excess_words(methods),
         "looks": LOOKS,
         "parts": [
             (name, [format_bytes(size) if size else "" for size in (part_bytes(method, name) for method in methods)])

@@ -210,6 +210,8 @@ def _parts_at(
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     precision = "bfloat16 autocast" if setting.autocast else "no autocast"
     simulated = f"measured by simulation: a step of {TRAINERS[run.trainer].title} on `meta`, {precision}, {kernels}"
+    if setting.is_quantised:
+        simulated += f", {setting.unquantised_dtype} beside 4-bit weights"
     if setting.quantised_experts:
         simulated += ", as many tokens for each expert"
     checkpointing = ", gradient checkpointing" if setting.checkpointing else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from .sharding import Sharding
@@ -79,3 +81,33 @@ class NoEstimate:
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Excess:
+    """A method that takes more than the one before it, though it trains less, and the part that is to blame."""
+
+    method: str
+    other: str
+    bytes: int
+    """How much more."""
+    part: str
+    """The one that takes more than the other method's by most."""
+    part_bytes: int
+    other_bytes: int
+
+
+def excesses(methods: Iterable[TrainingMemory]) -> Iterator[Excess]:
+    """Of `methods`, full fine-tuning first and QLoRA last, those that take more than the one before."""
+    for other, method in pairwise(methods):
+        if method.total > other.total:
+            sizes = {part.name: part.bytes for part in other.parts}
+            blamed = max(method.parts, key=lambda part: part.bytes - sizes.get(part.name, 0))
+            yield Excess(
+                method=method.method,
+                other=other.method,
+                bytes=method.total - other.total,
+                part=blamed.name,
+                part_bytes=blamed.bytes,
+                other_bytes=sizes.get(blamed.name, 0),
+            )

@@ -163,11 +163,14 @@ def measured_peak(step: Callable[[], None]) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize(("accumulate", "autocast"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "olmoe"])
-def test_peak_is_that_of_real_steps(architecture: str, lora: bool, checkpointing: bool, accumulate: bool) -> None:
+def test_peak_is_that_of_real_steps(
+    architecture: str, lora: bool, checkpointing: bool, accumulate: bool, autocast: bool
+) -> None:
+    from accelerate.utils import convert_to_fp32
     from peft import LoraConfig, get_peft_model
 
     peaks = set()
@@ -175,7 +178,7 @@ def test_peak_is_that_of_real_steps(architecture: str, lora: bool, checkpointing
     wide = {"hidden_size": 512, "intermediate_size": 768}
     for vocabulary, batch, other in ((1000, Batch(size=4, length=128), {}), (32, Batch(size=1, length=32), wide)):
         model, meta = pair(architecture, vocabulary=vocabulary, **other)
-        setting = Setting(attention="sdpa", checkpointing=checkpointing, device="cpu")
+        setting = Setting(attention="sdpa", checkpointing=checkpointing, device="cpu", autocast=autocast)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
@@ -191,8 +194,11 @@ def test_peak_is_that_of_real_steps(architecture: str, lora: bool, checkpointing
         def step(model: Any = model, tokens: torch.Tensor = tokens) -> None:
             # oneDNN's bfloat16 kernels, where a processor has them, take room that has to do with the processor alone
             with torch.backends.mkldnn.flags(enabled=False):
-                output = model(input_ids=tokens, labels=tokens, use_cache=False)
-                output.loss.backward()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+                if autocast:
+                    output = convert_to_fp32(output)
+                output["loss"].backward()
 
         step()
         if accumulate:

@@ -128,19 +128,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("rank", [0, 8], ids=["", "lora_experts"])
 @pytest.mark.parametrize("name", WIDE)
 def test_saved_bytes_of_experts_in_four_bits_are_those_of_real_steps(
-    written: Callable[[str], Path], name: str, rank: int, checkpointing: bool
+    written: Callable[[str], Path], name: str, rank: int, checkpointing: bool, autocast: bool
 ) -> None:
     model = trained_model(written(name), rank=rank, checkpointing=checkpointing, dropout=0.1)
     meta = meta_model(name, **WIDE[name])
-    simulation = Simulation(meta, setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1))
+    setting = replace(setting_of(meta, rank=rank, checkpointing=checkpointing, dropout=0.1), autocast=autocast)
+    simulation = Simulation(meta, setting)
     for batch in (Batch(size=1, length=16), Batch(size=3, length=64), Batch(size=1, length=1)):
         tokens = torch.randint(3, 90, (batch.size, batch.length))
-        real = saved_by(model, {"input_ids": tokens, "labels": tokens})
-        assert simulation.run(batch).saved == real, batch
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            real = saved_by(model, {"input_ids": tokens, "labels": tokens})
+        assert simulation.run(batch).saved == pytest.approx(real, rel=0.01 if autocast else 0), batch
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -25,7 +25,7 @@ INTERNALS = ROOT / "loaders" / "model" / "transformers_internals.py"
 PUBLISHED = {"transformers.utils.logging"}
 """What other files import from transformers' modules: it is documented."""
 OF_TORCH_AND_PYTHON = {
-    "_exit", "_checkpoint_offset", "_cdata", "_local_scalar_dense", "_to_copy", "_grouped_mm",
+    "_is_view", "_exit", "_checkpoint_offset", "_cdata", "_local_scalar_dense", "_to_copy", "_grouped_mm",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_softmax_backward_data", "_apply", "_modules",
 }  # fmt: skip
