@@ -210,11 +210,13 @@ def _parts_at(
     kernels = f"{setting.attention} attention" + (", Liger kernels" if setting.liger else "")
     precision = "bfloat16 autocast" if setting.autocast else "no autocast"
     simulated = f"measured by simulation: a step of {TRAINERS[run.trainer].title} on `meta`, {precision}, {kernels}"
+    details = ""
     if setting.is_quantised:
-        simulated += f", {setting.unquantised_dtype} beside 4-bit weights"
+        details += f", {setting.unquantised_dtype} beside 4-bit weights"
     if setting.quantised_experts:
-        simulated += ", as many tokens for each expert"
-    checkpointing = ", gradient checkpointing" if setting.checkpointing else ""
+        details += ", as many tokens for each expert"
+    if setting.checkpointing:
+        details += ", gradient checkpointing"
     some = f", of {gradients:,} bytes in the end" if peak.gradients < gradients else ""
     temporary = simulated
     if peak.name == "optimizer step":
@@ -227,7 +229,7 @@ def _parts_at(
             bytes=peak.gradients,
             origin=with_share(f"counted: those that are there at the peak{some}", shares.gradients),
         ),
-        Part(name="activations", bytes=peak.activations, origin=f"{simulated}{checkpointing}"),
+        Part(name="activations", bytes=peak.activations, origin=f"{simulated}{details}"),
         Part(name="logits and loss", bytes=peak.logits, origin=simulated),
         Part(name="temporary buffers", bytes=peak.temporary, origin=temporary),
     )
