@@ -129,8 +129,8 @@ def training_attention(plan: Plan) -> str:
 
 
 def wide_parameters(plan: Plan, run: TrainingRun) -> frozenset[str]:
-    """Names of the trained parameters that `TrainingStep.embedding_dtype` makes float32."""
-    if plan.adapter is not None or run.step.embedding_dtype == "bfloat16" or run.makes_bfloat16:
+    """Names of the trained parameters that `TrainingStep.embedding_dtype` makes float32 in the step."""
+    if plan.adapter is not None or run.step.embedding_dtype == "bfloat16" or run.upcasts or run.makes_bfloat16:
         return frozenset()
     if training_attention(plan) == "flash_attention_2":
         return frozenset()
