@@ -218,6 +218,8 @@ class _Trials:
         plan = self._plan_of(arguments)
         if plan is None or plan.strategy.quantisation is None or self._run.sharding is not None:
             return None
+        if not self._run.step.named_optimizer:
+            return None
         states = sum(part.bytes for part in peak.parts if part.name == "optimizer states")
         fits = peak.total - states <= room and least_bytes(plan, arguments.flat, self._run) <= room
         return states if fits else None
