@@ -71,6 +71,11 @@ def load_tokenizer(
             f"a special token of the tokenizer is not in its vocabulary, nor is the unknown `{tokenizer.unk_token}`",
             hint="fix tokenizer_config.json, or take another with --tokenizer_name_or_path",
         ) from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"`model_max_length` of the tokenizer in `{root}` is no number",
+            hint="fix tokenizer_config.json, or take another with --tokenizer_name_or_path",
+        )
     for key in ("is_local", "local_files_only"):
         # how it was loaded, not what it is: it would be saved, and differ between a hub and a directory
         tokenizer.init_kwargs.pop(key, None)

@@ -204,6 +204,18 @@ def test_a_template_reaches_nothing(ftload: Ftload, model: Path, tmp_path: Path,
 NASTY = "evil\x1b[31m\u202e\n# owned\n<script>alert(1)</script>`|x|`"
 
 
+@pytest.mark.parametrize("command", ["plan", "prepare"])
+def test_a_longest_text_that_is_no_number(ftload: Ftload, model: Path, tmp_path: Path, command: str) -> None:
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": []}))
+    result = ftload(command, "--model", model, "--output_dir", tmp_path / "out")
+    assert (result.code, result.err) == (
+        4,
+        f"error: `model_max_length` of the tokenizer in `{model}` is no number\n"
+        "hint: fix tokenizer_config.json, or take another with --tokenizer_name_or_path\n",
+    )
+
+
 def test_special_tokens_that_are_not_there(ftload: Ftload, model: Path, tmp_path: Path) -> None:
     """Looking up one of them would never end in transformers: the unknown token is looked up for it, and so on."""
     edit_json(model / "tokenizer_config.json", unk_token="")

@@ -236,7 +236,10 @@ def test_every_moment_and_part_of_an_estimate_is_known(llama: Path, tmp_path: Pa
         words = [moment_words(replace(method, moment=moment.name)) for moment in method.moments]
         assert len(set(words)) == len(words) >= LAYERS
         assert words[0] == (
-            "at the loss, which is computed in pieces" if flags else "at the loss, when all logits exist"
+            # Open Instruct puts none of Liger's kernels on a 4-bit base
+            "at the loss, which is computed in pieces"
+            if flags and method.method != "qlora"
+            else "at the loss, when all logits exist"
         )
     assert len(MOMENTS) == LAYERS + 3
 
