@@ -206,8 +206,7 @@ NASTY = "evil\x1b[31m\u202e\n# owned\n<script>alert(1)</script>`|x|`"
 
 @pytest.mark.parametrize("command", ["plan", "prepare"])
 def test_a_longest_text_that_is_no_number(ftload: Ftload, model: Path, tmp_path: Path, command: str) -> None:
-    path = model / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": []}))
+    edit_json(model / "tokenizer_config.json", model_max_length=[])
     result = ftload(command, "--model", model, "--output_dir", tmp_path / "out")
     assert (result.code, result.err) == (
         4,
