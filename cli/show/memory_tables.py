@@ -93,7 +93,7 @@ def setting(method: TrainingMemory) -> str:
     sharding = method.sharding
     if sharding is None:
         return words
-    kind = "FSDP" if sharding.method == "fsdp" else f"ZeRO-{sharding.stage}"
+    kind = "FSDP" if sharding.is_fsdp else f"ZeRO-{sharding.stage}"
     return f"{words}, {kind} on {sharding.gpus:,} GPUs"
 
 

@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FtloadError, ResourceError
 from ..flags.request import Request, resolve_request
 from ..flags.strict import check_strict
-from ..plan.planning import make_plan
-from ..strategy import STRATEGIES
 from .changes import Change, Kind, changed, flags_of, go_together, harm, in_order, possible_changes, typed
-from .estimate import estimate_training_memory, least_bytes
+from .estimate import estimate_training_memory, least_bytes, plan_again
 from .sharding import Sharding
 from .training_memory import NoEstimate, TrainingMemory
 from .what_fits import Simulations
@@ -216,9 +214,8 @@ class _Trials:
         """
         arguments = changed(self._arguments, changes)
         plan = self._plan_of(arguments)
-        if plan is None or plan.strategy.quantisation is None or self._run.sharding is not None:
-            return None
-        if not self._run.step.named_optimizer:
+        is_paged = plan is not None and plan.strategy.quantisation is not None and self._run.step.named_optimizer
+        if plan is None or not is_paged or self._run.sharding is not None:
             return None
         states = sum(part.bytes for part in peak.parts if part.name == "optimizer states")
         fits = peak.total - states <= room and least_bytes(plan, arguments.flat, self._run) <= room
@@ -306,10 +303,7 @@ class _Trials:
         return self._plans[key]
 
     def _make_plan(self, request: Request) -> Plan:
-        plan, skeleton = self._plan, self._plan.skeleton
-        if request.quantize_experts and not self._quantised and STRATEGIES[request.strategy].quantisation is not None:
-            skeleton = skeleton.with_fused_experts()
-        made = make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.merged, skeleton)
+        made = plan_again(self._plan, request)
         if request.strict:
             check_strict(made.decisions)
         return made

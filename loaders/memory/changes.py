@@ -64,7 +64,7 @@ def possible_changes(
     found: dict[Kind, list[tuple[str, dict[str, Any]]]] = {kind: [] for kind in ORDER}
     if not flat.gradient_checkpointing and plan.skeleton.model.supports_gradient_checkpointing:
         found["checkpointing"].append(("gradient checkpointing", {"gradient_checkpointing": True}))
-    if sharding is not None and sharding.method == "fsdp" and own.bnb_4bit_quant_storage in (None, "uint8"):
+    if sharding is not None and sharding.is_fsdp and own.bnb_4bit_quant_storage in (None, "uint8"):
         found["storage"].append(("4-bit weights as bfloat16, divided", {"bnb_4bit_quant_storage": "bfloat16"}))
     size, accumulated = flat.per_device_train_batch_size, flat.gradient_accumulation_steps
     for smaller in range(min(size - 1, _LARGEST_BATCH), 0, -1):

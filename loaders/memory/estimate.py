@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import FtloadError, said_by
 from ..plan.plan import Plan
 from ..plan.planning import make_plan
+from ..strategy import STRATEGIES
 from ..trainers.registry import TRAINERS
 from .optimizer import optimizer_bytes, optimizer_temporaries, trained_tensors
 from .sharding import DividedBase, Shares, one_share, shares_of, with_share
@@ -27,6 +28,7 @@ from .what_fits import GPU_GIGABYTES, Fits, Footprints, Simulations
 
 if TYPE_CHECKING:
     from ..flags.declared import FlatArguments
+    from ..flags.request import Request
 
 
 CONTEXT_BYTES = 600_000_000
@@ -146,8 +148,13 @@ def _other_plan(plan: Plan, method: str) -> Plan:
         name = "liger" if plan.request.use_liger_kernel else "standard"
     if name == plan.strategy.name:
         return plan
-    request, skeleton = replace(plan.request, strategy=name, base="copy"), plan.skeleton
-    if method == "qlora" and request.quantize_experts:
+    return plan_again(plan, replace(plan.request, strategy=name, base="copy"))
+
+
+def plan_again(plan: Plan, request: Request) -> Plan:
+    """The plan of the same sources for another request. Raises `FtloadError` where they can't be prepared so."""
+    skeleton, quantised = plan.skeleton, STRATEGIES[request.strategy].quantisation is not None
+    if request.quantize_experts and quantised and plan.strategy.quantisation is None:
         skeleton = skeleton.with_fused_experts()
     return make_plan(request, plan.sources, plan.configuration, plan.tokenizer, plan.merged, skeleton)
 

@@ -108,11 +108,9 @@ class Autocast(TorchFunctionMode):
             return func(*args, **kwargs)
         if policy == "accumulate":
             return func(*args, **self._in_float32(args, kwargs))
-        dtype = torch.float32 if policy == "float32" else torch.bfloat16
-        if policy == "widest" and not any(value.dtype == torch.float32 for value in _floats((args, kwargs))):
+        if policy == "widest" and not any(_is_float32(value) for value in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
-        if policy == "widest":
-            dtype = torch.float32
+        dtype = torch.bfloat16 if policy == "bfloat16" else torch.float32
         args, kwargs = tree_map(lambda value: self._cast(value, dtype), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -135,5 +133,5 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
-def _floats(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if _is_float(value)]
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
