@@ -44,6 +44,8 @@ class Request:
     """None asks for the reference's seven names."""
     lora_experts: int | None
     """Rank of the adapters of experts; None leaves them untrained."""
+    lora_settings: Mapping[str, Any]
+    """Fields of PEFT's `LoraConfig` other than those above, where they are not the default's."""
     quantize_experts: bool
     bnb_4bit_quant_storage: str | None
     """torch's name of the dtype that 4-bit codes are stored under; None for what the checkpoint has, else uint8."""
@@ -150,6 +152,7 @@ def resolve_request(arguments: Arguments) -> Request:
         lora_dropout=flat.lora_dropout,
         lora_targets=tuple(own.lora_target_modules) if own.lora_target_modules is not None else None,
         lora_experts=own.lora_experts,
+        lora_settings={},
         quantize_experts=own.quantize_experts,
         bnb_4bit_quant_storage=own.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=own.bnb_4bit_compute_dtype,
