@@ -36,7 +36,15 @@ ROOT_EXAMPLES = (
     "ftload verify prepared",
 )
 
-_TYPES = {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT", "list": "LIST", "str or list": "LIST"}
+_TYPES = {
+    "bool": "",
+    "int": "INT",
+    "float": "FLOAT",
+    "str": "TEXT",
+    "bool or str": "TEXT",
+    "list": "LIST",
+    "str or list": "LIST",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +101,15 @@ class FlagsCommand(TyperCommand):
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Return what the word that is being typed can become: flags, or values of the one before it."""
+        from ..loaders.flags.lora_config import INITIALISATIONS
         from ..loaders.tokenizer.chat_templates import TEMPLATES
         from ..loaders.tokenizer.tokenizer_functions import FUNCTIONS
 
-        known = {"chat_template_name": tuple(TEMPLATES), "get_tokenizer_fn": tuple(FUNCTIONS)}
+        known = {
+            "chat_template_name": tuple(TEMPLATES),
+            "get_tokenizer_fn": tuple(FUNCTIONS),
+            "init_lora_weights": INITIALISATIONS,
+        }
         found = completions(ctx.obj, incomplete, self.flags, known)
         return [*(Completion(value, help) for value, help in found), *super().shell_complete(ctx, incomplete)]
 

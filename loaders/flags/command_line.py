@@ -28,6 +28,7 @@ from .declared import (
     parse_size,
 )
 from .gpu_sizes import MOST_GPUS, Gpus, parse_gpus
+from .lora_config import initialisation_problem, token_ids
 from .values import ALIASES, EXPECTED, Problems, from_text, is_boolean, is_null, printable
 from .yaml_file import read_yaml
 
@@ -322,8 +323,20 @@ def _check_ranges(values: Mapping[str, Any], problems: Problems) -> None:
     least = values.get("min_quantized")
     if least is not None and not 0 <= least <= 100:
         problems.add(f"`min_quantized` is a percentage, 0 to 100, not {least}")
-    if values.get("lora_target_modules") == []:
-        problems.add("`lora_target_modules` must name at least one layer")
+    for name, what in (
+        ("lora_target_modules", "layer"),
+        ("lora_target_parameters", "parameter"),
+        ("lora_modules_to_save", "layer"),
+    ):
+        if values.get(name) == []:
+            problems.add(f"`{name}` must name at least one {what}")
+    initialisation, tokens = values.get("init_lora_weights"), values.get("trainable_token_indices")
+    if initialisation is not None and (problem := initialisation_problem(initialisation)):
+        problems.add(f"`init_lora_weights` {problem}")
+    try:
+        token_ids(["0"] if tokens is None else tokens)
+    except ValueError as error:
+        problems.add(f"`trainable_token_indices` {error}")
     for name in ("max_shard_size", "max_memory"):
         try:
             parse_size(values.get(name) or "1")

@@ -37,7 +37,7 @@ MERGE = "Merge"
 
 Origin: TypeAlias = Literal["default", "yaml", "cli"]
 """Where a flag's value came from."""
-Kind: TypeAlias = Literal["bool", "int", "float", "str", "list", "str or list", "json"]
+Kind: TypeAlias = Literal["bool", "int", "float", "str", "bool or str", "list", "str or list", "json"]
 """How the text of a flag's value is read."""
 
 
@@ -204,6 +204,20 @@ class OwnOptions:
     lora_target_modules: list[str] | None = field(
         None, ADAPTER, "Layers to adapt, by name; unset takes the usual seven, or the architecture's own"
     )
+    lora_target_parameters: list[str] | None = field(
+        None, ADAPTER, "Parameters to adapt that are no layer's weight, by name, e.g. mlp.experts.down_proj"
+    )
+    lora_modules_to_save: list[str] | None = field(
+        None, ADAPTER, "Layers to train whole and to keep in the adapter, by name, e.g. lm_head"
+    )
+    trainable_token_indices: list[str] | None = field(
+        None, ADAPTER, "Tokens whose embedding rows are trained, by id; new for the rows that are added"
+    )
+    use_dora: bool = field(False, ADAPTER, "Train a magnitude of each output beside the LoRA matrices (DoRA)")
+    use_rslora: bool = field(False, ADAPTER, "Divide the scale of the LoRA update by the rank's square root (rsLoRA)")
+    init_lora_weights: bool | str = field(
+        True, ADAPTER, "First values: true (B is zero), gaussian, orthogonal, pissa, pissa_niter_N or olora"
+    )
     min_quantized: float = field(
         90.0, QUANTISATION, "Least percentage of the weight matrices outside embeddings and head that must become 4-bit"
     )
@@ -283,6 +297,7 @@ _KINDS: dict[str, Kind] = {
     "int": "int",
     "float": "float",
     "str": "str",
+    "bool | str": "bool or str",
     "list[str]": "list",
     "str | list[str]": "str or list",
     "dict": "json",

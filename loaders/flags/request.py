@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 _PUBLISHING = ("push_to_hub", "save_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision")
 """Flags that ask for an upload."""
+_OF_ADAPTERS = (
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+    "init_lora_weights",
+    "lora_experts",
+)
+"""ftload's own flags that mean nothing without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +87,8 @@ class Request:
 
 def resolve_request(arguments: Arguments) -> Request:
     """Turn flags into a request. Raises `UsageError` where they contradict each other."""
-    from .declared import parse_size
+    from .declared import all_flags, parse_size
+    from .lora_config import resolve_lora
     from .model_page import repository_of
     from .training_refusals import training_warnings
 
@@ -115,15 +127,9 @@ def resolve_request(arguments: Arguments) -> Request:
         strategy = "liger"
     else:
         strategy = "standard"
-    adapter_only = [
-        name
-        for name, given in (
-            ("lora_target_modules", own.lora_target_modules is not None),
-            ("lora_experts", own.lora_experts is not None),
-            ("base", own.base == "reference"),
-        )
-        if given
-    ]
+    adapter_only = [name for name in _OF_ADAPTERS if getattr(own, name) != all_flags()[name].default]
+    if own.base == "reference":
+        adapter_only.append("base")
     if adapter_only and not (flat.use_lora or flat.use_qlora):
         raise UsageError(f"`--{adapter_only[0]}` is for adapters", hint="pass --use_lora or --use_qlora as well")
     for name in ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"):
@@ -135,6 +141,7 @@ def resolve_request(arguments: Arguments) -> Request:
         raise UsageError(f"`--output_dir` is `{flat.output_dir}`, whose home directory is not known") from error
     if output.name == "..":
         output = output.resolve()
+    lora = resolve_lora(arguments)
     return Request(
         arguments=arguments,
         tokenizer=arguments.tokenizer,
@@ -147,12 +154,12 @@ def resolve_request(arguments: Arguments) -> Request:
         allow_pickle=own.allow_pickle,
         dequantize=own.dequantize,
         strategy=strategy,
-        lora_rank=flat.lora_rank,
-        lora_alpha=flat.lora_alpha,
-        lora_dropout=flat.lora_dropout,
-        lora_targets=tuple(own.lora_target_modules) if own.lora_target_modules is not None else None,
+        lora_rank=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        lora_targets=lora.targets,
         lora_experts=own.lora_experts,
-        lora_settings={},
+        lora_settings=lora.settings,
         quantize_experts=own.quantize_experts,
         bnb_4bit_quant_storage=own.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=own.bnb_4bit_compute_dtype,
@@ -169,7 +176,7 @@ def resolve_request(arguments: Arguments) -> Request:
         strict=own.strict,
         max_shard_bytes=parse_size(own.max_shard_size),
         max_memory_bytes=parse_size(own.max_memory),
-        decisions=tuple(decisions),
+        decisions=(*decisions, *lora.decisions),
         warnings=training_warnings(flat),
     )
 

@@ -33,6 +33,7 @@ EXPECTED = {
     "int": "an int",
     "float": "a float",
     "str": "a string",
+    "bool or str": "true, false or a name",
     "list": "a list of strings",
     "str or list": "a string or a list of strings",
     "json": "a JSON object",
@@ -108,6 +109,8 @@ def from_text(flag: Flag, text: str) -> Any:
         if not is_boolean(text):
             raise ValueError(text)
         return _BOOLEANS[text.lower()]
+    if flag.kind == "bool or str":
+        return {"true": True, "false": False}.get(text.lower(), text)
     if flag.kind == "int":
         return int(text)
     if flag.kind == "float":

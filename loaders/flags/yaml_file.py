@@ -146,6 +146,8 @@ def _from_node(flag: Flag, node: yaml.Node) -> Any:
         if flag.kind == "int" and isinstance(value, float) and value.is_integer():
             return int(value)
         return from_text(flag, node.value)
+    if flag.kind == "bool or str" and node.tag == f"{_TAG}bool":
+        return _plain(node)
     text = _as_written(node)
     return [text] if flag.kind == "list" else from_text(flag, text)
 

@@ -63,6 +63,12 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("base", "str", "auto", ("auto", "copy", "link", "reference")),
         ("embedding_init", "str", "mean", ("mean", "reference")),
         ("lora_target_modules", "list[str] | None", None, ()),
+        ("lora_target_parameters", "list[str] | None", None, ()),
+        ("lora_modules_to_save", "list[str] | None", None, ()),
+        ("trainable_token_indices", "list[str] | None", None, ()),
+        ("use_dora", "bool", False, ()),
+        ("use_rslora", "bool", False, ()),
+        ("init_lora_weights", "bool | str", True, ()),
         ("min_quantized", "float", 90.0, ()),
         ("quantize_experts", "bool", True, ()),
         ("bnb_4bit_quant_storage", "str | None", None, ("uint8", "bfloat16", "float16")),
@@ -77,7 +83,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 106
+    assert len(all_flags()) == 112
 
 
 def test_what_plan_takes_beside_them() -> None:

@@ -335,6 +335,14 @@ def test_yaml_files_mean_what_they_mean_to_hf_argument_parser(text: str, tmp_pat
         ("--dataset_mixer_list=a=b", {"dataset_mixer_list": ["a=b"]}),
         ("--dataset_mixer_list a -1", {"dataset_mixer_list": ["a", "-1"]}),
         ("--lora-target-modules q_proj v_proj", {"lora_target_modules": ["q_proj", "v_proj"]}),
+        ("--use_do --use_rs", {"use_dora": True, "use_rslora": True}),
+        ("--init_lora_weights pissa_niter_16", {"init_lora_weights": "pissa_niter_16"}),
+        ("--init_lora_weights TRUE", {"init_lora_weights": True}),
+        ("--init_lora_weights=false", {"init_lora_weights": False}),
+        ("--trainable_token_indices new", {"trainable_token_indices": ["new"]}),
+        ("--trainable_token_indices 0 128256", {"trainable_token_indices": ["0", "128256"]}),
+        ("--lora-modules-to-save lm_head", {"lora_modules_to_save": ["lm_head"]}),
+        ("--lora_target_parameters a.b c", {"lora_target_parameters": ["a.b", "c"]}),
         ("--report_to wandb", {"report_to": ["wandb"]}),
         ("--clip_grad_norm -1e-3", {"clip_grad_norm": -0.001}),
         ("--clip_grad_norm -inf", {"clip_grad_norm": float("-inf")}),
@@ -418,6 +426,34 @@ def test_origins_hold_even_for_values_equal_to_the_default() -> None:
         ("--lora_dropout nan", "`lora_dropout` must be at least 0 and below 1, not nan"),
         ("--seed -1", "`seed` must be at least 0 and below 2^32, not -1"),
         ("--seed 4294967296", "`seed` must be at least 0 and below 2^32, not 4294967296"),
+        ("--init_lora_weights", "`--init_lora_weights` needs a value: true, false or a name"),
+        (
+            "--init_lora_weights pisa",
+            "`init_lora_weights` is true, gaussian, orthogonal, pissa, pissa_niter_N (N up to 9999) or olora, "
+            "not `pisa`",
+        ),
+        (
+            "--init_lora_weights pissa_niter_-1",
+            "`init_lora_weights` is true, gaussian, orthogonal, pissa, pissa_niter_N (N up to 9999) or olora, "
+            "not `pissa_niter_-1`",
+        ),
+        (
+            "--init_lora_weights eva",
+            "`init_lora_weights` can't be `eva`: EVA starts from the activations of data, and ftload reads none",
+        ),
+        (
+            "--init_lora_weights loftq",
+            "`init_lora_weights` can't be `loftq`: PEFT computes LoftQ on a GPU, and without double quantisation",
+        ),
+        (
+            "--trainable_token_indices 1 -2",
+            "`trainable_token_indices` takes the ids of tokens, or `new` alone, not `-2`",
+        ),
+        (
+            "--trainable_token_indices new 1",
+            "`trainable_token_indices` takes the ids of tokens, or `new` alone, not `new`",
+        ),
+        ("--trainable_token_indices 7 8 007", "`trainable_token_indices` names token 7 twice"),
         ("--max_shard_size 5XB", "`max_shard_size`: `5XB` is not a size of at least one byte"),
         (
             "--use_lora run.yaml",
@@ -587,6 +623,10 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ("use_lora: 1", {"use_lora": True}),
         ("use_lora: y", {"use_lora": True}),
         ("base: copy\nstrict: true", {"base": "copy", "strict": True}),
+        ("init_lora_weights: true", {"init_lora_weights": True}),
+        ("init_lora_weights: olora", {"init_lora_weights": "olora"}),
+        ("trainable_token_indices: [3, 4]", {"trainable_token_indices": ["3", "4"]}),
+        ("trainable_token_indices: new", {"trainable_token_indices": ["new"]}),
         (
             "additional_model_arguments: {1: {a: [.5, 0x10, ~, off, x]}}",
             {"additional_model_arguments": {"1": {"a": [0.5, 16, None, False, "x"]}}},
@@ -663,6 +703,10 @@ def test_what_yaml_means(text: str, expected: dict[str, Any], tmp_path: Path) ->
         ("learning: 1", "unknown key `learning` in `FILE` (nearest: `learning_rate`)"),
         ("load_in_4bit: true", "unknown key `load_in_4bit` in `FILE` (nearest: `use_qlora`)"),
         ("lora_target_modules: []", "`lora_target_modules` must name at least one layer"),
+        ("lora_target_parameters: []", "`lora_target_parameters` must name at least one parameter"),
+        ("lora_modules_to_save: []", "`lora_modules_to_save` must name at least one layer"),
+        ("trainable_token_indices: []", "`trainable_token_indices` must name at least one token"),
+        ("init_lora_weights: [pissa]", "`init_lora_weights` in `FILE` takes true, false or a name, not a list"),
         ("lora_rank: 0", "`lora_rank` must be at least 1, not 0"),
         ("no_use_lora: true", "unknown key `no_use_lora` in `FILE` (nearest: `use_lora` or `use_qlora`)"),
         ("- seed", "`FILE` must hold `flag: value` lines"),
@@ -723,6 +767,8 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "max_memory": st.sampled_from(["64MB", "2GB"]),
     "min_quantized": st.floats(0, 100),
     "lora_experts": st.integers(1, 64),
+    "init_lora_weights": st.sampled_from(["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]),
+    "trainable_token_indices": st.lists(st.integers(0, 10**6).map(str), min_size=1, max_size=4, unique=True),
 }
 KINDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
@@ -738,7 +784,7 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
 def values(flag: Flag) -> st.SearchStrategy[Any]:
     if flag.choices:
         return st.sampled_from(flag.choices)
-    strategy = RANGES.get(flag.name, KINDS[flag.kind])
+    strategy = RANGES[flag.name] if flag.name in RANGES else KINDS[flag.kind]
     # `none` means None for some: the rules above have it
     return strategy.filter(lambda value: str(value).strip("[]'").lower() not in ("none", "null"))
 
