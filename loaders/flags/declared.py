@@ -218,6 +218,9 @@ class OwnOptions:
     init_lora_weights: bool | str = field(
         True, ADAPTER, "First values: true (B is zero), gaussian, orthogonal, pissa, pissa_niter_N or olora"
     )
+    lora_config: str | None = field(
+        None, ADAPTER, "adapter_config.json of PEFT, or a YAML file of LoraConfig's fields; flags go before it"
+    )
     min_quantized: float = field(
         90.0, QUANTISATION, "Least percentage of the weight matrices outside embeddings and head that must become 4-bit"
     )

@@ -23,6 +23,7 @@ _OF_ADAPTERS = (
     "use_dora",
     "use_rslora",
     "init_lora_weights",
+    "lora_config",
     "lora_experts",
 )
 """ftload's own flags that mean nothing without an adapter."""
@@ -96,11 +97,15 @@ def resolve_request(arguments: Arguments) -> Request:
     adapters = tuple(own.merge_adapter or ())
     if not flat.model_name_or_path and not adapters:
         raise UsageError("no model is given", hint="give a hub id, a directory or a .gguf file before the flags")
-    texts = [("--model", flat.model_name_or_path or ""), ("--output_dir", flat.output_dir)]
+    texts = [
+        ("--model", flat.model_name_or_path or ""),
+        ("--output_dir", flat.output_dir),
+        ("--lora_config", own.lora_config or ""),
+    ]
     for flag, value in (*texts, *(("--merge_adapter", name) for name in adapters)):
         if not value.isascii() and value != value.encode(errors="replace").decode():
             # the report, the configuration and the adapter are UTF-8 and name both
-            raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename the directory")
+            raise UsageError(f"`{flag}`: `{value}` is not valid UTF-8", hint="rename it")
     model, revision = None, flat.model_revision
     if flat.model_name_or_path:
         model, revision = repository_of(flat.model_name_or_path, revision)

@@ -31,8 +31,8 @@ _LEAVE_OUT = frozenset(
     )
 )
 """Flags that can have no effect."""
-_NOT_ASKED = frozenset(("bos token", "eos token", "unk token", "pad token", "pad token of the model"))
-"""What no flag asks for: the function that sets up the tokenizer decides it."""
+_NOT_ASKED = frozenset(("bos token", "eos token", "unk token", "pad token", "pad token of the model", "lora_config"))
+"""What no flag asks for: the function that sets up the tokenizer decides it, or a flag goes before a file."""
 
 
 def check_strict(decisions: Iterable[Decision]) -> None:

@@ -116,17 +116,26 @@ def from_text(flag: Flag, text: str) -> Any:
     if flag.kind == "float":
         return float(text)
     if flag.kind == "json":
-        try:
-            value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-            if isinstance(value, dict):
-                # the training script converts what is in a `dict | str`, and leaves a plain `dict` alone
-                return _converted(value) if flag.type.startswith("dict | str") else value
-        except RecursionError:
-            pass
-        raise ValueError(text)
+        value = from_json(text)
+        # the training script converts what is in a `dict | str`, and leaves a plain `dict` alone
+        return _converted(value) if flag.type.startswith("dict | str") else value
     if flag.choices and text not in flag.choices:
         raise ValueError(text)
     return text
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """Return the object that a text is in JSON.
+
+    Raises `ValueError` if it is none, and `BadValue` if it holds what is not JSON, or a name twice.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if isinstance(value, dict):
+            return value
+    except RecursionError:
+        pass
+    raise ValueError(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

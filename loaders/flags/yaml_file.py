@@ -1,7 +1,7 @@
-"""The YAML file of a run: every key's value, by the flag's name.
+"""YAML files: that of a run, every key's value by the flag's name, and others.
 
-Its nodes are read, not Python values: a string is kept as it was written (`model_revision: 0123`, not 83), and what is
-unsafe is found before anything is built.
+Their nodes are read, not Python values: a string is kept as it was written (`model_revision: 0123`, not 83), and what
+is unsafe is found before anything is built.
 """
 
 from __future__ import annotations
@@ -35,16 +35,38 @@ def read_yaml(name: str, problems: Problems) -> dict[str, Any]:
     Raises:
         UsageError: the file can't be read, is no mapping, or holds what is not accepted in any value.
     """
+    return _from_mapping(_read_mapping(name, "flag"), label_of(name), problems)
+
+
+def read_values(name: str) -> dict[str, Any]:
+    """Return the Python value of every key in a YAML file, as `yaml.safe_load` does, except that times stay strings.
+
+    Raises:
+        UsageError: as `read_yaml` does; or a key has two values.
+    """
+    try:
+        return _plain_mapping(_read_mapping(name, "field"))
+    except (ValueError, OverflowError, IndexError) as error:
+        what = str(error) if isinstance(error, BadValue) else "a value that its tag does not allow"
+        raise UsageError(f"{label_of(name)} holds {what}") from error
+
+
+def label_of(name: str) -> str:
+    """Return a file's name for messages."""
+    return f"`{printable(name, 1000)}`"  # a path that is cut can't be found
+
+
+def _read_mapping(name: str, key: str) -> yaml.MappingNode:
+    """Return the root of a file of `key: value` lines."""
     import yaml
 
-    file_label = f"`{printable(name, 1000)}`"  # a path that is cut can't be found
-    text = _read_text(name, file_label)
+    file_label = label_of(name)
+    text = read_text(name, most_bytes=YAML_BYTES)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f"{file_label} must hold `flag: value` lines")
+            raise UsageError(f"{file_label} must hold `{key}: value` lines")
         _check_nodes(root, file_label)
-        return _from_mapping(root, file_label, problems)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -52,18 +74,21 @@ def read_yaml(name: str, problems: Problems) -> dict[str, Any]:
         raise UsageError(f"{file_label}{line} is not YAML: {what}") from error
     except RecursionError:
         raise UsageError(f"{file_label} is nested too deeply") from None
+    return root
 
 
-def _read_text(name: str, file_label: str) -> str:
+def read_text(name: str, *, most_bytes: int) -> str:
+    """Return the text of a file. Raises `UsageError` where it can't be read, is larger, or is not UTF-8."""
+    file_label = label_of(name)
     try:
         with Path(name).open("rb") as file:
-            data = file.read(YAML_BYTES + 1)
+            data = file.read(most_bytes + 1)
     except OSError as error:
         raise UsageError(f"{file_label} can't be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError:  # a null byte
         raise UsageError(f"{file_label} can't be read: not a path") from None
-    if len(data) > YAML_BYTES:
-        raise UsageError(f"{file_label} is larger than 128 KiB, too large for the flags of a run")
+    if len(data) > most_bytes:
+        raise UsageError(f"{file_label} is larger than {most_bytes >> 10} KiB, too large for the flags of a run")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

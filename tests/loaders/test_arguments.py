@@ -69,6 +69,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("use_dora", "bool", False, ()),
         ("use_rslora", "bool", False, ()),
         ("init_lora_weights", "bool | str", True, ()),
+        ("lora_config", "str | None", None, ()),
         ("min_quantized", "float", 90.0, ()),
         ("quantize_experts", "bool", True, ()),
         ("bnb_4bit_quant_storage", "str | None", None, ("uint8", "bfloat16", "float16")),
@@ -83,7 +84,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 112
+    assert len(all_flags()) == 113
 
 
 def test_what_plan_takes_beside_them() -> None:
