@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .adapter.interface import Adapter
 from .adapter.peft_lora import PeftLora
+from .adapter.peft_variant import PeftVariant
 from .flags.request import Request
 from .standard import Standard
 
@@ -18,5 +19,5 @@ class Lora(Standard):
     packages: tuple[str, ...] = ("peft",)
 
     def adapter(self, request: Request) -> Adapter:
-        """LoRA as PEFT makes it."""
-        return PeftLora.of(request)
+        """LoRA as PEFT makes it; PEFT is imported only for settings other than the default's."""
+        return PeftVariant.of(request) if request.lora_settings else PeftLora.of(request)

@@ -50,6 +50,18 @@ class Experts:
             for fused in together
         )
 
+    @property
+    def others(self) -> frozenset[str]:
+        """The names of the layers of all experts in 4 bits but the first of each module, which can stand for them."""
+        return frozenset(fused.layer(number).name for fused in self.packed for number in range(1, fused.experts))
+
+    def first_of(self, name: str) -> str:
+        """The layer of the first expert that stands for that of a 4-bit one; any other name is its own."""
+        for module, together in by_module(self.packed).items():
+            if name.startswith(f"{module}."):
+                return f"{module}.0.{name.rpartition('.')[2]}" if together else name
+        return name
+
     def modules(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names of all modules, in order; of the model's own ones, `names`, in order."""
         found: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from ..decision import Decision
 from ..flags.request import Request
 from ..steps.step import Inputs, OutputTensor, Sink, Step, torch_dtype
 from ..system.quiet import quiet_bitsandbytes
-from .interface import AdaptedLayer
+from .interface import AdaptedLayer, BaseModel
 from .targets import FusedTarget, Target, Targets, lora_names
 
 if TYPE_CHECKING:
@@ -87,18 +87,33 @@ class PeftLora:
             dropout=request.lora_dropout,
         )
 
+    @property
+    def changes_base(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def reads_base(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def plain(self) -> PeftLora:
+        """It is one."""
+        return self
+
+    @property
+    def chooses(self) -> str | None:
+        """None: layers are chosen by names."""
+        return None
+
     def fitted(self, targets: Targets) -> tuple[PeftLora, tuple[Decision, ...]]:
-        """Without dropout where a parameter is adapted: PEFT could not apply it to the input of one."""
-        if not targets.fused or not self.dropout:
-            return self, ()
-        decision = Decision(
-            what="lora_dropout",
-            requested=f"{self.dropout:g}",
-            effective="0",
-            reason="experts that are not 4-bit are adapted as parameters, and PEFT's `lora.ParamWrapper does not work "
-            "with lora_dropout != 0`",
-        )
-        return replace(self, dropout=0.0), (decision,)
+        """Without dropout where a parameter is adapted."""
+        return without_dropout(self) if targets.fused else (self, ())
+
+    def adapted(self, targets: Targets, base: Callable[[], BaseModel]) -> tuple[PeftLora, Targets]:
+        """As it is: what PEFT makes of it is known."""
+        return self, targets
 
     def tensors(self, layer: Target) -> Mapping[str, tuple[int, ...]]:
         """A and B, in this order."""
@@ -122,6 +137,7 @@ class PeftLora:
                 in_features=matrices.in_features, out_features=matrices.out_features, experts=matrices.count,
                 rank=self._rank_of(adapted.layer), names=(a, b), rounded_to=adapted.dtype,
             ),
+            in_turn=True,
             outputs=tuple(
                 OutputTensor(
                     name=name, shape=shape, dtype="F32", component="adapter", counted_as="float32",
@@ -137,20 +153,24 @@ class PeftLora:
             return {}
         return dict.fromkeys(sorted((*targets.of_experts, *targets.parameters)), self.experts_rank)
 
+    def peft_fields(self, targets: Targets) -> dict[str, Any]:
+        """The fields of PEFT's `LoraConfig` for these targets."""
+        return {
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(targets.patterns),
+            "target_parameters": list(targets.parameters) or None,
+            "rank_pattern": self._rank_pattern(targets),
+        }
+
     def peft_config(self, targets: Targets) -> LoraConfig:
         """PEFT's `LoraConfig` for a causal language model."""
         with quiet_bitsandbytes():
             from peft import LoraConfig
 
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] - any number works
-            lora_dropout=self.dropout,
-            target_modules=list(targets.patterns),
-            target_parameters=list(targets.parameters) or None,
-            rank_pattern=self._rank_pattern(targets),
-        )
+        return LoraConfig(**self.peft_fields(targets))
 
     def config(self, targets: Targets, *, base: str, revision: str | None) -> dict[str, Any]:
         """The same as adapter_config.json holds it, without PEFT's defaults."""
@@ -181,7 +201,28 @@ class PeftLora:
 
     def facts(self) -> dict[str, Any]:
         """Ranks, alpha and dropout, as the report names them."""
-        return {"r": self.rank, "experts_r": self.experts_rank, "alpha": self.alpha, "dropout": self.dropout}
+        return {
+            "r": self.rank,
+            "experts_r": self.experts_rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "settings": {},
+            "changes_base": False,
+        }
+
+
+def without_dropout(adapter: PeftLora) -> tuple[PeftLora, tuple[Decision, ...]]:
+    """The adapter as PEFT can make it of a parameter, to whose input it could not apply dropout."""
+    if not adapter.dropout:
+        return adapter, ()
+    decision = Decision(
+        what="lora_dropout",
+        requested=f"{adapter.dropout:g}",
+        effective="0",
+        reason="experts that are not 4-bit are adapted as parameters, and PEFT's `lora.ParamWrapper does not work "
+        "with lora_dropout != 0`",
+    )
+    return replace(adapter, dropout=0.0), (decision,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,16 +7,14 @@ weights on loading. Importing it takes seconds, so it is not asked where the ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..decision import Decision
-from ..errors import MissingRequirementError, UsageError, said_by
+from ..errors import UsageError
 from ..model.components import LinearLayer
-from ..model.experts.fused import by_module, empty_layer, take_apart
 from ..model.transformers_internals import merges_weights
-from ..system.quiet import quiet_transformers
+from .adapted_model import RefusalError, adapt, import_peft
 from .experts import Experts
 from .interface import Adapter
 from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, in_order, is_match, name_targets
@@ -83,49 +81,26 @@ class Peft:
             of_experts=tuple(name for name, found in count_matches(of_experts, answer.patterns).items() if found),
         )
 
-    def _model(self) -> PreTrainedModel:
-        """A copy of the model as it is in memory, one expert of each layer where they are 4-bit."""
-        model = deepcopy(self.model)
-        for name, together in by_module(self.experts.packed).items():
-            take_apart(model.get_submodule(name), together, empty_layer, (0,))
-        return model
-
     def _ask(self, targets: Targets) -> _Answer:
-        """Adapt a copy of the model, and load the adapter's own tensor names into it again."""
         if self._is_certain(targets):
             return _Answer(patterns=targets.patterns)
+        import_peft()
         try:
-            with quiet_transformers():  # bitsandbytes tells which kernels it lacks
-                from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-                from peft.tuners.tuners_utils import BaseTunerLayer
-        except Exception as error:  # a broken build raises whatever it likes
-            raise MissingRequirementError(
-                f"PEFT does not import: {said_by(error)}", hint="`ftload doctor` says how to fix it"
-            ) from error
-        config: Any = self.adapter.peft_config(targets)
-        with quiet_transformers():
-            try:
-                adapted: Any = get_peft_model(self._model(), config, low_cpu_mem_usage=True)
-                # what it calls the tensors when it saves them, it must find again when it loads them
-                tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-                loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-            except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-                # after its first sentence PEFT lists sets, in an order that differs from process to process
-                return _Answer(problem=said_by(error).partition(". ")[0])
-        modules = adapted.base_model.model.named_modules()
-        found = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
-        others = {fused.layer(number).name for fused in self.experts.packed for number in range(1, fused.experts)}
-        wanted = {layer.name for layer in targets.layers} - others | {fused.name for fused in targets.fused}
+            adapted = adapt(self.model, self.adapter.peft_config(targets), self.experts)
+        except RefusalError as refusal:
+            return _Answer(problem=str(refusal))
+        found = {*adapted.layers, *(name for module in adapted.modules.values() for name in module.parameters)}
+        wanted = {layer.name for layer in targets.layers} - self.experts.others
+        wanted |= {fused.experts.parameter for fused in targets.fused}
         if found != wanted:
             name = min(found ^ wanted)
             what = f"does not adapt `{name}`" if name in wanted else f"adapts `{name}` as well"
             return _Answer(problem=f"it {what}")
-        lost = sorted(name for name in loaded.missing_keys if ".lora_" in name) + sorted(loaded.unexpected_keys)
-        if lost:
-            return _Answer(problem=f"it does not find `{lost[0]}` again")
-        if set(config.target_parameters or ()) != set(targets.parameters):
-            return _Answer(problem=f"it adapts `{' '.join(sorted(config.target_parameters or ()))}` as parameters")
-        kept = set(config.target_modules or ())
+        if adapted.lost:
+            return _Answer(problem=f"it does not find `{adapted.lost[0]}` again")
+        if adapted.target_parameters != set(targets.parameters):
+            return _Answer(problem=f"it adapts `{' '.join(sorted(adapted.target_parameters))}` as parameters")
+        kept = adapted.target_modules
         return _Answer(patterns=targets.patterns if kept == set(targets.patterns) else tuple(sorted(kept)))
 
     def _is_certain(self, targets: Targets) -> bool:

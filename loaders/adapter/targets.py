@@ -18,6 +18,9 @@ from ..model.experts.fused import FusedExperts
 REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The module names that Open Instruct's SFT script gives to LoRA: the linear layers of a Llama block."""
 
+ADAPTED = "base_model.model."
+"""What PEFT puts before all names in an adapter's file."""
+
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the head."""
 
@@ -56,6 +59,8 @@ class Targets:
     """Experts that are adapted as parameters, after all layers, in the order in which PEFT wraps them."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Their patterns, PEFT's `target_parameters`, to the number of parameters that each matches."""
+    warnings: tuple[str, ...] = ()
+    """What PEFT says of them."""
 
 
 def resolve_targets(
@@ -141,7 +146,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def lora_names(target: str) -> tuple[str, str]:
     """What A and B of a layer or parameter are called in an adapter's file, by PEFT's name of what it wraps."""
-    a, b = (f"base_model.model.{target}.lora_{which}.weight" for which in "AB")
+    a, b = (f"{ADAPTED}{target}.lora_{which}.weight" for which in "AB")
     return a, b
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, STATE_SUFFIX
 from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES, TORCH_NAMES
@@ -23,8 +23,12 @@ from ..steps.step import Encoder, OutputTensor, Step
 from ..system.cuda import cuda_problem
 from ..system.quiet import quiet_bitsandbytes
 from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
+from .loaded import loaded_layer
 from .quantise import Quantize
 from .slices import nested_in_slices, rows_in_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +126,10 @@ class Nf4Linear:
                 hint="pass --bnb_4bit_quant_storage uint8",
             )
         return size // width, 1
+
+    def load(self, layer: nn.Module, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+        """bitsandbytes' layer."""
+        return loaded_layer(layer, parts, self.compute_dtype(config))
 
     def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:
         """Where an expert's double-quantised absmax are no slice of all, all absmax themselves are held, in float32."""

@@ -15,13 +15,13 @@ Base: TypeAlias = Literal["copy", "reference"]
 
 
 def choose_base(
-    request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, quantised: bool
+    request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, quantised: bool, changed: bool
 ) -> tuple[Base, tuple[Decision, ...]]:
     """For a strategy with an adapter: the original where it can be trained on as it stands, or as `--base` asks.
 
     Raises `UsageError` for `--base reference` where it can't.
     """
-    changes = _changes(request, checkpoint, skeleton, quantised=quantised)
+    changes = _changes(request, checkpoint, skeleton, quantised=quantised, changed=changed)
     if request.base in ("copy", "link") or (request.base == "auto" and changes):
         return "copy", ()
     unusable = [change for change in changes if not change.startswith("dtype")]
@@ -38,11 +38,15 @@ def choose_base(
     return "reference", (decision,)
 
 
-def _changes(request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, quantised: bool) -> list[str]:
+def _changes(
+    request: Request, checkpoint: Checkpoint, skeleton: Skeleton, *, quantised: bool, changed: bool
+) -> list[str]:
     """Why the original can't be trained on as it stands."""
     changes = []
     if quantised:
         changes.append("it is quantised")
+    if changed:
+        changes.append("the adapter's initial values are taken out of its weights")
     if request.merge_adapters:
         changes.append("an adapter is merged into it")
     if skeleton.rows_after != skeleton.rows_before:

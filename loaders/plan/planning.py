@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from ..adapter.experts import Experts
 from ..adapter.interface import Adapter
 from ..decision import Decision
 from ..errors import ResourceError
@@ -15,12 +14,11 @@ from ..merge.merge import Merge
 from ..model.skeleton import Skeleton
 from ..model.tensor_map import ModelTensor
 from ..model.transformers_internals import attention_support
-from ..steps.step import Step
-from ..strategy import STRATEGIES, Strategy
+from ..strategy import STRATEGIES
 from ..system.attention import resolve_attention
 from ..system.limits import usable_processors
 from ..tokenizer.tokenizer import PreparedTokenizer
-from .adapted import adapter_file, choose_targets
+from .adapted import AdaptedBase, adapter_file, choose_targets
 from .base import Base, choose_base
 from .configuration import Configuration, final_config, final_generation_config
 from .coverage import check_coverage, coverage_of
@@ -52,7 +50,8 @@ def make_plan(
     if skeleton.left_out is not None:
         decisions.append(skeleton.left_out.decision(type(skeleton.model).__name__))
 
-    steps = tuple(_steps(strategy, skeleton.tensors))
+    groups = tuple((group, strategy.step(group)) for group in _groups(skeleton.tensors))
+    steps = tuple(step for _, step in groups)
     quantisation = strategy.quantisation
     if quantisation is not None:
         quantization_config = quantisation.config(quantization_config)
@@ -67,15 +66,25 @@ def make_plan(
     adapter, targets, adapter_weights = strategy.adapter(request), None, None
     base: Base = "copy"
     if adapter is not None:
-        base, base_decisions = choose_base(request, checkpoint, skeleton, quantised=quantisation is not None)
+        base, base_decisions = choose_base(
+            request, checkpoint, skeleton, quantised=quantisation is not None, changed=adapter.changes_base
+        )
         decisions += base_decisions
-        experts = Experts.of(skeleton.experts, packed)
-        adapter, targets = choose_targets(request, skeleton, adapter, quantised=quantised, experts=experts)
+        tokenizer_size = tokenizer.facts()["size"]
+        adapted = AdaptedBase(
+            strategy=strategy,
+            skeleton=skeleton,
+            groups=groups,
+            is_written=base == "copy",
+            quantised_layers=quantised,
+            quantised_experts=packed,
+            quantization_config=quantization_config,
+            new_tokens=range(skeleton.rows_before, tokenizer_size),
+        )
+        adapter, targets = choose_targets(request, adapted, adapter)
         decisions += targets.decisions
-        computed_in = {}
-        if quantisation is not None and quantization_config is not None:
-            computed_in = dict.fromkeys((*quantised, *packed), quantisation.compute_dtype(quantization_config))
-        adapter_weights = adapter_file(strategy, skeleton, adapter, targets, computed_in=computed_in)
+        warnings += targets.warnings
+        adapter_weights = adapter_file(adapted, adapter, targets)
 
     attention = resolve_attention(attention_support(type(skeleton.model)), use_flash_attn=request.use_flash_attn)
     decisions += attention.decisions
@@ -92,7 +101,8 @@ def make_plan(
 
     model_files: tuple[OutputFile, ...] = ()
     if base == "copy":
-        model_files = unchanged_files(checkpoint, steps, request.max_shard_bytes)
+        if adapter is None or not adapter.changes_base:
+            model_files = unchanged_files(checkpoint, steps, request.max_shard_bytes)
         if not model_files:
             model_files = divide(steps, request.max_shard_bytes)
             if request.base == "link":
@@ -153,10 +163,10 @@ _CHUNK_BYTES = 2 * 1024 * 1024
 _LEAST_CHUNK_BYTES = 64 * 1024
 
 
-def _steps(strategy: Strategy, tensors: Iterable[ModelTensor]) -> Iterator[Step]:
-    # what comes out of one conversion is written together
+def _groups(tensors: Iterable[ModelTensor]) -> Iterator[tuple[ModelTensor, ...]]:
+    """What comes out of one conversion is written together."""
     for _, group in groupby(tensors, key=lambda tensor: id(tensor.conversion or tensor)):
-        yield strategy.step(tuple(group))
+        yield tuple(group)
 
 
 def _left_experts(request: Request, skeleton: Skeleton, quantised: frozenset[str]) -> Iterator[str]:

@@ -221,6 +221,10 @@ class Adapter:
     """Rank of the adapters of fused experts; null where they are not trained. Since 0.2."""
     target_parameters: Mapping[str, AtLeastOne] = field(default_factory=dict)
     """Pattern of fused parameters, which are adapted as a whole, to the number that it matches. Since 0.2."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of PEFT's `LoraConfig` where they are not the default: `use_dora`, `bias` … Since 0.2."""
+    changes_base: bool = False
+    """Whether it starts from a part of the base, which lacks it: the base alone is not the original. Since 0.2."""
     parameters: Count
     dtype: str
     base: str

@@ -6,13 +6,16 @@ A strategy has one or none. An implementation lies in a package of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..decision import Decision
 from ..flags.request import Request
 from ..model.experts.fused import FusedExperts
 from ..model.tensor_map import ModelTensor
 from .step import Encoder, OutputTensor, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Quantisation(Protocol):
@@ -46,6 +49,13 @@ class Quantisation(Protocol):
 
     def step(self, tensors: tuple[ModelTensor, ...]) -> Step:
         """How a group that it covers is written: encoded, or taken over where the checkpoint holds it so already."""
+        ...
+
+    def load(self, layer: nn.Module, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+        """A layer with a quantised weight in the place of `layer`, as a `quantization_config` says it is loaded.
+
+        `parts` are what its weight is stored in, by what follows its name.
+        """
         ...
 
     def loaded(self, part: OutputTensor, experts: FusedExperts) -> OutputTensor:

@@ -49,6 +49,8 @@ class Inputs:
     """Of the quantisation, where there is one."""
     new_rows: Mapping[str, Tensor] = field(default_factory=dict)
     """Rows for grown embeddings, by output name, where they were sampled beforehand."""
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What stands in the place of the checkpoint's tensors, by their names."""
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(Silent()))
     _local: threading.local = field(default_factory=threading.local)
 
@@ -66,7 +68,7 @@ class Inputs:
 
     def read(self, tensor: TensorMeta, dtype: str, *, checked: bool = True) -> Tensor:
         """The whole tensor in its shape; otherwise as `chunks`."""
-        stored = self.checkpoint.read(tensor)
+        stored = self.changed[tensor.name] if tensor.name in self.changed else self.checkpoint.read(tensor)
         values = stored.to(torch_dtype(dtype))
         if checked:
             check_finite(values, stored, tensor)
@@ -74,6 +76,9 @@ class Inputs:
 
     def _stored(self, tensor: TensorMeta, multiple: int) -> Iterator[Tensor]:
         elements = max(1, self.chunk_bytes // ITEM_BYTES[tensor.dtype] // multiple) * multiple
+        if tensor.name in self.changed:
+            yield from self.changed[tensor.name].reshape(-1).split(elements)
+            return
         # one buffer a thread: fresh memory would have to be zeroed, chunk after chunk
         if not hasattr(self._local, "buffer"):
             self._local.buffer = bytearray(self.chunk_bytes)
@@ -133,6 +138,10 @@ class Step:
     outputs: tuple[OutputTensor, ...]
     encodes: bool = False
     """Whether the operation uses the quantisation's encoder."""
+    in_turn: bool = False
+    """Whether it follows the step before it: both draw from torch's one generator."""
+    beside: Step | None = None
+    """A step of another file that its operation carries out as well, into the same sink."""
 
     @property
     def nbytes(self) -> int:

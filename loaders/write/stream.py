@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..plan.output_files import OutputFile
 from ..plan.plan import Plan
 from ..progress import Stopwatch
 from ..steps.plain import Cast, Grow
-from ..steps.step import Encoder, Inputs, Step
+from ..steps.step import Encoder, Inputs, Sink, Step
 from ..system.durable import disk_errors, hash_file
 from ..system.limits import PeakMemory
 from ..system.quiet import quiet_transformers
@@ -72,29 +72,53 @@ def write_tensors(
         torch.set_num_threads(threads)
 
 
-def in_order(
-    files: tuple[OutputFile, ...], adapter: OutputFile | None, workers: int
-) -> list[tuple[OutputFile, tuple[Step, ...]]]:
-    """What a worker takes at a time: file after file, the largest step of each first; an adapter as a whole.
+Task: TypeAlias = tuple[tuple[OutputFile, ...], tuple[Step, ...]]
+"""What a worker takes at a time: steps, one after another, and the files that each of them writes into."""
 
-    One worker initialises the adapter, layer after layer, while the others go on, and one hashes the model's last file:
-    the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the model,
-    and hashing one a quarter of that.
+
+def in_order(files: tuple[OutputFile, ...], adapter: OutputFile | None, workers: int) -> list[Task]:
+    """Tasks, file after file, the largest step of each first; an adapter as a whole, if each step follows another.
+
+    One worker initialises such an adapter, layer after layer, while the others go on, and one hashes the model's last
+    file: the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the
+    model, and hashing one a quarter of that.
     """
-    order: list[tuple[OutputFile, tuple[Step, ...]]] = [
-        (file, (step,))
-        for file in files
-        if file is not adapter
-        for step in sorted(file.steps, key=lambda step: -step.nbytes)
-    ]
-    if adapter is not None and adapter in files:
-        hashed = order[-1][0].size // 4 if order else 0
-        left, place = (adapter.size - hashed) * (workers - 1), len(order)
-        while left > 0 and place > 0:
-            place -= 1
-            left -= sum(step.nbytes for step in order[place][1])
-        order.insert(place, (adapter, adapter.steps))
+    by_base = {step.beside: step for step in adapter.steps if step.beside is not None} if adapter is not None else {}
+    order: list[Task] = []
+    for file in files:
+        for step in sorted(file.steps, key=lambda step: -step.nbytes) if file is not adapter else ():
+            if step in by_base and adapter is not None:
+                # the adapter's step is carried out even if its file is finished: it writes the base's tensor
+                order.append((tuple(of for of in (adapter, file) if of in files), (by_base.pop(step),)))
+            else:
+                order.append(((file,), (step,)))
+    if adapter is None or adapter not in files:
+        return order
+    if not any(step.in_turn for step in adapter.steps):
+        left = {id(step) for step in by_base.values()}
+        alone = (step for step in adapter.steps if step.beside is None or id(step) in left)
+        return [*order, *(((adapter,), (step,)) for step in alone)]
+    hashed = order[-1][0][0].size // 4 if order else 0
+    left, place = (adapter.size - hashed) * (workers - 1), len(order)
+    while left > 0 and place > 0:
+        place -= 1
+        left -= sum(step.nbytes for step in order[place][1])
+    order.insert(place, ((adapter,), adapter.steps))
     return order
+
+
+class _Sink:
+    """Takes tensors to their files; those of files that are finished, or another process's, to none."""
+
+    def __init__(self, writers: Iterable[FileWriter]) -> None:
+        self._writers = {
+            output.name: writer for writer in writers for step in writer.file.steps for output in step.outputs
+        }
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Append to a tensor, if it is to be written."""
+        if name in self._writers:
+            self._writers[name].write(name, values)
 
 
 class _Execution:
@@ -127,7 +151,11 @@ class _Execution:
             if file.layout is not None
         }
         work = in_order(tuple(writers), self._plan.adapter_file, self._plan.workers)
-        tasks = [*self._copies(), *((self._run, writers[file], steps) for file, steps in work)]
+        sink = _Sink(writers.values())
+        tasks = [
+            *self._copies(),
+            *((self._run, tuple(writers[file] for file in into), sink, steps) for into, steps in work),
+        ]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
             try:
                 futures = [pool.submit(run, *arguments) for run, *arguments in tasks]
@@ -167,14 +195,20 @@ class _Execution:
                 check_written(file, copy.target)
                 self._finish(file, digest)
 
-    def _run(self, writer: FileWriter, steps: tuple[Step, ...]) -> None:
-        with disk_errors(writer.path):
+    def _run(self, writers: tuple[FileWriter, ...], sink: Sink, steps: tuple[Step, ...]) -> None:
+        with disk_errors(self._directory):
             for step in steps:
                 need = step.operation.memory(self._inputs.chunk_bytes)
                 with self._reserved(need), self._watch.working("convert"):
-                    step.operation.run(self._inputs, writer)
+                    step.operation.run(self._inputs, sink)
                 self._advance(0, tensors=len(step.outputs))
-            if writer.finished(len(steps)):
+        for writer in writers:
+            self._close(writer, len(steps))
+
+    def _close(self, writer: FileWriter, steps: int) -> None:
+        """Count steps as done, and finish the file after the last of them."""
+        with disk_errors(writer.path):
+            if writer.finished(steps):
                 with ThreadPoolExecutor(1) as aside:  # one waits for the disk, the other for the processor
                     with self._watch.working("write"):
                         writer.write_head()
