@@ -34,7 +34,7 @@ class _From(TorchDispatchMode):
         if func is _aten.randn.default:
             drawn = torch.empty(args[0], dtype=kwargs.get("dtype"), device=kwargs.get("device"))
             func, args, kwargs = _aten.normal_.default, (drawn,), {}
-        if not {"self", "generator"} <= {argument.name for argument in func._schema.arguments}:
+        if not isinstance(args[0], torch.Tensor):
             raise NotImplementedError(f"PEFT draws by `{func}`, which was not known")
         values, *rest = args
         place = torch.empty(values.shape, dtype=values.dtype, device="cpu") if values.is_meta else values

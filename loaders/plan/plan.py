@@ -98,7 +98,8 @@ class Plan:
     @property
     def files_read(self) -> tuple[str, ...]:
         """The checkpoint's files whose weights are read."""
-        return self.checkpoint.weight_files if self.model_files else ()
+        of_adapter = self.adapter is not None and self.adapter.reads_base
+        return self.checkpoint.weight_files if self.model_files or of_adapter else ()
 
     def disk_bytes(self, files: Iterable[OutputFile]) -> int:
         """What some of its files take on the disk: linked ones nothing."""

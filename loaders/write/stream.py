@@ -117,8 +117,10 @@ class _Sink:
 
     def write(self, name: str, values: Tensor) -> None:
         """Append to a tensor, if it is to be written."""
-        if name in self._writers:
-            self._writers[name].write(name, values)
+        writer = self._writers.get(name)
+        if writer is not None:
+            with disk_errors(writer.path):
+                writer.write(name, values)
 
 
 class _Execution:
@@ -196,12 +198,11 @@ class _Execution:
                 self._finish(file, digest)
 
     def _run(self, writers: tuple[FileWriter, ...], sink: Sink, steps: tuple[Step, ...]) -> None:
-        with disk_errors(self._directory):
-            for step in steps:
-                need = step.operation.memory(self._inputs.chunk_bytes)
-                with self._reserved(need), self._watch.working("convert"):
-                    step.operation.run(self._inputs, sink)
-                self._advance(0, tensors=len(step.outputs))
+        for step in steps:
+            need = step.operation.memory(self._inputs.chunk_bytes)
+            with self._reserved(need), self._watch.working("convert"):
+                step.operation.run(self._inputs, sink)
+            self._advance(0, tensors=len(step.outputs))
         for writer in writers:
             self._close(writer, len(steps))
 

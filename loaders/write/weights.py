@@ -54,7 +54,9 @@ def _write_share(
     run: Run, plan: Plan, files: tuple[OutputFile, ...], encode: Encoder | None, journal: Journal
 ) -> Written:
     source, progress, names = plan.checkpoint.source, run.watch.progress, plan.checkpoint.weight_files
-    if source.commit is not None and any(file is not plan.adapter_file for file in files) and not source.is_here(names):
+    of_adapter = plan.adapter is not None and plan.adapter.reads_base
+    reads = any(of_adapter or file is not plan.adapter_file for file in files)
+    if source.commit is not None and reads and not source.is_here(names):
         with run.watch.stage("fetch"):
             sizes = {file.path: file.bytes for file in source.files}
             progress.expect(bytes=sum(sizes[name] for name in names), tensors=0)

@@ -20,12 +20,12 @@ def test_the_adapter_ends_with_the_hash_of_the_last_file(llama: Path, tmp_path: 
 
     order = in_order(plan.files, adapter, workers)
 
-    (place,) = (place for place, (file, _) in enumerate(order) if file is adapter)
-    assert order[place] == (adapter, adapter.steps)
+    (place,) = (place for place, (files, _) in enumerate(order) if files == (adapter,))
+    assert order[place] == ((adapter,), adapter.steps)
     others = order[:place] + order[place + 1 :]
-    assert [file for file, _ in others] == [file for file in model for _ in file.steps]
+    assert [files for files, _ in others] == [(file,) for file in model for _ in file.steps]
     for file in model:
-        sizes = [step.nbytes for one, (step,) in others if one is file]
+        sizes = [step.nbytes for files, (step,) in others if files == (file,)]
         assert sizes == sorted((step.nbytes for step in file.steps), reverse=True)
     after = [step.nbytes for _, (step,) in order[place + 1 :]]
     wanted = (adapter.size - model[-1].size // 4) * (workers - 1)
@@ -41,5 +41,5 @@ def test_without_an_adapter_or_with_nothing_else(llama: Path, tmp_path: Path) ->
     adapter = plan.adapter_file
     assert adapter is not None
     assert plan.files == (adapter,)
-    assert in_order(plan.files, adapter, 2) == [(adapter, adapter.steps)]
+    assert in_order(plan.files, adapter, 2) == [((adapter,), adapter.steps)]
     assert in_order((), adapter, 2) == []  # the share of another process
