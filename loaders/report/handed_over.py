@@ -40,7 +40,7 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         quantised_experts=quantization is not None and quantization.experts > 0,
         storage_dtype=None if quantization is None else quantization.storage_dtype,
         compute_dtype=None if quantization is None else quantization.compute_dtype,
-        lora_targets=_targets(report),
+        lora_targets=() if adapter is None else tuple(adapter.targets),
         expert_adapters=adapter is not None and adapter.experts_r is not None,
         gradient_checkpointing=report.gradient_checkpointing,
         attention=report.attention.effective,
@@ -56,11 +56,6 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         given=frozenset(name for name, argument in report.arguments.items() if argument.origin != "default"),
         ftload_version=report.ftload_version,
     )
-
-
-def _targets(report: Report) -> tuple[str, ...] | None:
-    asked = _value(report, "lora_target_modules")
-    return tuple(map(str, asked)) if isinstance(asked, list) else None
 
 
 def _value(report: Report, name: str) -> Any:

@@ -35,8 +35,8 @@ class Handover:
     """Of the packed codes, where the base is 4-bit: torch's name."""
     compute_dtype: str | None
     """Of the matrix products of 4-bit layers: torch's name."""
-    lora_targets: tuple[str, ...] | None
-    """What was asked for beside the reference's seven names."""
+    lora_targets: tuple[str, ...]
+    """Patterns of the layers that are adapted; empty where there is no adapter."""
     expert_adapters: bool
     """Whether experts have adapters of their own."""
     gradient_checkpointing: bool

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ..flags.declared import ADAPTER, OwnOptions, all_flags
 from .interface import Handover, Refusal, TrainingStep
 
 _REMOVED = ("add_seed_and_date_to_exp_name", "use_flash_attn")
@@ -37,6 +38,12 @@ _ANSWERED = (
 """Flags that the directory answers, or this file does: repeated, they would be applied a second time."""
 
 
+_OF_ADAPTERS = tuple(
+    flag.name for flag in all_flags().values() if flag.panel == ADAPTER and flag.group == OwnOptions.__name__
+)
+"""What ftload's own flags ask of an adapter."""
+
+
 class OpenInstruct:
     """`accelerate launch open_instruct/finetune.py …`."""
 
@@ -54,10 +61,11 @@ class OpenInstruct:
                 reason="its experts are 4-bit, and finetune.py does not import ftload.register",
                 hint="prepare it with --quantize_experts false, or take --for trl",
             )
-        if handover.lora_targets is not None or handover.expert_adapters:
-            what = "--lora_experts" if handover.expert_adapters else "--lora_target_modules"
+        asked = [f"--{name}" for name in _OF_ADAPTERS if name in handover.given]
+        if asked:
+            what = " ".join(asked)
             return Refusal(
-                reason=f"it was prepared with {what}; finetune.py makes an adapter of its own, of seven names",
+                reason=f"it was prepared with {what}; finetune.py makes a plain adapter of its own, of seven names",
                 hint=f"prepare it without {what}, or take --for trl, which trains the prepared adapter",
             )
         return None

@@ -27,7 +27,7 @@ class Trl:
 
     def refusal(self, handover: Handover) -> Refusal | None:
         """It takes the weight of the head as it is stored."""
-        if "lm_head" in (handover.lora_targets or ()):
+        if "lm_head" in handover.lora_targets:
             return Refusal(
                 reason="the head has an adapter, which SFTTrainer would not train",
                 hint="prepare it without lm_head in --lora_target_modules, or take --for transformers",

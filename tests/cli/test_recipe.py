@@ -92,17 +92,29 @@ def test_an_original_is_named_and_the_tokenizer_taken_from_the_directory(
     ]
 
 
-def test_what_open_instruct_can_not_train_is_refused(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
-    out = prepared(ftload, llama, tmp_path / "out", "--use_lora", "--lora_target_modules", "q_proj")
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--lora_target_modules", "q_proj"), "--lora_target_modules"),
+        (("--lora_config", "{lora}"), "--lora_config"),
+        (("--lora_config", "{lora}", "--lora_target_modules", "q_proj"), "--lora_target_modules --lora_config"),
+    ],
+)
+def test_what_open_instruct_can_not_train_is_refused(
+    flags: tuple[str, ...], named: str, ftload: Ftload, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "lora.yaml").write_text("r: 4\ntarget_modules: [v_proj]\n")
+    words = [word.replace("{lora}", str(tmp_path / "lora.yaml")) for word in flags]
+    out = prepared(ftload, llama, tmp_path / "out", "--use_lora", *words)
     result = ftload("recipe", out, "--for", "open-instruct")
     assert (result.code, result.out) == (2, "")
     assert result.err == (
-        f"error: Open Instruct can't train `{out}`: it was prepared with --lora_target_modules; finetune.py makes an "
-        "adapter of its own, of seven names\n"
-        "hint: prepare it without --lora_target_modules, or take --for trl, which trains the prepared adapter\n"
+        f"error: Open Instruct can't train `{out}`: it was prepared with {named}; finetune.py makes a plain adapter of "
+        "its own, of seven names\n"
+        f"hint: prepare it without {named}, or take --for trl, which trains the prepared adapter\n"
     )
     assert (
-        "Open Instruct can't train it: it was prepared with --lora_target_modules; finetune.py makes an adapter of "
+        f"Open Instruct can't train it: it was prepared with {named}; finetune.py makes a plain adapter of its own"
         in (out / "README.md").read_text()
     )
 
