@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 JSON_BYTES = 1 << 22
 """The largest adapter_config.json that is read: every layer of a large mixture by its whole name takes a quarter."""
+_HOLDS = "the configuration of an adapter"
 INITIALISATIONS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
 """Values of `--init_lora_weights`; any number goes in the place of 16."""
 NEW_TOKENS = "new"
@@ -337,7 +338,7 @@ def read_lora_config(name: str) -> dict[str, Any]:
     `all-linear` is a list, as the flag's value is. Raises `UsageError`, naming the file and every field at fault.
     """
     label = label_of(name)
-    values = _read_json(name) if name.endswith(".json") else read_values(name)
+    values = _read_json(name) if name.endswith(".json") else read_values(name, holds=_HOLDS)
     problems = Problems({})
     for field, value in values.items():
         _check_field(field, value, label, problems)
@@ -352,7 +353,7 @@ def read_lora_config(name: str) -> dict[str, Any]:
 def _read_json(name: str) -> dict[str, Any]:
     label = label_of(name)
     try:
-        return from_json(read_text(name, most_bytes=JSON_BYTES))
+        return from_json(read_text(name, most_bytes=JSON_BYTES, holds=_HOLDS))
     except BadValue as error:
         raise UsageError(f"{label} holds {error}") from error
     except json.JSONDecodeError as error:

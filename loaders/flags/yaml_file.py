@@ -35,17 +35,19 @@ def read_yaml(name: str, problems: Problems) -> dict[str, Any]:
     Raises:
         UsageError: the file can't be read, is no mapping, or holds what is not accepted in any value.
     """
-    return _from_mapping(_read_mapping(name, "flag"), label_of(name), problems)
+    return _from_mapping(_read_mapping(name, "flag", holds="the flags of a run"), label_of(name), problems)
 
 
-def read_values(name: str) -> dict[str, Any]:
+def read_values(name: str, *, holds: str) -> dict[str, Any]:
     """Return the Python value of every key in a YAML file, as `yaml.safe_load` does, except that times stay strings.
+
+    `holds` says for messages what the file holds.
 
     Raises:
         UsageError: as `read_yaml` does; or a key has two values.
     """
     try:
-        return _plain_mapping(_read_mapping(name, "field"))
+        return _plain_mapping(_read_mapping(name, "field", holds=holds))
     except (ValueError, OverflowError, IndexError) as error:
         what = str(error) if isinstance(error, BadValue) else "a value that its tag does not allow"
         raise UsageError(f"{label_of(name)} holds {what}") from error
@@ -56,12 +58,12 @@ def label_of(name: str) -> str:
     return f"`{printable(name, 1000)}`"  # a path that is cut can't be found
 
 
-def _read_mapping(name: str, key: str) -> yaml.MappingNode:
+def _read_mapping(name: str, key: str, *, holds: str) -> yaml.MappingNode:
     """Return the root of a file of `key: value` lines."""
     import yaml
 
     file_label = label_of(name)
-    text = read_text(name, most_bytes=YAML_BYTES)
+    text = read_text(name, most_bytes=YAML_BYTES, holds=holds)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
@@ -77,8 +79,11 @@ def _read_mapping(name: str, key: str) -> yaml.MappingNode:
     return root
 
 
-def read_text(name: str, *, most_bytes: int) -> str:
-    """Return the text of a file. Raises `UsageError` where it can't be read, is larger, or is not UTF-8."""
+def read_text(name: str, *, most_bytes: int, holds: str) -> str:
+    """Return the text of a file that `holds` what is said.
+
+    Raises `UsageError` where it can't be read, is too large for that, or is not UTF-8.
+    """
     file_label = label_of(name)
     try:
         with Path(name).open("rb") as file:
@@ -88,7 +93,7 @@ def read_text(name: str, *, most_bytes: int) -> str:
     except ValueError:  # a null byte
         raise UsageError(f"{file_label} can't be read: not a path") from None
     if len(data) > most_bytes:
-        raise UsageError(f"{file_label} is larger than {most_bytes >> 10} KiB, too large for the flags of a run")
+        raise UsageError(f"{file_label} is larger than {most_bytes >> 10} KiB, too large for {holds}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -325,6 +325,25 @@ FLAGS = {
     "negative seed": Flags(words=("--use_lora", "--seed", "-1"), culprit="`seed`", hint=None),
     "chat template": Flags(words=("--chat_template_name", "nosuch"), culprit="`nosuch`", hint=".jinja"),
     "adapter flag": Flags(words=("--lora_target_modules", "q_proj"), culprit="`--lora_target_modules`", hint="--use_"),
+    "adapter file": Flags(words=("--lora_config", "lora.yaml"), culprit="`--lora_config`", hint="--use_"),
+    "no adapter file": Flags(
+        words=("--use_qlora", "--lora_config", "no.json"), culprit="`no.json` can't be read: no such file", hint=None
+    ),
+    "first values from data": Flags(
+        words=("--use_lora", "--init_lora_weights", "eva"), culprit="EVA starts from the activations of data", hint=None
+    ),
+    "a base that changes, elsewhere": Flags(
+        words=("--use_lora", "--init_lora_weights", "pissa", "--base", "reference"), culprit="which changes the base",
+        hint="--base",
+    ),
+    "two ways of naming experts": Flags(
+        words=("--use_lora", "--lora_experts", "2", "--lora_target_parameters", "mlp.experts.down_proj"),
+        culprit="two ways of naming what is adapted", hint="--lora_experts RANK",
+    ),
+    "an odd rank": Flags(
+        words=("--use_lora", "--init_lora_weights", "orthogonal", "--lora_rank", "3"), culprit="to be even, got 3",
+        hint="take 4",
+    ),
     "base of no adapter": Flags(words=("--base", "reference"), culprit="`--base`", hint="--use_lora"),
     "reference to a quantised base": Flags(
         words=("--use_qlora", "--base", "reference"), culprit="it is quantised", hint="--base copy"
@@ -393,7 +412,22 @@ def test_names_are_shown_as_they_are(ftload: Ftload, tmp_path: Path) -> None:
     assert_refused(ftload, tmp_path, words, code=3, culprit="`./:smile:[red] [31m` does not", hint="check the path")
 
 
-@pytest.mark.parametrize("flag", ["--model", "--output_dir"])
+@pytest.mark.parametrize(
+    ("file", "culprit", "hint"),
+    [
+        ("config.json", "unknown field `architectures` in ", "PEFT's `LoraConfig`"),
+        ("model.safetensors", "is larger than 128 KiB, too large for the configuration of an adapter", None),
+        (".", "can't be read: is a directory", None),
+    ],
+)
+def test_what_is_no_file_of_an_adapter(
+    ftload: Ftload, llama: Path, tmp_path: Path, file: str, culprit: str, hint: str | None
+) -> None:
+    words = ["--model", str(llama), "--output_dir", str(tmp_path / "out"), "--use_lora"]
+    assert_refused(ftload, tmp_path, [*words, "--lora_config", str(llama / file)], code=2, culprit=culprit, hint=hint)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--output_dir", "--lora_config"])
 def test_a_path_that_is_no_text(ftload: Ftload, llama: Path, tmp_path: Path, flag: str) -> None:
     words = ["--model", str(llama), "--output_dir", str(tmp_path / "out"), flag, f"{tmp_path}/\udcff"]
     assert_refused(ftload, tmp_path, words, code=2, culprit=f"`{flag}`: `{tmp_path}/", hint="rename")

@@ -232,7 +232,7 @@ def cases(draw: st.DrawFn, bases: dict[str, Path]) -> Case:
 WORDS = (
     "--lora_rank", "--lora_alpha", "--lora_dropout", "--max_memory", "--max_shard_size", "--seed", "--model_revision", "--config_name",
     "--tokenizer_name", "--additional_model_arguments", '{"num_hidden_layers": 3}', "--base", "link", "reference", "--embedding_init",
-    "--lora_target_modules", "all-linear", "q_proj", "lm_head", "--min_quantized", "--strict", "--allow_pickle", "--get_tokenizer_fn",
+    "--lora_target_modules", "all-linear", "q_proj", "lm_head", "--use_dora", "--init_lora_weights", "pissa_niter_1", "--trainable_token_indices", "new", "--lora_config", "config.json", "--min_quantized", "--strict", "--allow_pickle", "--get_tokenizer_fn",
     "get_tokenizer_simple_v1", "get_tokenizer_tulu_v1", "--chat_template_name", "tulu", "zephyr", "--add_bos", "0", "-1", "1e400", "nan", "1KB", "64MB",
     "--gradient_checkpointing", "--use_liger_kernel", "--no_use_flash_attn", "--quiet", "--", "-h", "=", "--model=", "--output_dir",
 )  # fmt: skip
@@ -243,7 +243,7 @@ def yaml_texts(draw: st.DrawFn) -> str:
     lines = draw(
         st.lists(
             st.one_of(
-                st.builds("{}: {}".format, st.sampled_from(["lora_rank", "seed", "use_lora", "model_name_or_path", "lora_target_modules", "dataset_mixer", "x"]), st.one_of(TEXTS, INTEGERS, st.floats(), VALUES.map(lambda v: json.dumps(v)))),
+                st.builds("{}: {}".format, st.sampled_from(["lora_rank", "seed", "use_lora", "lora_config", "init_lora_weights", "trainable_token_indices", "model_name_or_path", "lora_target_modules", "dataset_mixer", "x"]), st.one_of(TEXTS, INTEGERS, st.floats(), VALUES.map(lambda v: json.dumps(v)))),
                 st.sampled_from(
                     [
                         "a: &a [x, x, x, x]", "b: &b [*a, *a, *a, *a]", "c: &c [*b, *b, *b, *b]", "seed: *c", "!!python/object:os.system x: y",

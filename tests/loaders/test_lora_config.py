@@ -22,7 +22,11 @@ from ftload.loaders.flags.lora_config import (
 )
 from ftload.loaders.flags.request import Request, resolve_request
 from ftload.loaders.flags.strict import check_strict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
+
+from tests.fuzz.cases import VALUES, dump
 
 
 def requested(line: str, adapter: str = "--use_lora") -> Request:
@@ -388,7 +392,7 @@ def test_what_a_yaml_file_cannot_say(text: str, message: str, written: Path) -> 
         (b'{"a": ' * 100_000, "`F.json` is not a JSON object"),
         (b'{"modules_to_save": ["\\ud800"]}', r'`modules_to_save` in `F.json` takes a list of names, not `["\ud800"]`'),
         (b'{"r": "\xe9"}', "`F.json` is not UTF-8 text: byte 7 can't be decoded"),
-        (b" " * (JSON_BYTES + 1), "`F.json` is larger than 4096 KiB, too large for the flags of a run"),
+        (b" " * (JSON_BYTES + 1), "`F.json` is larger than 4096 KiB, too large for the configuration of an adapter"),
     ],
     ids=range(11),
 )
@@ -516,3 +520,43 @@ def test_a_file_of_names_by_thousands(written: Path) -> None:
     ]
     (written / "adapter_config.json").write_text(json.dumps({"target_modules": names}, indent=2))
     assert read_lora_config("adapter_config.json") == {"target_modules": names}
+
+
+# At random
+
+WORDS = st.one_of(
+    VALUES,
+    st.lists(st.one_of(st.integers(0, 9), st.sampled_from(["q_proj", "all-linear", "(", "a|b"])), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["q_proj", ".*", "[", "a.b"]), st.one_of(st.integers(-1, 9), st.floats()), max_size=2
+    ),
+    st.sampled_from(["none", "all", "pissa", "pissa_niter_4", "loftq", "LORA", "q_proj", "all-linear", ".*_proj"]),
+)
+DOCUMENTS = st.dictionaries(
+    st.sampled_from([*HONOURED] * 4 + [*REFUSED, *LEFT_ALONE, "lora_rank", "x"]), WORDS, max_size=4
+)
+
+
+@given(document=DOCUMENTS, as_json=st.booleans())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_file_is_what_peft_takes_or_a_usage_error(document: dict[str, Any], as_json: bool, written: Path) -> None:
+    """PEFT may still refuse fields that don't go together, in its own words."""
+    from peft import LoraConfig
+
+    name = "lora.json" if as_json else "lora.yaml"
+    (written / name).write_bytes(dump(document))
+    try:
+        fields = read_lora_config(name)
+    except UsageError as error:
+        assert error.message.isprintable()
+        return
+    try:
+        config = LoraConfig(**fields)
+    except ValueError as error:
+        assert str(error).startswith(("`layers_", "When `layers_pattern`", "The argument lora_bias=True"))
+    else:
+        assert {name: value for name, value in config.to_dict().items() if name in fields} == {
+            name: {*value} if name in ("target_modules", "exclude_modules") and isinstance(value, list) else value
+            for name, value in fields.items()
+        }
