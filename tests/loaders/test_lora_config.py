@@ -283,6 +283,12 @@ def test_a_regular_expression_gives_way_to_names(written: Path) -> None:
     ]
 
 
+def test_the_order_of_names_says_nothing(written: Path) -> None:
+    (written / "lora.yaml").write_text("target_modules: [q_proj, v_proj]\nlora_alpha: 16.0\n")
+    request = requested("--lora_config lora.yaml --lora_target_modules v_proj q_proj --lora_alpha 16")
+    assert (request.lora_targets, request.decisions) == (("v_proj", "q_proj"), ())
+
+
 def test_a_flag_in_a_run_goes_before_the_file_too(written: Path) -> None:
     (written / "lora.yaml").write_text("r: 6\n")
     (written / "run.yaml").write_text("use_lora: true\nlora_rank: 10\nlora_config: lora.yaml\n")
