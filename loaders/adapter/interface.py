@@ -42,6 +42,10 @@ class BaseModel:
     is_written: bool
     load: Callable[[nn.Module, Mapping[str, Tensor]], nn.Module] | None
     """Makes a 4-bit layer of one on `meta` and of what its weight is stored in, by suffix; None where none is 4-bit."""
+    packed_under: str | None
+    """torch's name of the dtype that 4-bit codes are stored under; None where nothing is 4-bit."""
+    compute_dtype: str | None
+    """torch's name of the dtype that 4-bit layers compute in."""
     new_tokens: range
     """The tokens for which rows were added to the embedding."""
 

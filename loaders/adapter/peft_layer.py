@@ -90,6 +90,8 @@ class FromWeight:
     """Whether it changes the weight: what is left is the base's."""
     writes: bool
     """Whether the base's step is carried out with it."""
+    copies: int
+    """What PEFT allocates to compute it, in weights of two bytes an element."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,7 +114,7 @@ class InitByPeft:
         own = 3 * self.nbytes
         if self.weight is None:
             return own
-        return own + self.weight.base.memory(chunk_bytes) + self.weight.base.nbytes * _COPIES
+        return own + self.weight.base.memory(chunk_bytes) + self.weight.base.nbytes * self.weight.copies
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """Read the weight if need be, let PEFT wrap the layer, and write what it made."""
@@ -134,7 +136,3 @@ class InitByPeft:
         if weight.load is None:
             return self.layer.with_weight(parts[""])
         return weight.load(self.layer.without_values(), parts)
-
-
-_COPIES = 10
-"""What PEFT computes of a weight in bfloat16, in as many bytes as it has."""

@@ -6,6 +6,7 @@ layer by itself when its turn comes.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _CHANGING = ("pissa", "olora")
 """Initialisations that change the base, by how they begin."""
+_COPIES = {"pissa": 15, "pissa_niter": 7, "olora": 9, "dora": 5}
+"""What PEFT allocates to compute an initialisation, in weights of two bytes an element, as measured: at most 14.4, 6.2,
+8.3 and 4.3, for square weights and such of 1 to 4."""
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -80,6 +84,12 @@ class PeftVariant:
         """The adapter and its targets as PEFT makes them. Raises `UsageError` where it refuses, in its words."""
         import_peft()
         found = base()
+        if self._init == "orthogonal" and found.packed_under not in (None, found.compute_dtype):
+            raise UsageError(
+                f"PEFT's `orthogonal` takes the dtype of the weight, which is {found.packed_under} where it is 4-bit: "
+                "`only Tensors of floating point and complex dtype can require gradients`",
+                hint=f"pass --bnb_4bit_quant_storage {found.compute_dtype}, or another --init_lora_weights",
+            )
         asked = replace(self, settings={**self.settings, **_token_ids(self.settings, found)}, base=found)
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -90,17 +100,22 @@ class PeftVariant:
             raise UsageError(f"PEFT refuses this adapter: {refusal}") from refusal
         if made.lost:
             raise UsageError(f"PEFT would not find `{made.lost[0]}` of this adapter again")
-        for key, shape in ((key, shape) for module in made.modules.values() for key, shape in module.expected.items()):
-            stored = next(tensor for module in made.modules.values() if (tensor := module.tensors.get(key)))
-            if stored.shape != shape:
-                raise UsageError(
-                    f"PEFT's `{self._init}` makes `{key.removeprefix(ADAPTED)}` {list(stored.shape)}, its layer takes "
-                    f"{list(shape)}: it can't be trained",
-                    hint="choose a smaller --lora_rank, another --init_lora_weights or other layers",
-                )
+        targets = _as_made(targets, made, found, self.chooses)
+        for module in made.modules.values():
+            for name, shape in module.expected.items():
+                if module.tensors[name].shape != shape:
+                    raise UsageError(
+                        f"PEFT's `{self._init}` makes `{name.removeprefix(ADAPTED)}` {list(module.tensors[name].shape)}, "
+                        f"its layer takes {list(shape)}: it can't be trained",
+                        hint="choose a smaller --lora_rank, another --init_lora_weights or other layers",
+                    )
+        _check_saved(made, asked.settings.get("modules_to_save") or ())
         said = (*(str(warning.message) for warning in caught), *made.warnings)
-        targets = replace(_as_made(targets, made, found, self.chooses), warnings=tuple(dict.fromkeys(said)))
-        return replace(asked, made=made), targets
+        warned = (
+            *(text for text in said if not _is_of_patterns(text)),
+            *_unmatched_patterns(asked.settings, targets, made),
+        )
+        return replace(asked, made=made), replace(targets, warnings=tuple(dict.fromkeys(warned)))
 
     def tensors(self, layer: Target) -> Mapping[str, tuple[int, ...]]:
         """What PEFT stores of a layer, float32."""
@@ -187,7 +202,11 @@ class PeftVariant:
         writes = self.base.is_written and base.alone is not None and base.parameter not in written
         written.add(base.parameter)
         load = self.base.load if base.is_quantised and not self.changes_base else None
-        return FromWeight(base=base, load=load, changes=self.changes_base, writes=writes)
+        kinds = ["dora"] if self.settings.get("use_dora") else []
+        if self.changes_base:
+            kinds.append(self._init.rpartition("_")[0] or self._init)
+        copies = max(_COPIES[kind] for kind in kinds)
+        return FromWeight(base=base, load=load, changes=self.changes_base, writes=writes, copies=copies)
 
     def _copy(self, name: str, tensor: StoredTensor) -> Step:
         """A tensor of the base, or rows of it, that are trained and stored with the adapter."""
@@ -244,6 +263,36 @@ def _token_ids(settings: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
             hint="name the tokens' ids, or add tokens to the tokenizer first",
         )
     return {"trainable_token_indices": list(base.new_tokens)}
+
+
+def _check_saved(made: AdaptedModel, names: Iterable[str]) -> None:
+    """Raise `UsageError` for a module to save that is none, and for one of which single rows are trained as well."""
+    saved = {name.removeprefix(ADAPTED).rpartition(".")[0] for name in made.others}
+    for name in names:
+        # PEFT takes whatever ends so, and is silent if nothing does
+        if not any(f"{name}." in f"{module}." for module in saved):
+            raise UsageError(f"`--lora_modules_to_save`: PEFT finds no module `{name}` to save")
+    twice = next((name for name in made.others if ".token_adapter.base_layer." in name), None)
+    if twice is not None:
+        raise UsageError(
+            f"`{twice.removeprefix(ADAPTED).partition('.token_adapter.')[0]}` can't be saved while single rows of its "
+            "weight are trained: PEFT's forward pass raises `TrainableTokensLayer wraps an unknown layer type`",
+            hint="leave out --lora_modules_to_save or --trainable_token_indices",
+        )
+
+
+def _unmatched_patterns(settings: Mapping[str, Any], targets: Targets, made: AdaptedModel) -> Iterator[str]:
+    """A warning for ranks and alphas of nothing; PEFT's own looks at layers alone, though parameters have them."""
+    names = [layer.name for layer in targets.layers]
+    names += [name for module in made.modules.values() for name in module.parameters]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in settings.get(field) or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                yield f"`{pattern}` of `{field}` matches nothing that is adapted"
+
+
+def _is_of_patterns(warning: str) -> bool:
+    return "pattern keys did not match" in warning
 
 
 def _rows_of(parameter: str, indices: Mapping[str, list[int]] | list[int]) -> tuple[int, ...]:

@@ -69,10 +69,11 @@ class AdaptedBase:
     def described(self, *, changed: bool) -> BaseModel:
         """It, as an adapter finds it; as it is before it is quantised where the adapter is to change it."""
         quantisation = self.strategy.quantisation
-        model, load = self.skeleton.model, None
-        if quantisation is not None and not changed:
+        model, load, packed_under = self.skeleton.model, None, None
+        if quantisation is not None and self.quantization_config is not None and not changed:
             model = self._in_training()
-            load = partial(quantisation.load, config=self.quantization_config or {})
+            load = partial(quantisation.load, config=self.quantization_config)
+            packed_under = quantisation.facts(self.quantization_config, quantisation.block_size)["storage_dtype"]
         return BaseModel(
             model=model,
             layers=self.layers,
@@ -80,6 +81,8 @@ class AdaptedBase:
             tensors=self._tensors(),
             is_written=self.is_written,
             load=load,
+            packed_under=packed_under,
+            compute_dtype=self.compute_dtype,
             new_tokens=self.new_tokens,
         )
 
