@@ -103,19 +103,18 @@ class PeftVariant:
         targets = _as_made(targets, made, found, self.chooses)
         for module in made.modules.values():
             for name, shape in module.expected.items():
-                if module.tensors[name].shape != shape:
+                found_shape = module.tensors[name].shape
+                if found_shape != shape:
                     raise UsageError(
-                        f"PEFT's `{self._init}` makes `{name.removeprefix(ADAPTED)}` {list(module.tensors[name].shape)}, "
-                        f"its layer takes {list(shape)}: it can't be trained",
+                        f"PEFT's `{self._init}` makes `{name.removeprefix(ADAPTED)}` {list(found_shape)}, its layer "
+                        f"takes {list(shape)}: it can't be trained",
                         hint="choose a smaller --lora_rank, another --init_lora_weights or other layers",
                     )
         _check_saved(made, asked.settings.get("modules_to_save") or ())
-        said = (*(str(warning.message) for warning in caught), *made.warnings)
-        warned = (
-            *(text for text in said if not _is_of_patterns(text)),
-            *_unmatched_patterns(asked.settings, targets, made),
-        )
-        return replace(asked, made=made), replace(targets, warnings=tuple(dict.fromkeys(warned)))
+        said = [*(str(warning.message) for warning in caught), *made.warnings]
+        said = [text for text in said if "pattern keys did not match" not in text]
+        warned = dict.fromkeys((*said, *_unmatched_patterns(asked.settings, targets, made)))
+        return replace(asked, made=made), replace(targets, warnings=tuple(warned))
 
     def tensors(self, layer: Target) -> Mapping[str, tuple[int, ...]]:
         """What PEFT stores of a layer, float32."""
@@ -289,10 +288,6 @@ def _unmatched_patterns(settings: Mapping[str, Any], targets: Targets, made: Ada
         for pattern in settings.get(field) or ():
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 yield f"`{pattern}` of `{field}` matches nothing that is adapted"
-
-
-def _is_of_patterns(warning: str) -> bool:
-    return "pattern keys did not match" in warning
 
 
 def _rows_of(parameter: str, indices: Mapping[str, list[int]] | list[int]) -> tuple[int, ...]:
