@@ -110,8 +110,8 @@ class PeftVariant:
                         f"takes {list(shape)}: it can't be trained",
                         hint="choose a smaller --lora_rank, another --init_lora_weights or other layers",
                     )
-        _check_saved(made, asked.settings.get("modules_to_save") or ())
-        said = [*(str(warning.message) for warning in caught), *made.warnings]
+        saved = _check_saved(made, asked.settings.get("modules_to_save") or ())
+        said = [*saved, *(str(warning.message) for warning in caught), *made.warnings]
         said = [text for text in said if "pattern keys did not match" not in text]
         warned = dict.fromkeys((*said, *_unmatched_patterns(asked.settings, targets, made)))
         return replace(asked, made=made), replace(targets, warnings=tuple(warned))
@@ -264,13 +264,23 @@ def _token_ids(settings: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
     return {"trainable_token_indices": list(base.new_tokens)}
 
 
-def _check_saved(made: AdaptedModel, names: Iterable[str]) -> None:
-    """Raise `UsageError` for a module to save that is none, and for one of which single rows are trained as well."""
-    saved = {name.removeprefix(ADAPTED).rpartition(".")[0] for name in made.others}
+def _check_saved(made: AdaptedModel, names: Iterable[str]) -> tuple[str, ...]:
+    """Warnings about modules to save: PEFT takes whatever ends so, and is silent if nothing does.
+
+    Raises `UsageError` for one that is none, and for one of which single rows are trained as well.
+    """
+    parts = [name.removeprefix(ADAPTED).split(".")[:-1] for name in made.others]
+    modules = {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
+    said = []
     for name in names:
-        # PEFT takes whatever ends so, and is silent if nothing does
-        if not any(f"{name}." in f"{module}." for module in saved):
+        saved = [module for module in modules if module.endswith(name)]
+        if not saved:
             raise UsageError(f"`--lora_modules_to_save`: PEFT finds no module `{name}` to save")
+        others = [module for module in saved if not is_match(module, (name,))]
+        if others:
+            said.append(
+                f"`{name}` saves `{min(others)}` as well, {len(saved)} modules in all: PEFT takes all that end so"
+            )
     twice = next((name for name in made.others if ".token_adapter.base_layer." in name), None)
     if twice is not None:
         raise UsageError(
@@ -278,6 +288,7 @@ def _check_saved(made: AdaptedModel, names: Iterable[str]) -> None:
             "weight are trained: PEFT's forward pass raises `TrainableTokensLayer wraps an unknown layer type`",
             hint="leave out --lora_modules_to_save or --trainable_token_indices",
         )
+    return tuple(said)
 
 
 def _unmatched_patterns(settings: Mapping[str, Any], targets: Targets, made: AdaptedModel) -> Iterator[str]:

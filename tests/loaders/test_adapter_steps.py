@@ -1,0 +1,216 @@
+"""How adapters that are other than the default are carried out: in any order and share, each weight read once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ftload.loaders.adapter.draws import Draws
+from ftload.loaders.checkpoint.checkpoint import Checkpoint
+from ftload.loaders.errors import UsageError
+from ftload.loaders.plan.plan import Plan
+from ftload.loaders.progress import Silent, Stopwatch
+from ftload.loaders.write.stream import in_order, write_tensors
+
+from ..parity.models import write_model
+from ..tokenizers import write_llama
+from .plans import make_plan
+
+PISSA = ("--init_lora_weights", "pissa_niter_2")
+DORA = ("--use_dora", "true")
+ROWS = ("--lora_modules_to_save", "lm_head", "--trainable_token_indices", "new", "--embedding_init", "reference")
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose embedding has one row too few for its tokenizer."""
+    directory = tmp_path_factory.mktemp("grown")
+    write_model(directory, "llama", vocab_size=128, dtype="bfloat16", shards=True)
+    write_llama(directory, vocab_size=128)
+    return directory
+
+
+def write(plan: Plan, names: set[str], directory: Path, *, workers: int = 2) -> dict[str, str]:
+    """sha256 of the files of these names, written alone."""
+    quantisation = plan.strategy.quantisation
+    encode = quantisation.choose_encoder("cpu")[0] if quantisation is not None else None
+    files = tuple(file for file in plan.files if file.path in names)
+    directory.mkdir()
+    done = write_tensors(replace(plan, workers=workers), files, encode, directory, Stopwatch(Silent()), lambda *_: None)
+    assert done.hashes.keys() == names
+    return done.hashes
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_qlora", *PISSA, *ROWS),
+        ("--use_qlora", *DORA, *ROWS),
+        ("--use_lora", *PISSA, *DORA),
+        ("--use_lora", *DORA, *ROWS),
+        ("--use_lora", "--base", "copy", "--init_lora_weights", "orthogonal", *ROWS),
+    ],
+    ids=" ".join,
+)
+def test_every_share_of_the_files_has_the_same_bytes(grown: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """What a run that goes on finds missing, and what one of several processes writes."""
+    plan, _ = make_plan(grown, tmp_path, *flags, "--lora_rank", "4", "--max_shard_size", "30KB")
+    names = {file.path for file in plan.files}
+    assert len(names) > 3
+    whole = write(plan, names, tmp_path / "whole", workers=3)
+    assert write(plan, names, tmp_path / "one by one", workers=1) == whole
+    for name in names:
+        assert write(plan, {name}, tmp_path / name.replace("/", " ")) == {name: whole[name]}
+    without = names - {"adapter/adapter_model.safetensors"}
+    assert write(plan, without, tmp_path / "without") == {name: whole[name] for name in without}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reads"),
+    [
+        (("--use_qlora", *DORA), 1),
+        (("--use_qlora", *PISSA), 2),  # as it is, and what is left of it, which is not read but counted here
+        (("--use_lora", *DORA), 1),
+        (("--use_lora", "--use_rslora", "true"), 0),
+    ],
+)
+def test_a_weight_is_read_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], reads: int
+) -> None:
+    plan, _ = make_plan(llama, tmp_path, *flags, "--lora_rank", "4")
+    found: Counter[str] = Counter()
+    chunks = Checkpoint.chunks
+
+    def counted(self: Checkpoint, tensor: Any, *arguments: Any) -> Any:
+        found[tensor.name] += 1
+        return chunks(self, tensor, *arguments)
+
+    monkeypatch.setattr(Checkpoint, "chunks", counted)
+    write(plan, {file.path for file in plan.files}, tmp_path / "out")
+    adapted = [f"{layer.name}.weight" for layer in plan.targets.layers] if plan.targets else []
+    assert len(adapted) == 14
+    assert {name: found[name] for name in adapted} == dict.fromkeys(adapted, min(reads, 1))
+    assert plan.files_read == (("model.safetensors",) if reads else ())
+
+
+def test_a_step_and_the_bases_are_one_task(llama: Path, tmp_path: Path) -> None:
+    plan, _ = make_plan(llama, tmp_path, "--use_qlora", *PISSA, "--lora_rank", "4", "--max_shard_size", "30KB")
+    adapter = plan.adapter_file
+    assert adapter is not None
+    order = in_order(plan.files, adapter, 2)
+    together = [files for files, (step,) in order if step in adapter.steps]
+    assert len(together) == len(adapter.steps) == 14
+    assert all(files[0] is adapter and files[1] in plan.model_files for files in together)
+    done = Counter(file.path for files, steps in order for file in files for _ in steps)
+    assert done == {file.path: len(file.steps) for file in plan.files}
+
+
+def test_draws_follow_each_other_and_leave_the_generator_alone() -> None:
+    def draw() -> list[torch.Tensor]:
+        return [
+            torch.randn(3, 5),
+            torch.empty(40).uniform_(),
+            torch.nn.Linear(4, 3).weight,
+            torch.empty(2, 9).normal_(),
+        ]
+
+    torch.manual_seed(5)
+    begin = torch.get_rng_state()
+    wanted = [draw() for _ in range(3)]
+    torch.set_rng_state(begin)
+    draws = Draws([draw] * 3)
+    for number in (2, 0, 1):
+        with draws.of(number):
+            values = draw()
+        assert all(torch.equal(a, b) for a, b in zip(values, wanted[number], strict=True))
+    assert torch.equal(torch.get_rng_state(), begin)
+
+
+def test_a_layer_that_draws_otherwise_than_rehearsed_is_a_bug() -> None:
+    draws = Draws([lambda: torch.randn(3)])
+    with pytest.raises(AssertionError, match="the rehearsal drew other numbers than the layer took"), draws.of(0):
+        torch.randn(4)
+    unknown = Draws([lambda: torch.randperm(3)])
+    with pytest.raises(NotImplementedError, match=r"PEFT draws by `aten\.randperm"), unknown.of(0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--use_qlora", "--init_lora_weights", "orthogonal"),
+            "PEFT's `orthogonal` takes the dtype of the weight, which is uint8 where it is 4-bit: "
+            "`only Tensors of floating point and complex dtype can require gradients`",
+        ),
+        (
+            ("--use_lora", "--init_lora_weights", "olora", "--lora_rank", "40"),
+            "PEFT's `olora` makes `model.layers.0.self_attn.k_proj.lora_A.weight` [32, 64], its layer takes [40, 64]: "
+            "it can't be trained",
+        ),
+        (
+            ("--use_lora", "--lora_modules_to_save", "embed"),
+            "`--lora_modules_to_save`: PEFT finds no module `embed` to save",
+        ),
+        (
+            ("--use_qlora", "--lora_modules_to_save", "q_proj"),
+            "`model.layers.0.self_attn.q_proj.weight` can't be trained beside the adapter: it is 4-bit",
+        ),
+        (
+            ("--use_lora", "--trainable_token_indices", "new"),
+            "`--trainable_token_indices new`: the embedding has a row for every token, and none is added",
+        ),
+        (
+            ("--use_lora", "--trainable_token_indices", "144"),
+            "`--trainable_token_indices`: 144 is none of the 144 rows of `model.embed_tokens.weight`",
+        ),
+        (
+            ("--use_lora", "--init_lora_weights", "pissa", "--base", "reference"),
+            None,
+        ),
+    ],
+)
+def test_what_is_refused(llama: Path, tmp_path: Path, flags: tuple[str, ...], message: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan(llama, tmp_path, "--lora_rank", "4", *flags)
+    if message is not None:
+        assert caught.value.message == message
+    else:
+        assert "`--base reference`" in caught.value.message
+
+
+def test_warnings_are_of_what_peft_does_without_a_word(llama: Path, tmp_path: Path) -> None:
+    config = tmp_path / "lora.yaml"
+    config.write_text("modules_to_save: [norm, lm_head]\nrank_pattern: {q_proj: 4, nothing: 2}\nr: 8\n")
+    plan, _ = make_plan(llama, tmp_path, "--use_lora", "--lora_config", str(config))
+    assert [text for text in plan.warnings if "`" in text] == [
+        "`norm` saves `model.layers.0.input_layernorm` as well, 5 modules in all: PEFT takes all that end so",
+        "`nothing` of `rank_pattern` matches nothing that is adapted",
+    ]
+
+
+def test_olora_of_conv1d_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "gpt2", "gpt2", vocab_size=144, dtype="bfloat16")
+    write_llama(tmp_path / "gpt2")
+    with pytest.raises(UsageError) as caught:
+        make_plan(tmp_path / "gpt2", tmp_path, "--use_lora", "--init_lora_weights", "olora", "--lora_rank", "4")
+    assert caught.value.message == (
+        "PEFT's `olora` makes `transformer.h.0.attn.c_attn.lora_A.weight` [4, 192], its layer takes [4, 64]: "
+        "it can't be trained"
+    )
+
+
+def test_rows_and_the_whole_of_a_tied_embedding_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "tied", "llama_tied", vocab_size=144, dtype="bfloat16")
+    write_llama(tmp_path / "tied")
+    flags = ("--use_lora", "--lora_modules_to_save", "lm_head", "--trainable_token_indices", "3")
+    with pytest.raises(UsageError) as caught:
+        make_plan(tmp_path / "tied", tmp_path, *flags)
+    assert caught.value.message == (
+        "`lm_head` can't be saved while single rows of its weight are trained: PEFT's forward pass raises "
+        "`TrainableTokensLayer wraps an unknown layer type`"
+    )
