@@ -321,18 +321,27 @@ def _as_made(targets: Targets, made: AdaptedModel, base: BaseModel, chooses: str
         raise UsageError(
             f"PEFT would adapt `{min(strange)}`, which is no linear layer", hint="name linear layers, or parameters"
         )
+    names = [name for module in made.modules.values() for name in module.parameters]
+    parameters = {
+        pattern: sum(is_match(name, (pattern,)) for name in names) for pattern in sorted(made.target_parameters)
+    }
+    missed = next((pattern for pattern, count in parameters.items() if not count), None)
+    if missed is not None:
+        if any(is_match(fused.parameter, (missed,)) for fused in base.experts.packed):
+            raise UsageError(
+                f"`--lora_target_parameters`: `{missed}` is 4-bit, and PEFT adapts floating-point parameters",
+                hint="train 4-bit experts with --lora_experts RANK, or keep them with --quantize_experts false",
+            )
+        raise UsageError(f"`--lora_target_parameters`: this model has no parameter `{missed}`")
     kept = made.target_modules
     patterns = targets.patterns if chooses or kept == set(targets.patterns) else tuple(sorted(kept))
-    names = [name for module in made.modules.values() for name in module.parameters]
     matches = {chooses: len(layers)} if chooses else count_matches(layers, patterns)
     return replace(
         targets,
         layers=layers,
         patterns=patterns,
         matches={pattern: count for pattern, count in matches.items() if count},
-        parameters={
-            pattern: sum(is_match(name, (pattern,)) for name in names) for pattern in sorted(made.target_parameters)
-        },
+        parameters=parameters,
     )
 
 

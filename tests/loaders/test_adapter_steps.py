@@ -161,6 +161,10 @@ def test_a_layer_that_draws_otherwise_than_rehearsed_is_a_bug() -> None:
             "`model.layers.0.self_attn.q_proj.weight` can't be trained beside the adapter: it is 4-bit",
         ),
         (
+            ("--use_lora", "--lora_target_parameters", "mlp.experts.down_proj"),
+            "`--lora_target_parameters`: this model has no parameter `mlp.experts.down_proj`",
+        ),
+        (
             ("--use_lora", "--trainable_token_indices", "new"),
             "`--trainable_token_indices new`: the embedding has a row for every token, and none is added",
         ),
@@ -202,6 +206,25 @@ def test_olora_of_conv1d_is_refused(tmp_path: Path) -> None:
         "PEFT's `olora` makes `transformer.h.0.attn.c_attn.lora_A.weight` [4, 192], its layer takes [4, 64]: "
         "it can't be trained"
     )
+
+
+def test_experts_in_4_bits_are_no_parameters(tmp_path: Path) -> None:
+    write_model(tmp_path / "experts", "qwen3_moe", vocab_size=144, dtype="bfloat16")
+    write_llama(tmp_path / "experts")
+    for flags, message in (
+        (
+            ("--lora_target_parameters", "mlp.experts.down_proj"),
+            "`--lora_target_parameters`: `mlp.experts.down_proj` is 4-bit, and PEFT adapts floating-point parameters",
+        ),
+        (
+            ("--lora_experts", "2", "--use_dora", "true"),
+            "`DoRA` starts from the weight of `model.layers.0.mlp.experts.0.gate_up`, which is no tensor of its own in "
+            "the base",
+        ),
+    ):
+        with pytest.raises(UsageError) as caught:
+            make_plan(tmp_path / "experts", tmp_path, "--use_qlora", "--min_quantized", "0", *flags)
+        assert caught.value.message == message
 
 
 def test_rows_and_the_whole_of_a_tied_embedding_are_refused(tmp_path: Path) -> None:
