@@ -58,6 +58,43 @@ def write_sparse(directory: Path, shape: dict[str, int]) -> None:
     write_sparse_tensors(directory, {name: ("BF16", dimensions) for name, dimensions in llama_shapes(config).items()})
 
 
+def write_random(directory: Path, shape: dict[str, int], *, tied: bool) -> None:
+    """A Llama checkpoint of random weights in bfloat16, in shards of about 4 GB."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        **shape, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=tied, dtype="bfloat16",
+        max_position_embeddings=8192, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    write_settings(directory, config)
+    noise = (torch.randn(2**22) * 0.02).to(torch.bfloat16)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    weight_map: dict[str, int] = {}
+    size = 0
+    for name, dimensions in llama_shapes(config).items():
+        count = int(torch.tensor(dimensions).prod())
+        if size + 2 * count > 4 * 10**9:
+            save_file(shards[-1], directory / f"part-{len(shards)}", metadata={"format": "pt"})
+            shards[-1].clear()
+            shards.append({})
+            size = 0
+        shards[-1][name] = noise.repeat(-(-count // noise.numel()))[:count].reshape(dimensions)
+        weight_map[name] = len(shards)
+        size += 2 * count
+    save_file(shards[-1], directory / f"part-{len(shards)}", metadata={"format": "pt"})
+    names = {
+        part: f"model-{part:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for part in range(1, len(shards) + 1)
+    }
+    for part, name in names.items():
+        (directory / f"part-{part}").rename(directory / name)
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": {name: names[part] for name, part in weight_map.items()}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def write_settings(directory: Path, config: Any, **more: Any) -> None:
     """A directory with a model's configuration, `more` in its config.json, and a tokenizer."""
     from tests.tokenizers import write_llama3
