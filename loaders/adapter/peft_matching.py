@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from ..decision import Decision
 from ..errors import UsageError
+from ..flags.lora_config import ALL_LINEAR
 from ..model.components import LinearLayer
 from ..model.transformers_internals import merges_weights
 from .adapted_model import RefusalError, adapt, import_peft
 from .experts import Experts
 from .interface import Adapter
-from .targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, count_matches, in_order, is_match, name_targets
+from .targets import REFERENCE_TARGETS, Targets, count_matches, in_order, is_match, name_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

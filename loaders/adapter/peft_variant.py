@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.tensors import TORCH_NAMES
 from ..decision import Decision
 from ..errors import UsageError, said_by
+from ..flags.lora_config import NEW_TOKENS
 from ..flags.request import Request
 from ..model.components import LinearLayer
 from ..steps.step import OutputTensor, Step, torch_dtype
@@ -254,7 +255,7 @@ class PeftVariant:
 
 def _token_ids(settings: Mapping[str, Any], base: BaseModel) -> dict[str, Any]:
     """`trainable_token_indices` as numbers. Raises `UsageError` for `new` where no row was added."""
-    if settings.get("trainable_token_indices") != "new":
+    if settings.get("trainable_token_indices") != NEW_TOKENS:
         return {}
     if not base.new_tokens:
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from ..decision import Decision
 from ..errors import UsageError
+from ..flags.lora_config import ALL_LINEAR
 from ..model.components import ROUTER_NAMES, LinearLayer
 from ..model.experts.fused import FusedExperts
 
@@ -20,9 +21,6 @@ REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 ADAPTED = "base_model.model."
 """What PEFT puts before all names in an adapter's file."""
-
-ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

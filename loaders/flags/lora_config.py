@@ -2,7 +2,7 @@
 
 A flag that is given goes before the file; what neither says is as without a file. Every field of `LoraConfig` (PEFT
 0.21, tuners/lora/config.py) is in one of three groups, `HONOURED`, `LEFT_ALONE` and `REFUSED`: tests ask PEFT, which
-is not imported here, whether one is missing.
+is not imported here, whether one is missing. The file is long because there are 42 of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 JSON_BYTES = 1 << 22
 """The largest adapter_config.json that is read: every layer of a large mixture by its whole name takes a quarter."""
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
 _HOLDS = "the configuration of an adapter"
 INITIALISATIONS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
 """Values of `--init_lora_weights`; any number goes in the place of 16."""
@@ -211,11 +213,6 @@ def initialisation_problem(value: bool | str) -> str | None:
     return f"is true, gaussian, orthogonal, pissa, pissa_niter_N (N up to 9999) or olora, not `{printable(value)}`"
 
 
-def changes_base(initialisation: bool | str) -> bool:
-    """Whether PEFT takes from the base's weights what this value of `init_lora_weights` puts into the adapter."""
-    return isinstance(initialisation, str) and initialisation.startswith(("pissa", "olora"))
-
-
 def token_ids(texts: list[str]) -> list[int] | str:
     """The value of `--trainable_token_indices`: ids, or `new`. Raises `ValueError`: what is wrong, after its name."""
     if texts == [NEW_TOKENS]:
@@ -299,37 +296,45 @@ def _words(value: Any) -> str:
 
 
 def _check(fields: Mapping[str, Any], arguments: Arguments) -> None:
-    """Raise `UsageError` where fields contradict each other or a flag: in PEFT's words where it has some."""
-    initialisation = fields["init_lora_weights"]
-    odd = next((rank for rank in (fields["r"], *fields.get("rank_pattern", {}).values()) if rank % 2), None)
-    if initialisation == "orthogonal" and odd is not None:
-        raise UsageError(
-            f"`init_lora_weights`: PEFT's orthogonal initialization requires the LoRA rank to be even, got {odd}",
-            hint=f"take {odd + 1}",
-        )
-    if changes_base(initialisation) and arguments.own.base == "reference":
-        raise UsageError(
-            f"`--base reference` can't be had with `init_lora_weights` {initialisation}, which changes the base",
-            hint="leave out `--base`",
-        )
-    if not fields["target_parameters"]:
-        if fields["target_modules"] == []:
-            raise UsageError(
-                "`target_modules` is empty, and there are no `target_parameters`: nothing would be adapted",
-                hint="name layers with --lora_target_modules",
-            )
-        return
-    if arguments.own.lora_experts is not None:
+    """Raise `UsageError` where fields contradict each other or a flag."""
+    if refusal := _refusal_of_peft(fields):
+        raise UsageError(f"PEFT refuses this adapter: {refusal}", hint="leave out or change one of them")
+    if fields["target_parameters"] and arguments.own.lora_experts is not None:
         raise UsageError(
             "`--lora_experts` and `target_parameters` are two ways of naming what is adapted",
             hint="give --lora_experts RANK to adapt all experts, or --lora_target_parameters to name them",
         )
-    for name in ("use_dora", "lora_bias"):
-        if fields.get(name):
-            raise UsageError(
-                f"`target_parameters`: PEFT's `lora.ParamWrapper does not work with {name}=True.`",
-                hint="leave out one of them",
-            )
+    if fields["target_modules"] == [] and not fields["target_parameters"]:
+        raise UsageError(
+            "`target_modules` is empty, and there are no `target_parameters`: nothing would be adapted",
+            hint="name layers with --lora_target_modules",
+        )
+
+
+def _refusal_of_peft(fields: Mapping[str, Any]) -> str | None:
+    """What PEFT says to fields that don't go together, as far as it can be told without a model; None if nothing.
+
+    The words are those of `LoraConfig.__post_init__` and of tuners/lora/layer.py.
+    """
+    initialisation, use_dora, lora_bias = fields["init_lora_weights"], fields["use_dora"], fields.get("lora_bias")
+    if isinstance(fields["target_modules"], str) or fields["target_modules"] == [ALL_LINEAR]:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if name in fields:
+                return f"`{name}` cannot be used when `target_modules` is a str"
+    if "layers_pattern" in fields and "layers_to_transform" not in fields:
+        return "When `layers_pattern` is specified, `layers_to_transform` must also be specified"
+    if lora_bias and not isinstance(initialisation, bool):
+        return (
+            "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+            f"init_lora_weights={initialisation} instead"
+        )
+    if lora_bias and use_dora:
+        return "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
+    if fields["target_parameters"] and (lora_bias or use_dora):
+        return f"lora.ParamWrapper does not work with {'lora_bias' if lora_bias else 'use_dora'}=True"
+    if initialisation == "orthogonal" and fields["r"] % 2 and "rank_pattern" not in fields:
+        return f"Orthogonal initialization requires the LoRA rank to be even, got {fields['r']} instead"
+    return None
 
 
 def read_lora_config(name: str) -> dict[str, Any]:
@@ -344,8 +349,8 @@ def read_lora_config(name: str) -> dict[str, Any]:
         _check_field(field, value, label, problems)
     problems.raise_if_any()
     fields = {field: value for field, value in values.items() if field in HONOURED and value not in (None, {})}
-    if fields.get("target_modules") == "all-linear":
-        fields["target_modules"] = ["all-linear"]
+    if fields.get("target_modules") == ALL_LINEAR:
+        fields["target_modules"] = [ALL_LINEAR]
     # PEFT's way to adapt parameters alone is an empty list of layers; an empty list of anything else says nothing
     return {field: value for field, value in fields.items() if value != [] or field == "target_modules"}
 

@@ -13,9 +13,10 @@ from ..adapter.base_tensors import BaseTensor
 from ..adapter.experts import Experts, check_asked, not_reached, untrained
 from ..adapter.interface import AdaptedLayer, Adapter, BaseModel
 from ..adapter.peft_matching import Peft
-from ..adapter.targets import ALL_LINEAR, FusedTarget, Target, Targets, resolve_targets
+from ..adapter.targets import FusedTarget, Target, Targets, resolve_targets
 from ..checkpoint.tensors import DTYPE_CODES
 from ..decision import Decision
+from ..flags.lora_config import ALL_LINEAR
 from ..flags.request import Request
 from ..model.components import LinearLayer
 from ..model.skeleton import Skeleton

@@ -333,8 +333,8 @@ FLAGS = {
         words=("--use_lora", "--init_lora_weights", "eva"), culprit="EVA starts from the activations of data", hint=None
     ),
     "a base that changes, elsewhere": Flags(
-        words=("--use_lora", "--init_lora_weights", "pissa", "--base", "reference"), culprit="which changes the base",
-        hint="--base",
+        words=("--use_lora", "--init_lora_weights", "pissa", "--base", "reference"),
+        culprit="the adapter's initial values are taken out of its weights", hint="--base copy",
     ),
     "two ways of naming experts": Flags(
         words=("--use_lora", "--lora_experts", "2", "--lora_target_parameters", "mlp.experts.down_proj"),
@@ -342,7 +342,7 @@ FLAGS = {
     ),
     "an odd rank": Flags(
         words=("--use_lora", "--init_lora_weights", "orthogonal", "--lora_rank", "3"), culprit="to be even, got 3",
-        hint="take 4",
+        hint="change one of them",
     ),
     "base of no adapter": Flags(words=("--base", "reference"), culprit="`--base`", hint="--use_lora"),
     "reference to a quantised base": Flags(

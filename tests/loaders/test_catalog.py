@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from ftload.loaders.adapter.targets import ALL_LINEAR, REFERENCE_TARGETS, Targets, resolve_targets
+from ftload.loaders.adapter.targets import REFERENCE_TARGETS, Targets, resolve_targets
 from ftload.loaders.errors import UsageError
+from ftload.loaders.flags.lora_config import ALL_LINEAR
 from ftload.loaders.model.components import Component, LinearLayer, component_of
 
 
