@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _CHANGING = ("pissa", "olora")
 """Initialisations that change the base, by how they begin."""
-_COPIES = {"pissa": 15, "pissa_niter": 7, "olora": 9, "dora": 5}
-"""What PEFT allocates to compute an initialisation, in weights of two bytes an element, as measured: at most 14.4, 6.2,
+_COPIES = {"pissa": 16, "pissa_niter": 7, "olora": 9, "dora": 5}
+"""What PEFT allocates to compute an initialisation, in weights of two bytes an element, as measured: at most 14.7, 6.2,
 8.3 and 4.3, for square weights and such of 1 to 4."""
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 

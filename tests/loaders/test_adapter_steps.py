@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from ftload.loaders.adapter.draws import Draws
 from ftload.loaders.checkpoint.checkpoint import Checkpoint
 from ftload.loaders.errors import UsageError
 from ftload.loaders.plan.plan import Plan
 from ftload.loaders.progress import Silent, Stopwatch
+from ftload.loaders.steps.step import Inputs
 from ftload.loaders.write.stream import in_order, write_tensors
 
 from ..parity.models import write_model
@@ -237,3 +244,48 @@ def test_rows_and_the_whole_of_a_tied_embedding_are_refused(tmp_path: Path) -> N
         "`lm_head` can't be saved while single rows of its weight are trained: PEFT's forward pass raises "
         "`TrainableTokensLayer wraps an unknown layer type`"
     )
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes that the process held at most beyond those before (proc(5): VmHWM, which clear_refs resets)."""
+
+    def status(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return status("VmHWM") - before
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        (("--use_lora", "--base", "copy", "--init_lora_weights", "pissa_niter_2"), (1024, 4096)),
+        (("--use_qlora", "--init_lora_weights", "pissa_niter_2"), (4096, 1024)),
+        (("--use_lora", "--init_lora_weights", "pissa"), (1536, 1536)),
+        (("--use_qlora", "--init_lora_weights", "olora"), (1536, 1536)),
+        (("--use_lora", "--use_dora", "true"), (4096, 2048)),
+        (("--use_qlora", "--use_dora", "true"), (2048, 4096)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_a_layer_keeps_within_its_memory(tmp_path: Path, flags: tuple[str, ...], shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    config = {"hidden_size": columns, "intermediate_size": rows, "num_hidden_layers": 1, "num_attention_heads": 8}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, vocab_size=144)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    write_llama(tmp_path / "model")
+    plan, _ = make_plan(tmp_path / "model", tmp_path, *flags, "--lora_rank", "16", "--lora_target_modules", "gate_proj")
+    assert plan.adapter_file is not None
+    (step,) = plan.adapter_file.steps
+    quantisation = plan.strategy.quantisation
+    encode = quantisation.choose_encoder("cpu")[0] if quantisation is not None else None
+    inputs = Inputs(checkpoint=plan.checkpoint, chunk_bytes=plan.chunk_bytes, encode=encode)
+    nothing = SimpleNamespace(write=lambda name, values: None)
+    step.operation.run(inputs, nothing)  # imports, threads, and what libraries keep
+    peak, allowed = peak_of(lambda: step.operation.run(inputs, nothing)), step.operation.memory(plan.chunk_bytes)
+    assert peak <= allowed
+    assert allowed < 60 * rows * columns
