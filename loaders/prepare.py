@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,10 @@ def prepare(arguments: Arguments, progress: Progress) -> Outcome | None:
                 plan, encode = _fit_to_machine(run, read_and_plan(request, sources, watch))
             if request.strict:
                 check_strict(plan.decisions)
-            written = write_weights(run, plan, encode)
+            with warnings.catch_warnings():
+                # it takes each layer for a whole model: what it says of the model was heard when it was planned
+                warnings.filterwarnings("ignore", module=r"peft\.")
+                written = write_weights(run, plan, encode)
             report = write_report(run, plan, written) if run.is_first else None
             if report is not None:
                 check_output(request.output, overwrite=request.overwrite)

@@ -128,6 +128,22 @@ class PeftVariant:
         tensors = self.made.modules[first].tensors
         return {key.replace(f"{ADAPTED}{first}.", f"{ADAPTED}{name}.", 1): tensor for key, tensor in tensors.items()}
 
+    def stored(self, layers: Iterable[LinearLayer]) -> dict[str, StoredTensor]:
+        """All that is stored of it: on these layers, on parameters, and of the base itself."""
+        assert self.made is not None
+        of_layers = (self._stored(layer.name) for layer in layers)
+        of_parameters = (module.tensors for module in self.made.modules.values() if module.parameters)
+        found = {name: tensor for tensors in (*of_layers, *of_parameters) for name, tensor in tensors.items()}
+        return {**found, **self.made.others}
+
+    def copied(self, name: str) -> tuple[str, tuple[int, ...] | None]:
+        """The parameter of the base that a tensor of the adapter's file copies, and which rows of it; None for all."""
+        of_base = name.removeprefix(ADAPTED).replace(".base_layer.", ".")
+        if not of_base.endswith(_TOKEN_ROWS):
+            return of_base, None
+        of_base = f"{of_base.removesuffix(_TOKEN_ROWS)}.weight"
+        return of_base, _rows_of(of_base, self.settings["trainable_token_indices"])
+
     def steps(self, layers: Iterable[AdaptedLayer]) -> tuple[Step, ...]:
         """One step a layer, which draws for itself, and one for each tensor of the base that is trained."""
         assert self.made is not None
@@ -211,10 +227,7 @@ class PeftVariant:
     def _copy(self, name: str, tensor: StoredTensor) -> Step:
         """A tensor of the base, or rows of it, that are trained and stored with the adapter."""
         assert self.base is not None
-        of_base, rows = name.removeprefix(ADAPTED).replace(".base_layer.", "."), None
-        if of_base.endswith(_TOKEN_ROWS):
-            of_base = f"{of_base.removesuffix(_TOKEN_ROWS)}.weight"
-            rows = _rows_of(of_base, self.settings["trainable_token_indices"])
+        of_base, rows = self.copied(name)
         base = self.base.tensors.get(of_base)
         if base is None or base.is_quantised:
             why = "is 4-bit" if base is not None else "is no tensor of the base"

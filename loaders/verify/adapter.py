@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from hashlib import sha256
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from ..adapter.experts import Experts
+from ..adapter.adapted_model import StoredTensor
 from ..adapter.peft_lora import PeftLora
-from ..adapter.targets import Targets, is_match, lora_names, resolve_targets
+from ..adapter.peft_variant import PeftVariant
+from ..adapter.targets import Targets, count_matches, is_match, resolve_targets
+from ..checkpoint.tensors import TORCH_NAMES
+from ..plan.adapted import AdaptedBase
 from ..report.document import Adapter
 from ..report.rebased import stale_base
 from ..source.resolve import resolve_source
+from ..strategy import STRATEGIES
+from .adapter_values import check_initial_values
 from .files import Context
 
 
@@ -36,86 +41,101 @@ def check_adapter(context: Context) -> Iterator[str]:
             f"the adapter names `{stale}` as its base, and lies here: `load_prepared` knows, PEFT alone does not; "
             f"`ftload verify --fix {shlex.quote(str(context.root))}` makes it name this directory",
         )
-    targets = _targets(context, expected)
-    for pattern, expected_matches in expected.targets.items():
-        if targets.matches.get(pattern, 0) != expected_matches:
-            yield f"`{pattern}` hits {targets.matches.get(pattern, 0)} layers, the report says {expected_matches}"
-    for pattern, expected_matches in expected.target_parameters.items():
-        if targets.parameters.get(pattern, 0) != expected_matches:
-            found = targets.parameters.get(pattern, 0)
-            yield f"`{pattern}` hits {found} parameters, the report says {expected_matches}"
-    yield from _check_settings(context, expected, targets)
-    yield from _check_tensors(context, expected, targets)
-    yield from _check_initial_values(context, targets)
+    if PeftVariant(plain=_plain(expected), settings=expected.settings).changes_base != expected.changes_base:
+        yield f"`changes_base` is `{expected.changes_base}`, which its `init_lora_weights` does not say"
+    if expected.changes_base and context.report.base == "reference":
+        yield f"its initial values were taken out of its base, and `{expected.base}` is the original"
+    config = json.loads((context.root / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter, targets = _described(context, expected, config)
+    for pattern in dict.fromkeys((*expected.targets, *(targets.matches if expected.settings else ()))):
+        hits, said = targets.matches.get(pattern, 0), expected.targets.get(pattern, 0)
+        if hits != said:
+            yield f"`{pattern}` hits {hits} layers, the report says {said}"
+    for pattern, said in expected.target_parameters.items():
+        hits = targets.parameters.get(pattern, 0)
+        if hits != said:
+            yield f"`{pattern}` hits {hits} parameters, the report says {said}"
+    yield from _check_settings(config, adapter.config(targets, base=expected.base, revision=expected.revision))
+    yield from _check_tensors(context, expected, _stored(adapter, targets))
+    yield from check_initial_values(context, adapter, targets)
 
 
-def _targets(context: Context, expected: Adapter) -> Targets:
-    """What is adapted of the base, experts in 4 bits as the layers that they become."""
-    skeleton = context.skeleton
-    packed = {tensor.parameter for tensor in skeleton.tensors if tensor.packed is not None}
-    experts = Experts.of(skeleton.experts, packed)
-    modules = tuple(name for name, _ in skeleton.model.named_modules())
-    of_experts = experts.layers() if expected.experts_r is not None else ()
-    by_name = tuple(name for name in expected.targets if not any(is_match(layer.name, (name,)) for layer in of_experts))
-    targets = resolve_targets(skeleton.layers, modules=modules, asked=by_name, fused_experts=False)
-    return targets if expected.experts_r is None else experts.added_to(targets, modules=modules)
-
-
-def _described(expected: Adapter) -> PeftLora:
+def _plain(expected: Adapter) -> PeftLora:
     return PeftLora(rank=expected.r, experts_rank=expected.experts_r, alpha=expected.alpha, dropout=expected.dropout)
 
 
-def _check_settings(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
-    path = context.root / "adapter" / "adapter_config.json"
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    written = _described(expected).config(targets, base=expected.base, revision=expected.revision)
+def _described(
+    context: Context, expected: Adapter, config: Mapping[str, Any]
+) -> tuple[PeftLora | PeftVariant, Targets]:
+    """The adapter that the report describes, and what it adapts of the base, experts in 4 bits as layers.
+
+    Of anything but a plain one, PEFT is asked once more, about the base as it lies here.
+    """
+    skeleton, plain = context.skeleton, _plain(expected)
+    packed = frozenset(tensor.parameter for tensor in skeleton.tensors if tensor.packed is not None)
+    base = AdaptedBase(
+        strategy=STRATEGIES[context.report.strategy],
+        skeleton=skeleton,
+        groups=(),
+        is_written=context.report.base == "copy",
+        quantised_layers=frozenset(layer.name for layer in skeleton.layers if f"{layer.name}.weight" in packed),
+        quantised_experts=packed,
+        quantization_config=skeleton.stored_quantization,
+        new_tokens=range(0),
+    )
+    experts, modules = base.experts, tuple(name for name, _ in skeleton.model.named_modules())
+    regex = expected.settings.get("target_modules")
+    if regex is not None:
+        targets = Targets(patterns=(regex,), layers=(), matches={}, decisions=())
+    else:
+        of_experts = experts.layers() if expected.experts_r is not None else ()
+        names = tuple(expected.targets)
+        if expected.settings:
+            # the report does not say which names hit nothing that is left
+            names += tuple(name for name, hits in count_matches(base.layers, config["target_modules"]).items() if hits)
+        asked = tuple(name for name in names if not any(is_match(layer.name, (name,)) for layer in of_experts))
+        targets = resolve_targets(base.layers, modules=modules, asked=asked, fused_experts=False)
+    if expected.experts_r is not None:
+        targets = experts.added_to(targets, modules=modules)
+    if not expected.settings:
+        return plain, targets
+    settings = dict(expected.settings)
+    if expected.changes_base:
+        del settings["init_lora_weights"]  # the base is changed already
+    return PeftVariant(plain=plain, settings=settings).adapted(targets, partial(base.described, changed=False))
+
+
+def _stored(adapter: PeftLora | PeftVariant, targets: Targets) -> dict[str, StoredTensor]:
+    """All tensors of the adapter's file, by name."""
+    if isinstance(adapter, PeftVariant):
+        return adapter.stored(targets.layers)
+    adapted = (*targets.layers, *targets.fused)
+    shapes = {name: shape for layer in adapted for name, shape in adapter.tensors(layer).items()}
+    return {name: StoredTensor(shape=shape, dtype="F32") for name, shape in shapes.items()}
+
+
+def _check_settings(stored: Mapping[str, Any], written: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted({*stored, *written}):
         if name not in written or name not in stored:
             yield f"`{name}` is " + ("missing" if name in written else "there, and was not written")
-        elif json.dumps(stored[name]) != json.dumps(written[name]):  # 1 is not true
+        elif json.dumps(stored[name], sort_keys=True) != json.dumps(written[name], sort_keys=True):  # 1 is not true
             yield f"`{name}` is `{stored[name]}`, not `{written[name]}`"
 
 
-def _check_tensors(context: Context, expected: Adapter, targets: Targets) -> Iterator[str]:
-    """Whether there are the adapter's tensors for every layer that is a target, and no others."""
-    adapter = _described(expected)
-    adapted = (*targets.layers, *targets.fused)
-    shapes = {name: shape for layer in adapted for name, shape in adapter.tensors(layer).items()}
-    for name in sorted(shapes.keys() - context.adapter.keys()):
+def _check_tensors(context: Context, expected: Adapter, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Whether all tensors of the adapter are there, and no others."""
+    for name in sorted(tensors.keys() - context.adapter.keys()):
         yield f"`{name}` is missing"
-    for name in sorted(context.adapter.keys() - shapes.keys()):
+    for name in sorted(context.adapter.keys() - tensors.keys()):
         yield f"`{name}` belongs to no layer that is trained"
-    for name in sorted(context.adapter.keys() & shapes.keys()):
-        if context.adapter[name].shape != shapes[name]:
-            yield f"`{name}` has the shape {list(context.adapter[name].shape)}, its layer takes {list(shapes[name])}"
+    for name in sorted(context.adapter.keys() & tensors.keys()):
+        found, tensor = context.adapter[name], tensors[name]
+        if found.shape != tensor.shape:
+            yield f"`{name}` has the shape {list(found.shape)}, its layer takes {list(tensor.shape)}"
+        if found.dtype != tensor.dtype:
+            yield f"`{name}` is {TORCH_NAMES[found.dtype]}, training has it in {TORCH_NAMES[tensor.dtype]}"
     if sum(tensor.parameters for tensor in context.adapter.values()) != expected.parameters:
         yield "the adapter does not have the parameters that the report says"
-
-
-_ENOUGH_BYTES = 64
-"""Sixteen numbers: fewer may be equal by chance."""
-_MOST_BYTES = 16 * 1024
-
-
-def _check_initial_values(context: Context, targets: Targets) -> Iterator[str]:
-    """Whether every lora A, and each expert's in a fused one, was drawn for itself: 16 KiB of each are read."""
-    experts = {lora_names(fused.name)[0]: fused.experts.experts for fused in targets.fused}
-    others: dict[bytes, str] = {}
-    with context.adapter_file.open("rb") as file:
-        for name, tensor in context.adapter.items():
-            count = experts.get(name, 1)
-            size = tensor.nbytes // count
-            if not name.endswith(".lora_A.weight") or size < _ENOUGH_BYTES:
-                continue
-            for number in range(count):
-                file.seek(tensor.begin + number * size)
-                values = file.read(min(size, _MOST_BYTES))
-                what = f"`{name}`" if count == 1 else f"`{name}` of expert {number}"
-                if values == values[:4] * (len(values) // 4):
-                    yield f"{what} was not drawn: its numbers are all the same"
-                # digests: of thousands of experts, the values would not fit into memory
-                elif others.setdefault(sha256(values).digest(), what) != what:
-                    yield f"{what} was not drawn: it is the same as {others[sha256(values).digest()]}"
 
 
 def _check_base(context: Context, adapter: Adapter) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FtloadError, said_by
@@ -12,6 +13,7 @@ from ..model.towers import tower_modules
 from ..model.transformers_internals import is_experts
 from ..system.quiet import quiet_transformers
 from ..tokenizer.rendering import ANSWER, QUESTION
+from .adapter_values import check_residual, starts_at_zero
 from .files import Context
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def check_training(context: Context) -> Iterator[str]:
     # one more: nothing is asked of what follows the last
     tokens = max([_TOKENS, *(-(-experts // choices) + 1 for experts in routed.values())])
     with quiet_transformers():
-        output = model(**_batch(tokenizer, device, tokens))
+        output = model(**_batch(tokenizer, device, tokens, _trained_tokens(context)))
         output.loss.backward()
     if not math.isfinite(output.loss.item()):
         yield f"the loss is {output.loss.item()}"
@@ -71,6 +73,8 @@ def check_training(context: Context) -> Iterator[str]:
                 yield f"`{name}` is trainable and has no gradient"
         elif not torch.isfinite(gradient).all():
             yield f"the gradient of `{name}` is not finite"
+        elif any(part in name for part in _MOVING) and not gradient.count_nonzero() and not _is_in(towers, name):
+            yield f"the gradient of `{name}` is zero"
     optimizer.step()
     for name, parameter in trainable.items():
         may_rest = _may_be_idle(name, routed) or _is_in(towers, name)
@@ -85,6 +89,9 @@ def check_training(context: Context) -> Iterator[str]:
     )
 
 
+_MOVING = (".lora_magnitude_vector.", ".trainable_tokens_delta.", ".modules_to_save.")
+"""What takes part in every step from the first one on, by what names hold: A has no gradient while B is
+zero, and a bias may have none, as the keys' has where attention is not rotary."""
 _HINT = "look at the original model, and ask `ftload doctor` whether the libraries work here"
 
 
@@ -179,27 +186,61 @@ def _check_adapter(context: Context, model: Any) -> Iterator[str]:
 
     if context.report.adapter is None:
         return
-    loaded = {name.replace(".default.", "."): value for name, value in model.named_parameters() if ".lora_" in name}
+    loaded = _adapter_in_memory(model)
     with safe_open(context.adapter_file, framework="pt") as file:
         stored = set(file.keys())
         for name in sorted(stored | loaded.keys()):
             if name not in loaded or name not in stored:
                 yield f"`{name}` is " + ("not loaded" if name in stored else "random: the adapter does not have it")
-            elif not torch.equal(loaded[name].detach().cpu(), file.get_tensor(name)):
+                continue
+            value, expected = loaded[name].detach().cpu(), file.get_tensor(name)
+            if value.dtype != expected.dtype or not torch.equal(value, expected):
                 yield f"`{name}` is not loaded as it is stored"
+    kept = {value.data_ptr() for value in loaded.values()}
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name and parameter.count_nonzero():
+        if parameter.requires_grad and parameter.data_ptr() not in kept:
+            yield f"`{name}` is trained, and no part of the adapter"
+        elif not parameter.requires_grad and parameter.data_ptr() in kept:
+            yield f"`{name}` is part of the adapter, and not trained"
+        if ".lora_B." in name and parameter.count_nonzero() and starts_at_zero(context):
             yield f"`{name}` is not zero before the first step"
+    if context.report.adapter.changes_base:
+        from peft.tuners.lora import LoraLayer
+
+        for name, layer in model.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                yield from check_residual(context, name, layer)
+
+
+def _adapter_in_memory(model: Any) -> dict[str, torch.Tensor]:
+    """What PEFT would save of it, by the names in its file."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        # it takes a bias of B for a matrix that was saved in pieces
+        warnings.filterwarnings("ignore", ".* LoRA tensor.* have invalid shape")
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 _TOKENS = 32
 
 
-def _batch(tokenizer: PreTrainedTokenizerBase, device: torch.device, tokens: int) -> dict[str, torch.Tensor]:
-    """One sequence of ids (int64, 1 × `tokens`): a text, then ids from all over the vocabulary."""
+def _trained_tokens(context: Context) -> list[int]:
+    """The ids of tokens whose rows are trained beside the adapter; some of them, where there are many."""
+    adapter = context.report.adapter
+    indices = {} if adapter is None else adapter.settings.get("trainable_token_indices", {})
+    lists = indices.values() if isinstance(indices, Mapping) else [indices]
+    return [token for tokens in lists for token in tokens[: _TOKENS // 8]][: _TOKENS // 4]
+
+
+def _batch(
+    tokenizer: PreTrainedTokenizerBase, device: torch.device, tokens: int, trained: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """One sequence of ids (int64, 1 × `tokens`): a text, those of `trained`, then ids from all over the vocabulary."""
     import torch
 
     text = tokenizer(f"{QUESTION} {ANSWER}", add_special_tokens=False)["input_ids"][: _TOKENS // 2]
+    text = [*text, *trained]
     known = sorted(set(tokenizer.get_vocab().values()))
     rest = tokens - len(text)
     step = max(1, len(known) // rest)

@@ -72,7 +72,8 @@ def verify(directory: Path, *, quick: bool, trust_remote_code: bool, progress: P
     """Check a prepared directory; `quick` leaves out loading the model and the training step.
 
     Every file is read once for its hash; beyond that the quick way reads headers, the JSON files, the tokenizer, of a
-    4-bit weight its statistics (a thirty-second of it), and of each lora A 16 KiB. Of a base on a hub: headers alone.
+    4-bit weight its statistics (a thirty-second of it), of each lora A 16 KiB, and what an adapter trains of the base
+    itself, beside the base's. Of a base on a hub: headers alone.
 
     Raises `CheckpointError` when there is no report that this version understands, `SourceError` when there is no such
     directory.
