@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ...loaders.adapter.in_words import in_words
 from .tables import (
     UNBOUNDED,
     format_bytes,
@@ -139,6 +140,9 @@ def facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "prepared", _prepared(inspection.prepared)
     if inspection.adapter is not None:
         yield "adapter", _adapter(inspection.adapter)
+        kinds = inspection.adapter_kinds()
+        if len(kinds) > 1:
+            yield "in it", ", ".join(f"{found.parameters:,} {kind}" for kind, found in kinds.items())
         at = f" @ {inspection.adapter.revision}" if inspection.adapter.revision else ""
         yield "base", f"{inspection.adapter.base or 'not named'}{at}"
     if inspection.architecture is not None:
@@ -164,6 +168,7 @@ def _adapter(adapter: AdapterFacts) -> str:
         *(f"{rank} on {pattern}" for pattern, rank in adapter.ranks.items()),
         "" if adapter.alpha is None else f"alpha {adapter.alpha:g}",
         "" if adapter.dropout is None else f"dropout {adapter.dropout:g}",
+        *in_words(adapter.settings),
     )
     return ", ".join(filter(None, parts)) + f": {' '.join((*adapter.targets, *adapter.parameters)) or 'no targets'}"
 

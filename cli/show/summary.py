@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ...loaders.adapter.in_words import in_words
 from .advice_tables import print_advice
 from .memory_tables import print_training_memory
 from .tables import format_bytes, harmless, make_console, print_details, print_labelled, print_line, print_table
@@ -216,10 +217,12 @@ def details(report: Described) -> list[tuple[str, str]]:
         if len(hits) > _SHOWN_TARGETS:
             targets += f" … and {len(hits) - _SHOWN_TARGETS:,} more"
         experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
-        details.append(("adapter", f"rank {adapter.r}{experts}, alpha {adapter.alpha:g}: {targets}"))
+        settings = "".join(f", {words}" for words in in_words(adapter.settings))
+        details.append(("adapter", f"rank {adapter.r}{experts}, alpha {adapter.alpha:g}{settings}: {targets}"))
         at = f" @ {adapter.revision}" if adapter.revision else ""
         scanned = " (left where it is, its values not scanned)" if report.base_scanned is False else ""
-        details.append(("base", f"{adapter.base}{at}{scanned}"))
+        changed = ", without what the adapter starts from" if adapter.changes_base else ""
+        details.append(("base", f"{adapter.base}{at}{scanned}{changed}"))
     details.append(("attention", report.attention.effective))
     if report.kernels:
         details.append(("liger", ", ".join(report.kernels.liger.applied) or "not supported"))

@@ -93,6 +93,14 @@ class Inspection:
         """Sums by one of the tensors' attributes, in the order of its values."""
         return {value: sum_of(group) for value, group in grouped(self.tensors, attribute).items()}
 
+    def adapter_kinds(self) -> dict[str, Sum]:
+        """Sums of an adapter's tensors by what they are."""
+        kinds: dict[str, list[StoredTensor]] = {}
+        for tensor in self.tensors:
+            if tensor.component == "adapter":
+                kinds.setdefault(kind_in_adapter(tensor.name), []).append(tensor)
+        return {kind: sum_of(kinds[kind]) for kind in sorted(kinds)}
+
     def stored(self) -> list[StoredTotals]:
         """Sums by component and, in each, by dtype."""
         return [
@@ -112,6 +120,7 @@ class Inspection:
             "by_dtype": {dtype: asdict(found) for dtype, found in self.by("dtype").items()},
             "by_component": {component: asdict(found) for component, found in self.by("component").items()},
             "stored": to_json(self.stored()),
+            "adapter_kinds": {kind: asdict(found) for kind, found in self.adapter_kinds().items()},
             **{
                 key: None if value is None else asdict(value)
                 for key in ("architecture", "embeddings", "quantization", "tokenizer", "adapter", "prepared")
@@ -123,6 +132,21 @@ class Inspection:
             fields = ("name", "dtype", "shape", "parameters", "bytes", "file", "component")
             document["tensors"] = [{field: getattr(tensor, field) for field in fields} for tensor in tensors]
         return document
+
+
+_KINDS = {
+    ".lora_B.bias": "bias of B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_": "low-rank",
+    ".token_adapter.": "token rows",
+    ".bias": "bias",
+}
+"""What a tensor of an adapter is, by the first of these that its name holds."""
+
+
+def kind_in_adapter(name: str) -> str:
+    """What a tensor of an adapter is, by PEFT's name: a copy of one of the base's, if nothing else."""
+    return next((kind for part, kind in _KINDS.items() if part in name), "saved module")
 
 
 def inspect(model: str, *, revision: str | None = None) -> Inspection:
@@ -151,7 +175,8 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         if ADAPTER_FILE in found:
             size = found[ADAPTER_FILE].bytes
             header = read_header(ADAPTER_FILE, size, lambda b, e, p=place: p.read(ADAPTER_FILE, b, e))
-            tensors += stored_tensors(place, header, prefix=prefix)
+            # copies of the base's tensors may be there too, and are trained
+            tensors += stored_tensors(place, header, prefix=prefix, component="adapter")
             files.append(SourceFile(path=prefix + ADAPTER_FILE, bytes=size, sha256=None))
     if not files and report is None:
         raise _no_weights(source, names)

@@ -90,8 +90,13 @@ def open_tensors(source: Source) -> tuple[Mapping[str, TensorMeta], tuple[str, .
     return logical_tensors(source, stored, strict=False), ()
 
 
-def stored_tensors(source: Source, tensors: Iterable[TensorMeta], prefix: str = "") -> list[StoredTensor]:
-    """Describe tensors of `source`; `prefix` is put before the names of their files."""
+def stored_tensors(
+    source: Source, tensors: Iterable[TensorMeta], prefix: str = "", component: Component | None = None
+) -> list[StoredTensor]:
+    """Describe tensors of `source`, all of one `component` or each of its own.
+
+    `prefix` is put before the names of their files.
+    """
     return [
         StoredTensor(
             name=tensor.name,
@@ -99,7 +104,7 @@ def stored_tensors(source: Source, tensors: Iterable[TensorMeta], prefix: str = 
             shape=tensor.shape,
             bytes=tensor.stored_bytes,
             file=prefix + tensor.file,
-            component=component_of(tensor.name),
+            component=component or component_of(tensor.name),
             parts=tuple(
                 (source.root / part.file, part.begin, part.end)
                 for part in sorted(tensor.stored_in, key=lambda part: part.name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapter.in_words import settings_of
 from ..adapter.targets import in_order
 from ..checkpoint.json_files import read_json
 from ..report.outputs import as_report
@@ -45,6 +46,8 @@ class AdapterFacts:
     """What is adapted of parameters that are no layer's weight: fused experts."""
     ranks: Mapping[str, int]
     """Ranks other than `r`, by pattern."""
+    settings: Mapping[str, Any]
+    """Other fields of PEFT's `LoraConfig` where they are not the default, by name; of those, what ftload prepares."""
     base: str | None
     revision: str | None
 
@@ -106,6 +109,7 @@ def adapter_facts(config: Mapping[str, Any]) -> AdapterFacts:
     found = config.get("rank_pattern")
     ranks: dict[str, Any] = found if isinstance(found, dict) else {}
     alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout")
+    shown = {"r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern"}
     return AdapterFacts(
         type=_text(config, "peft_type"),
         r=_number(config, "r"),
@@ -114,6 +118,7 @@ def adapter_facts(config: Mapping[str, Any]) -> AdapterFacts:
         targets=in_order(_texts(config.get("target_modules"))),
         parameters=in_order(_texts(config.get("target_parameters"))),
         ranks={name: ranks[name] for name in in_order(ranks) if type(ranks[name]) is int},
+        settings={name: value for name, value in settings_of(config).items() if name not in shown},
         base=_text(config, "base_model_name_or_path"),
         revision=_text(config, "revision"),
     )

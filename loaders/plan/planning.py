@@ -84,6 +84,11 @@ def make_plan(
         adapter, targets = choose_targets(request, adapted, adapter)
         decisions += targets.decisions
         warnings += targets.warnings
+        if adapter.changes_base:
+            warnings.append(
+                "the base lacks what the adapter starts from: it alone is not the original model any more. "
+                "`init_lora_weights` of adapter_config.json is true on purpose: PEFT would take it out once more"
+            )
         adapter_weights = adapter_file(adapted, adapter, targets)
 
     attention = resolve_attention(attention_support(type(skeleton.model)), use_flash_attn=request.use_flash_attn)

@@ -227,6 +227,8 @@ class Adapter:
     """Whether it starts from a part of the base, which lacks it: the base alone is not the original. Since 0.2."""
     parameters: Count
     dtype: str
+    """Of what is low-rank; what of the base is trained beside it has the dtype that the base has in training, and rows
+    of tokens are float32."""
     base: str
     """Hub id or absolute path."""
     revision: str | None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapter.in_words import in_words
 from ..source.license import CARD_FILE
 from ..system.safe_text import one_line
 from ..trainers.registry import TRAINERS
@@ -70,10 +71,12 @@ def model_card(report: Report) -> str:
         at = f" at commit `{adapter.revision}`" if adapter.revision else ""
         where = "this directory" if not by_reference else f"{_code(adapter.base)}{at}, which is not copied here"
         experts = "" if adapter.experts_r is None else f", of experts {adapter.experts_r}"
+        settings = "".join(f", {_prose(words)}" for words in in_words(adapter.settings))
         lines += [
-            f"The LoRA adapter (rank {adapter.r}{experts}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}) is in "
-            f"`adapter/`; its base is {where}.",
+            f"The LoRA adapter (rank {adapter.r}{experts}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
+            f"{settings}) is in `adapter/`; its base is {where}.",
             "",
+            *(_CHANGED_BASE if adapter.changes_base else ()),
             *(_ELSEWHERE if by_reference else ()),
         ]
     if report.embeddings.resized:
@@ -97,6 +100,12 @@ _EXPERTS = (
 )
 
 
+_CHANGED_BASE = (
+    "**The base alone is not the original model any more**: what the adapter starts from was taken out of its weights, "
+    "and only both together are the original. `adapter_config.json` says `init_lora_weights: true` on purpose: PEFT "
+    "would take it out of the base once more whenever it loads the adapter.",
+    "",
+)
 _ELSEWHERE = (
     "A tool that takes the directory of a model is given that base as the model and `adapter/` as the adapter; the "
     "tokenizer is in either directory here.",
