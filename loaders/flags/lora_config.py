@@ -292,6 +292,8 @@ def _is_same(one: Any, other: Any) -> bool:
 def _words(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
