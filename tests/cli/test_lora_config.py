@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import Result
 
 Ftload = Callable[..., Result]
@@ -20,13 +22,16 @@ def prepared(ftload: Ftload, model: Path, out: Path, *words: object) -> dict[str
     return json.loads(result.out)
 
 
-def test_an_adapter_is_as_the_file_says(ftload: Ftload, llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_as_the_file_says(
+    ftload: Ftload, llama: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     file = tmp_path / "lora.yaml"
     file.write_text(
         "r: 4\nlora_alpha: 12\nlora_dropout: 0.25\ntarget_modules: [q_proj, v_proj]\nrank_pattern: {v_proj: 2}\n"
         "use_rslora: true\nlayers_to_transform: [1]\n"
     )
     report = prepared(ftload, llama, tmp_path / "out", "--lora_config", file, "--lora_alpha", "32")
+    assert [str(one.message) for one in recwarn if "rank_pattern" in str(one.message)] == []
     written = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert {name: written[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")} == {
         "r": 4,
