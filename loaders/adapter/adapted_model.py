@@ -32,6 +32,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """safetensors code."""
+    is_base: bool = False
+    """Whether it is a parameter of the base, which is trained where it is: a bias."""
 
     @property
     def parameters(self) -> int:
@@ -84,6 +86,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     model, asked = deepcopy(model), config
+    own = {id(value) for value in model.parameters()}
     config = deepcopy(config)
     for name, together in by_module(experts.packed).items():
         take_apart(model.get_submodule(name), together, empty_layer, (0,))
@@ -94,12 +97,18 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
                 adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
             # what it calls the tensors when it saves them, it must find again when it loads them
             tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            held = adapted.state_dict(keep_vars=True)
+            held = get_peft_model_state_dict(adapted, state_dict=held, save_embedding_layers=False)
             loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
             # after its first sentence PEFT lists sets, in an order that differs from process to process
             raise RefusalError(said_by(error).partition(". ")[0]) from error
     stored = {
-        name: StoredTensor(shape=tuple(value.shape), dtype=DTYPE_CODES[str(value.dtype).removeprefix("torch.")])
+        name: StoredTensor(
+            shape=tuple(value.shape),
+            dtype=DTYPE_CODES[str(value.dtype).removeprefix("torch.")],
+            is_base=id(held[name]) in own,
+        )
         for name, value in tensors.items()
     }
     modules = _wrapped_modules(adapted.base_model.model, stored)

@@ -153,7 +153,8 @@ class PeftVariant:
         draws = Draws([layer.rehearse for layer in alone])
         written: set[str] = set()
         steps = [self._step(layer, draws, number, written) for number, layer in enumerate(alone)]
-        return (*steps, *(self._copy(name, tensor) for name, tensor in self.made.others.items()))
+        copied: set[str] = set()
+        return (*steps, *(self._copy(name, tensor, copied) for name, tensor in self.made.others.items()))
 
     def _lone_layers(self, layers: Iterable[AdaptedLayer]) -> Iterator[LoneLayer]:
         """In the order in which PEFT wraps them: layers, then the modules that hold parameters."""
@@ -224,8 +225,11 @@ class PeftVariant:
         copies = max(_COPIES[kind] for kind in kinds)
         return FromWeight(base=base, load=load, changes=self.changes_base, writes=writes, copies=copies)
 
-    def _copy(self, name: str, tensor: StoredTensor) -> Step:
-        """A tensor of the base, or rows of it, that are trained and stored with the adapter."""
+    def _copy(self, name: str, tensor: StoredTensor, copied: set[str]) -> Step:
+        """A tensor of the base, or rows of it, that are trained and stored with the adapter.
+
+        `copied` are the base's tensors that steps before this one copy.
+        """
         assert self.base is not None
         of_base, rows = self.copied(name)
         base = self.base.tensors.get(of_base)
@@ -236,6 +240,9 @@ class PeftVariant:
         if rows is not None and max(rows) >= count:
             raise UsageError(f"`--trainable_token_indices`: {max(rows)} is none of the {count:,} rows of `{of_base}`")
         output = _output(name, tensor)
+        if base.parameter in copied and self.settings.get("ensure_weight_tying"):
+            output = replace(output, shared=True, parameters=0)
+        copied.add(base.parameter)
         return Step(operation=CopyOfBase(base=base, output=output, rows=rows), outputs=(output,))
 
     def peft_config(self, targets: Targets) -> LoraConfig:
@@ -362,5 +369,5 @@ def _as_made(targets: Targets, made: AdaptedModel, base: BaseModel, chooses: str
 def _output(name: str, tensor: StoredTensor) -> OutputTensor:
     return OutputTensor(
         name=name, shape=tensor.shape, dtype=tensor.dtype, component="adapter", counted_as=TORCH_NAMES[tensor.dtype],
-        parameters=tensor.parameters,
+        parameters=tensor.parameters, shared=tensor.is_base,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def describe_plan(plan: Plan) -> PlanDocument:
             document.StoredTotals(
                 component=component, dtype=dtype, tensors=row.tensors, parameters=row.parameters, bytes=row.bytes
             )
-            for component, tensors in _by([*plan.stored_tensors(), *plan.adapter_tensors()], "component").items()
+            for component, tensors in _by(_stored(plan), "component").items()
             for dtype, row in _group(tensors).items()
         ),
         files=tuple(document.PlannedFile(path=file.path, bytes=file.size) for file in plan.files),
@@ -168,12 +168,12 @@ def count_parameters(plan: Plan) -> document.Parameters:
     Bytes are those of the tensors' data; the JSON states of 4-bit weights count as file overhead, like headers.
     """
     adapter = list(plan.adapter_tensors())
-    stored = [*plan.stored_tensors(), *adapter]
+    stored = _stored(plan)
     loaded = list(plan.loaded_tensors())
-    base = sum(tensor.parameters for tensor in loaded)
-    total = base + sum(tensor.parameters for tensor in adapter)
+    own = [tensor for tensor in adapter if not tensor.shared]
+    total = sum(tensor.parameters for tensor in (*loaded, *own))
     merged = _merged(plan, loaded)
-    in_training = [*_in_training(plan, merged), *adapter]
+    in_training = [*_in_training(plan, merged), *own]
     never_trained = frozenset(plan.skeleton.never_trained if plan.adapter is None else ())
     trained = [merged[name] for name in merged.keys() - never_trained] if plan.adapter is None else adapter
     trainable = sum(tensor.parameters for tensor in trained)
@@ -200,6 +200,14 @@ def count_parameters(plan: Plan) -> document.Parameters:
             for module in plan.skeleton.towers
         },
     )
+
+
+def _stored(plan: Plan) -> list[OutputTensor]:
+    """All that lies on disk, the parameters of what is stored twice and held once counted once."""
+    adapter = (
+        dataclasses.replace(tensor, parameters=0) if tensor.shared else tensor for tensor in plan.adapter_tensors()
+    )
+    return [*plan.stored_tensors(), *adapter]
 
 
 def base_in_training(plan: Plan) -> tuple[OutputTensor, ...]:

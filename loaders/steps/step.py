@@ -123,6 +123,9 @@ class OutputTensor:
     """Whether its bytes count as the file's, like a header: a JSON state."""
     variable: bool = False
     """Whether its length is known only once the data are: `shape` is the longest that it can be."""
+    shared: bool = False
+    """Whether it is one with another tensor in training, which counts its parameters: an adapter's copy of what is
+    trained in the base itself, or of what is tied to another copy."""
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.targets import ADAPTED, is_match
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.json_files import fetch_config
 from ..checkpoint.safetensors_header import read_header
@@ -108,6 +109,23 @@ class Context:
 
         size = self.adapter_file.stat().st_size
         return {tensor.name: tensor for tensor in read_header(self.adapter_file.name, size, read)}
+
+    @cached_property
+    def trained_in_place(self) -> frozenset[str]:
+        """The adapter's tensors that are parameters of the base itself: biases."""
+        adapter = self.report.adapter
+        if adapter is None or adapter.settings.get("bias", "none") == "none":
+            return frozenset()
+        saved = adapter.settings.get("modules_to_save", ())
+        biases = (name for name in self.adapter if name.endswith(".bias") and ".lora_" not in name)
+        return frozenset(name for name in biases if not is_match(name.removesuffix(".bias"), saved))
+
+    @cached_property
+    def tied_copies(self) -> frozenset[str]:
+        """The adapter's tensors that are one with another of them: the head's, tied to the embedding's."""
+        adapter, head = self.report.adapter, f"{ADAPTED}{self.skeleton.head}"
+        is_tied = adapter is not None and adapter.settings.get("ensure_weight_tying") and self.report.embeddings.tied
+        return frozenset((head,)) & self.adapter.keys() if is_tied else frozenset()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -271,7 +289,7 @@ def _check_parameters(context: Context) -> Iterator[str]:
     buffers = {meta.name for tensor in context.skeleton.tensors if tensor.buffer for meta in tensor.sources}
     counted: Counter[str] = Counter()
     for tensor in (*_base_tensors(context), *context.adapter.values()):
-        if tensor.name not in buffers:
+        if tensor.name not in buffers | context.trained_in_place | context.tied_copies:
             counted[tensor.counted_as] += tensor.parameters
     reported = context.report.parameters.by_dtype
     for dtype in sorted({*counted, *reported}):

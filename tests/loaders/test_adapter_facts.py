@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ftload import load_prepared
 from ftload.loaders.adapter.in_words import in_words
 from ftload.loaders.inspect.inspection import inspect
 from ftload.loaders.report.model_card import model_card
@@ -101,3 +103,65 @@ def test_the_card_says_that_a_changed_base_is_not_the_original(
     assert ("The base alone is not the original model any more" in card) is changes
     assert ("`adapter_config.json` says `init_lora_weights: true` on purpose" in card) is changes
     assert any("it alone is not the original model any more" in warning for warning in report["warnings"]) is changes
+
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 4}},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"modules_to_save": ["embed_tokens", "wte"]},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "wte", "lm_head"]},
+    "tied copies": {"modules_to_save": ["embed_tokens", "wte"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": [3, 5]},
+    "rows and head": {"trainable_token_indices": [3, 5], "modules_to_save": ["lm_head"]},
+    "all biases": {"bias": "all"},
+    "biases": {"bias": "lora_only"},
+    "biases of B": {"lora_bias": True},
+}
+SKIPPED = {
+    ("llama", "tied copies"): "nothing is tied",
+    ("llama_tied", "rows and head"): "PEFT's model can't be used",
+    ("gpt2", "rows and head"): "PEFT's model can't be used",
+}
+
+
+@pytest.mark.parametrize("strategy", ["--use_lora", "--use_qlora"])
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2"])
+@pytest.mark.parametrize("case", COUNTED)
+def test_parameters_are_counted_as_the_loaded_model_has_them(
+    models: dict[str, Path], tmp_path: Path, case: str, architecture: str, strategy: str
+) -> None:
+    if (architecture, case) in SKIPPED:
+        pytest.skip(SKIPPED[architecture, case])
+    settings = dict(COUNTED[case])
+    other = {"gpt2": "embed_tokens"}.get(architecture, "wte")
+    if "modules_to_save" in settings:
+        settings["modules_to_save"] = [name for name in settings["modules_to_save"] if name != other]
+    (tmp_path / "lora.json").write_text(json.dumps(settings))
+    flags = [strategy, "--min_quantized", "0", "--lora_config", str(tmp_path / "lora.json")]
+    report = prepare(models[architecture], tmp_path / "out", *flags)
+    model, _ = load_prepared(tmp_path / "out")
+    counted: dict[str, list[int]] = {}
+    trainable = 0
+    for parameter in model.parameters():  # each once
+        state = getattr(parameter, "quant_state", None)
+        number = parameter.numel() if state is None else state.shape.numel()
+        trainable += number if parameter.requires_grad else 0
+        row = counted.setdefault("nf4" if state is not None else str(parameter.dtype).removeprefix("torch."), [0, 0])
+        row[0] += 1
+        row[1] += number
+    parameters = report["parameters"]
+    assert {dtype: [row["tensors"], row["parameters"]] for dtype, row in parameters["in_training"].items()} == counted
+    total = sum(number for _, number in counted.values())
+    assert (parameters["total"], parameters["trainable"]) == (total, trainable)
+    assert parameters["frozen"] == total - trainable
+    assert report["adapter"]["parameters"] == trainable
+    for by in ("by_dtype", "by_component"):
+        assert sum(row["parameters"] for row in parameters[by].values()) == total
+    stored = [load_file(file) for file in (tmp_path / "out").rglob("*.safetensors")]
+    if report["base"] == "copy":
+        assert sum(row["tensors"] for row in parameters["by_dtype"].values()) == sum(
+            not any(part in name for part in (".absmax", ".quant_map", ".nested_", ".quant_state"))
+            for tensors in stored
+            for name in tensors
+        )
