@@ -175,7 +175,7 @@ FIELDS: dict[str, Any] = {
         *({name: value} for name, value in FIELDS.items() if name != "layers_pattern"),
         {"target_modules": "all-linear", "use_dora": True},
         {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*layers\.0\..*"},
-        {"lora_bias": True, "bias": "all"},
+        {"lora_bias": True, "bias": "all", "init_lora_weights": False},
         {"init_lora_weights": False, "layers_to_transform": 1, "layers_pattern": ["layers", "h"]},
         {"init_lora_weights": "pissa_niter_0", "trainable_token_indices": [7]},
         {"target_modules": [], "target_parameters": ["a.b"]},
