@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.formats.interface import Headers
-from ..checkpoint.formats.nf4 import BLOCK, NESTED_BLOCK, STATE_SUFFIX, Bitsandbytes4Bit, Packed4Bit
+from ..checkpoint.formats.nf4 import ANY_STATE, BLOCK, NESTED_BLOCK, Bitsandbytes4Bit, Packed4Bit
 from ..checkpoint.safetensors_header import read_header
 from ..checkpoint.tensors import TensorMeta
 from ..errors import CheckpointError
@@ -61,8 +61,8 @@ def _find(directory: Path, tensors: Mapping[str, TensorMeta], experts: Sequence[
     of_model = {one.parameter: one for one in experts}
     named = {}
     for state in tensors:
-        stored = state.removesuffix(STATE_SUFFIX)
-        if stored != state:
+        stored, is_state, _ = state.partition(ANY_STATE)
+        if is_state:
             parts = stored.split(".")
             tails = (".".join(parts[index:]) for index in range(len(parts)))
             name = next((tail for tail in tails if tail in of_model), None)

@@ -239,6 +239,17 @@ class OwnOptions:
         "Dtype that 4-bit layers compute in; T4 and V100 need float16; unset takes bfloat16, or the checkpoint's",
         choices=("bfloat16", "float16", "float32"),
     )
+    bnb_4bit_quant_type: str | None = field(
+        None,
+        QUANTISATION,
+        "4-bit type of weights; unset takes nf4, or the checkpoint's",
+        choices=("nf4", "fp4"),
+    )
+    bnb_4bit_use_double_quant: bool | None = field(
+        None,
+        QUANTISATION,
+        "Quantise the statistics of 4-bit weights too: 0.37 bits less a weight; unset does, or as the checkpoint",
+    )
     lora_experts: int | None = field(
         None, ADAPTER, "Train the experts of a mixture too, each by an adapter of this rank; unset leaves them"
     )

@@ -63,6 +63,10 @@ class Request:
     """torch's name of the dtype that 4-bit codes are stored under; None for what the checkpoint has, else uint8."""
     bnb_4bit_compute_dtype: str | None
     """torch's name of the dtype that 4-bit layers compute in; None for what the checkpoint has, else bfloat16."""
+    bnb_4bit_quant_type: str | None
+    """`nf4` or `fp4`; None for what the checkpoint has, else NF4."""
+    bnb_4bit_use_double_quant: bool | None
+    """Whether absmax is quantised too; None for what the checkpoint does, else yes."""
     use_liger_kernel: bool
     use_flash_attn: bool
     gradient_checkpointing: bool
@@ -137,7 +141,9 @@ def resolve_request(arguments: Arguments) -> Request:
         adapter_only.append("base")
     if adapter_only and not (flat.use_lora or flat.use_qlora):
         raise UsageError(f"`--{adapter_only[0]}` is for adapters", hint="pass --use_lora or --use_qlora as well")
-    for name in ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"):
+    for name in (
+        "bnb_4bit_quant_storage", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"
+    ):  # fmt: skip
         if getattr(own, name) is not None and not flat.use_qlora:
             raise UsageError(f"`--{name}` is for 4-bit weights", hint="pass --use_qlora as well")
     try:
@@ -168,6 +174,8 @@ def resolve_request(arguments: Arguments) -> Request:
         quantize_experts=own.quantize_experts,
         bnb_4bit_quant_storage=own.bnb_4bit_quant_storage,
         bnb_4bit_compute_dtype=own.bnb_4bit_compute_dtype,
+        bnb_4bit_quant_type=own.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=own.bnb_4bit_use_double_quant,
         use_liger_kernel=flat.use_liger_kernel,
         use_flash_attn=flat.use_flash_attn,
         gradient_checkpointing=flat.gradient_checkpointing,

@@ -1,9 +1,10 @@
-"""4-bit NormalFloat (NF4) with double quantisation, as bitsandbytes computes and stores it.
+"""4-bit NormalFloat (NF4) and 4-bit floats (FP4), as bitsandbytes computes and stores them.
 
 A weight `W` of n elements is stored as `W` (uint8, (n+1)//2 × 1, two codes a byte), `.absmax` (uint8, one a block of
 64), `.nested_absmax` (float32, one for 256 blocks), `.quant_map` (float32, 16), `.nested_quant_map` (float32, 256) and
-`.quant_state.bitsandbytes__nf4` (uint8: JSON). Sources: QLoRA, arXiv:2305.14314, appendix E for the code book and
-section 3 for double quantisation; bitsandbytes' `QuantState.as_dict(packed=True)` for the layout.
+`.quant_state.bitsandbytes__nf4` or `…__fp4` (uint8: JSON); without double quantisation `.absmax` is float32, and
+nothing is nested. Sources: QLoRA, arXiv:2305.14314, appendix E for NF4's code book and section 3 for double
+quantisation; bitsandbytes' `get_4bit_type` for FP4's, `QuantState.as_dict(packed=True)` for the layout.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import importlib.util
 import json
 import math
 import threading
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, NESTED_BLOCK, STATE_SUFFIX, dynamic_map
+from ..checkpoint.formats.nf4 import ANY_STATE, BLOCK, CODE_BOOKS, NESTED_BLOCK, dynamic_map
 from ..errors import MissingRequirementError, said_by
 from ..system.quiet import quiet_bitsandbytes
 
@@ -30,24 +31,45 @@ _OFFSET_CHARACTERS = 24
 """The longest that Python prints a non-negative float: 17 digits, a point, leading zeros or an exponent."""
 
 
-def stored_shapes(shape: tuple[int, ...], dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FourBits:
+    """How weights are quantised."""
+
+    quant_type: str = "nf4"
+    """`nf4` or `fp4`."""
+    double_quant: bool = True
+    """Whether absmax is quantised too, to 8 bits."""
+
+    @property
+    def state_suffix(self) -> str:
+        """What follows the weight's name in that of its JSON state."""
+        return ANY_STATE + self.quant_type
+
+
+def stored_shapes(
+    shape: tuple[int, ...], dtype: str, kind: FourBits = FourBits()
+) -> dict[str, tuple[tuple[int, ...], str]]:
     """Suffix to (shape, safetensors dtype) of what a weight of `shape` is stored in; the JSON state at its longest.
 
     `dtype` is torch's name for what it was before: the state records it, and bitsandbytes goes back to it.
     """
     n = math.prod(shape)
     blocks = -(-n // BLOCK)
-    return {
-        "": (((n + 1) // 2, 1), "U8"),
-        ".absmax": ((blocks,), "U8"),
+    state = len(_state(shape, dtype, kind, 0.0)) - len("0.0") + _OFFSET_CHARACTERS if kind.double_quant else None
+    nested: dict[str, tuple[tuple[int, ...], str]] = {
         ".nested_absmax": ((-(-blocks // NESTED_BLOCK),), "F32"),
         ".nested_quant_map": ((256,), "F32"),
+    }
+    return {
+        "": (((n + 1) // 2, 1), "U8"),
+        ".absmax": ((blocks,), "U8" if kind.double_quant else "F32"),
+        **(nested if kind.double_quant else {}),
         ".quant_map": ((16,), "F32"),
-        STATE_SUFFIX: ((len(_state(shape, dtype, 0.0)) - len("0.0") + _OFFSET_CHARACTERS,), "U8"),
+        kind.state_suffix: ((state or len(_state(shape, dtype, kind, None)),), "U8"),
     }
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     """The encoder compiled by numba: bit for bit what bitsandbytes computes on a CPU."""
     import numpy as np
     import torch
@@ -61,10 +83,10 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     absmax = np.empty(-(-n // BLOCK), np.float32)
     if flat.dtype == torch.bfloat16:
         bits = flat.view(torch.int16).numpy()[:whole]
-        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds())
+        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds(quant_type), _table(quant_type))
     else:
         wide = flat[:whole].to(torch.float32).numpy()
-        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds())
+        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds(quant_type), _table(quant_type))
     rest = flat[whole:].to(torch.float32).numpy()
     if not (finite and np.isfinite(rest).all()):
         raise ValueError("NaN or infinity")
@@ -72,19 +94,21 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
         # bitsandbytes divides where a whole block is multiplied, and pads an odd end with a zero
         absmax[-1] = max(np.abs(rest).max(), np.float32(1e-38))
         scaled = np.append(rest / absmax[-1], np.zeros(n % 2, np.float32))
-        counts = np.searchsorted(_bounds()[:15], scaled).astype(np.uint8)
+        counts = _order(quant_type)[np.searchsorted(_bounds(quant_type)[:15], scaled)]
         codes[whole // 2 :] = counts[::2] << 4 | counts[1::2]
     return torch.from_numpy(codes), torch.from_numpy(absmax)
 
 
-def encode_with_bitsandbytes(values: Tensor, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def encode_with_bitsandbytes(values: Tensor, quant_type: str = "nf4", device: str = "cpu") -> tuple[Tensor, Tensor]:
     """The encoder on a GPU, and where numba can't be used: bitsandbytes itself."""
     import torch
 
     flat = values.reshape(-1).contiguous().to(device)
     if not torch.isfinite(flat).all():
         raise ValueError("NaN or infinity")
-    codes, state = _bitsandbytes().quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    codes, state = _bitsandbytes().quantize_4bit(
+        flat, blocksize=BLOCK, quant_type=quant_type, compress_statistics=False
+    )
     return codes.reshape(-1).cpu(), state.absmax.cpu()
 
 
@@ -99,8 +123,8 @@ def numba_problem() -> str | None:
     return None
 
 
-def compress_statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """Double quantisation: absmax (float32, one a block) → suffix to tensor, everything but the codes.
+def statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str, kind: FourBits = FourBits()) -> dict[str, Any]:
+    """Absmax (float32, one a block) → suffix to tensor, everything but the codes; by double quantisation, or as it is.
 
     `shape` is the logical shape of the weight and `dtype` torch's name for its dtype, which the JSON state records.
     `absmax` is overwritten. From a million or so blocks on, torch's mean depends on the number of its threads: to get
@@ -108,36 +132,58 @@ def compress_statistics(absmax: Tensor, shape: tuple[int, ...], dtype: str) -> d
     """
     import torch
 
-    offset = absmax.mean()
-    codes, nested = _quantize_blockwise(absmax.sub_(offset))
-    state = torch.frombuffer(bytearray(_state(shape, dtype, offset.item())), dtype=torch.uint8)
+    offset, nested = None, {}
+    if kind.double_quant:
+        mean = absmax.mean()
+        absmax, of_absmax = _quantize_blockwise(absmax.sub_(mean))
+        offset, nested = mean.item(), {".nested_absmax": of_absmax, ".nested_quant_map": dynamic_map()}
+    state = torch.frombuffer(bytearray(_state(shape, dtype, kind, offset)), dtype=torch.uint8)
     return {
-        ".absmax": codes,
-        ".nested_absmax": nested,
-        ".nested_quant_map": dynamic_map(),
-        ".quant_map": torch.tensor(CODE_BOOK, dtype=torch.float32),
-        STATE_SUFFIX: state,
+        ".absmax": absmax,
+        **nested,
+        ".quant_map": torch.tensor(CODE_BOOKS[kind.quant_type], dtype=torch.float32),
+        kind.state_suffix: state,
     }
 
 
 @cache
-def _bounds() -> Any:
-    """The 15 midpoints of the code book (float32), and a sixteenth number that nothing reaches."""
+def _order(quant_type: str) -> Any:
+    """The codes in the order of their values (uint8, 16); FP4's two zeros in that in which torch sorts them."""
+    import numpy as np
+    import torch
+
+    return torch.argsort(torch.tensor(CODE_BOOKS[quant_type], dtype=torch.float32)).numpy().astype(np.uint8)
+
+
+@cache
+def _table(quant_type: str) -> Any:
+    """Two codes in a byte for two counts in a byte (uint8, 256); empty where they are the same."""
     import numpy as np
 
-    values = np.array(CODE_BOOK, np.float32)
+    order = _order(quant_type)
+    if quant_type == "nf4":
+        return np.empty(0, np.uint8)
+    return (order[:, None] << 4 | order[None, :]).reshape(-1)
+
+
+@cache
+def _bounds(quant_type: str) -> Any:
+    """The 15 midpoints of the sorted code book (float32), and a sixteenth number that nothing reaches."""
+    import numpy as np
+
+    values = np.array(CODE_BOOKS[quant_type], np.float32)[_order(quant_type)]
     return np.append((values[:-1] + values[1:]) / np.float32(2), np.float32(2))
 
 
 @cache
-def _thresholds() -> Any:
+def _thresholds(quant_type: str) -> Any:
     """What bfloat16 weights are compared with, by the absmax of their block (int16, 32768 × 16)."""
     import numpy as np
 
     from .kernel import find_thresholds
 
     thresholds = np.empty((2**15, 16), np.int16)
-    find_thresholds(_bounds(), thresholds)
+    find_thresholds(_bounds(quant_type), thresholds)
     return thresholds
 
 
@@ -230,14 +276,13 @@ def _gives_every_code(function: Any) -> bool:
     return near and torch.equal(absmax, torch.tensor([2.0]))
 
 
-def _state(shape: tuple[int, ...], dtype: str, offset: float) -> bytes:
-    state: Mapping[str, Any] = {
-        "quant_type": "nf4",
+def _state(shape: tuple[int, ...], dtype: str, kind: FourBits, offset: float | None) -> bytes:
+    state: dict[str, Any] = {
+        "quant_type": kind.quant_type,
         "blocksize": BLOCK,
         "dtype": dtype,
         "shape": list(shape),
-        "nested_blocksize": NESTED_BLOCK,
-        "nested_dtype": "float32",
-        "nested_offset": offset,
     }
+    if offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode()

@@ -1,10 +1,11 @@
-"""The inner loops of NF4 encoding, compiled by numba; `encode.py` says what they compute.
+"""The inner loops of 4-bit encoding, compiled by numba; `encode.py` says what they compute.
 
 bitsandbytes' CPU path scales a block of 64 weights by `s = 1 / max(absmax, 1e-38)` in float32 and counts the 15
-midpoints of the code book that lie below the rounded product. A product grows with its weight, so for bfloat16 each
-midpoint has one largest bfloat16 that does not exceed it; and it depends on nothing but the block's absmax, of which
-there are only 32,768. Those thresholds are found once for each of them, exactly, by trying the candidates; weights are
-then compared with them as 16-bit integers, 16 or 32 at a time.
+midpoints of the sorted code book that lie below the rounded product; the count is the code of NF4, and says where that
+of FP4 stands. A product grows with its weight, so for bfloat16 each midpoint has one largest bfloat16 that does not
+exceed it; and it depends on nothing but the block's absmax, of which there are only 32,768. Those thresholds are found
+once for each of them, exactly, by trying the candidates; weights are then compared with them as 16-bit integers, 16 or
+32 at a time.
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ def find_thresholds(bounds, thresholds):
         largest = np.int32(np.int32(top) << 16).view(np.float32)
         scale = np.float32(1.0) / max(largest, np.float32(1e-38))
         for k in range(16):
+            if bounds[k] == 0:
+                # a product may vanish: how far from zero that ends depends on the scale
+                low, high = np.int32(0), np.int32(0x7F7F)
+                while low < high:
+                    middle = (low + high + np.int32(1)) >> np.int32(1)
+                    if _above(middle, scale, bounds[k]):
+                        high = middle - np.int32(1)
+                    else:
+                        low = middle
+                thresholds[top, k] = low
+                continue
             # dividing and cutting off come within a step of the threshold, either side: the tests try every absmax
             key = _key(np.float32(bounds[k] / scale).view(np.int32) >> np.int32(16)) + np.int32(1)
             key -= _above(key, scale, bounds[k])
@@ -50,19 +62,25 @@ def find_thresholds(bounds, thresholds):
 
 
 @njit(inline="always")
-def _pack(counts, codes):
-    """Two counts a byte, the first in the high half: `counts` (int16) → `codes` (uint8, half as many)."""
+def _pack(counts, codes, table):
+    """Two counts a byte, the first in the high half: `counts` (int16) → `codes` (uint8, half as many).
+
+    `table` (uint8, 256) says which codes two counts are; it is empty where they are these themselves.
+    """
     pairs = counts.view(np.uint32)  # little-endian: the first is the lower half
     for i in range(codes.size):
         codes[i] = np.uint8((pairs[i] << np.uint32(4)) | (pairs[i] >> np.uint32(16)))
+    if table.size:
+        for i in range(codes.size):
+            codes[i] = table[codes[i]]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def encode_bfloat16(bits, codes, absmax, thresholds):
+def encode_bfloat16(bits, codes, absmax, thresholds, table):
     """Encode whole blocks of bfloat16.
 
-    `bits` (int16, n) → `codes` (uint8, n/2), `absmax` (float32, n/64); `thresholds` are those of `find_thresholds`.
-    Returns False if there is a NaN or infinity.
+    `bits` (int16, n) → `codes` (uint8, n/2), `absmax` (float32, n/64); `thresholds` are those of `find_thresholds`, and
+    `table` is that of `_pack`. Returns False if there is a NaN or infinity.
     """
     keys = np.empty(BLOCK, np.int16)
     counts = np.empty(_GROUP * BLOCK, np.int16)
@@ -90,12 +108,12 @@ def encode_bfloat16(bits, codes, absmax, thresholds):
                     + np.int16(x > t5) + np.int16(x > t6) + np.int16(x > t7) + np.int16(x > t8) + np.int16(x > t9)
                     + np.int16(x > t10) + np.int16(x > t11) + np.int16(x > t12) + np.int16(x > t13) + np.int16(x > t14)
                 )  # fmt: skip
-        _pack(counts, codes[first * (BLOCK // 2) : last * (BLOCK // 2)])
+        _pack(counts, codes[first * (BLOCK // 2) : last * (BLOCK // 2)], table)
     return finite
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def encode_float32(weights, codes, absmax, bounds):
+def encode_float32(weights, codes, absmax, bounds, table):
     """Encode whole blocks of float32 (float16 is widened first), by `bounds`; otherwise as `encode_bfloat16`."""
     counts = np.empty(_GROUP * BLOCK, np.int16)
     finite = True
@@ -117,5 +135,5 @@ def encode_float32(weights, codes, absmax, bounds):
                 for k in range(15):
                     count += np.int16(x > bounds[k])
                 counted[i] = count
-        _pack(counts, codes[first * (BLOCK // 2) : last * (BLOCK // 2)])
+        _pack(counts, codes[first * (BLOCK // 2) : last * (BLOCK // 2)], table)
     return finite

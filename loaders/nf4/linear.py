@@ -1,4 +1,4 @@
-"""NF4 for the weights of linear layers and of experts: the quantisation of QLoRA (arXiv:2305.14314).
+"""4 bits for the weights of linear layers and of experts: NF4, the quantisation of QLoRA (arXiv:2305.14314), or FP4.
 
 bitsandbytes loads linear layers; experts, in the layout of its `replace_parameter_4bit`, are loaded by `experts/`.
 """
@@ -11,7 +11,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.formats.nf4 import BLOCK, CODE_BOOK, STATE_SUFFIX
+from ..checkpoint.formats.nf4 import ANY_STATE, BLOCK, CODE_BOOKS
 from ..checkpoint.tensors import DTYPE_CODES, ITEM_BYTES, TORCH_NAMES
 from ..decision import Decision
 from ..errors import CheckpointError, MissingRequirementError, UsageError
@@ -22,7 +22,7 @@ from ..steps.plain import All, Cast
 from ..steps.step import Encoder, OutputTensor, Step
 from ..system.cuda import cuda_problem
 from ..system.quiet import quiet_bitsandbytes
-from .encode import encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
+from .encode import FourBits, encode, encode_with_bitsandbytes, library_problem, numba_problem, stored_shapes
 from .loaded import loaded_layer
 from .quantise import Quantize
 from .slices import nested_in_slices, rows_in_blocks
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nf4Linear:
-    """The linear layers that bitsandbytes replaces, and fused experts, in NF4 with double quantisation."""
+    """The linear layers that bitsandbytes replaces, and fused experts, in 4 bits."""
 
-    tag: str = "nf4"
+    kind: FourBits
     bits: int = 4
     block_size: int = BLOCK
     storage: str = "U8"
@@ -44,14 +44,36 @@ class Nf4Linear:
     """torch's name of the dtype that layers compute in."""
 
     def configured(self, request: Request, stored: Mapping[str, Any] | None) -> Nf4Linear:
-        """The dtypes that are asked for, else those of the checkpoint's `quantization_config`, else QLoRA's own.
+        """The settings that are asked for, else those of the checkpoint's `quantization_config`, else QLoRA's own.
 
-        Raises `CheckpointError` for stored ones that are no dtypes.
+        Raises `CheckpointError` for stored dtypes that are none, and `UsageError` where the checkpoint's weights, which
+        are taken over as they are, are quantised otherwise than asked.
         """
         found = stored or {}
+        asked = {
+            "bnb_4bit_quant_type": request.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": request.bnb_4bit_use_double_quant,
+        }
+        for name, value in asked.items():
+            if name in found and value not in (None, found[name]):
+                raise UsageError(
+                    f"`--{name}` is {str(value).lower()}, and the checkpoint's weights are quantised already, with "
+                    f"{str(found[name]).lower()}: they are taken over as they are",
+                    hint="leave it out, or decode them with --dequantize",
+                )
+        settings = {**{name: value for name, value in asked.items() if value is not None}, **found}
+        kind = FourBits(
+            quant_type=settings.get("bnb_4bit_quant_type", "nf4"),
+            double_quant=bool(settings.get("bnb_4bit_use_double_quant", True)),
+        )
         storage = request.bnb_4bit_quant_storage or _dtype_in(found, "bnb_4bit_quant_storage", "uint8")
         compute = request.bnb_4bit_compute_dtype or _dtype_in(found, "bnb_4bit_compute_dtype", "bfloat16")
-        return replace(self, storage=DTYPE_CODES[storage], compute=compute)
+        return replace(self, kind=kind, storage=DTYPE_CODES[storage], compute=compute)
+
+    @property
+    def tag(self) -> str:
+        """`nf4` or `fp4`."""
+        return self.kind.quant_type
 
     def covers(self, tensors: tuple[ModelTensor, ...]) -> bool:
         """The weights of linear layers, fused experts, and what the checkpoint holds in NF4 already."""
@@ -67,11 +89,17 @@ class Nf4Linear:
         shape = tensor.shape[::-1] if transposed else tensor.shape
         return Step(
             operation=Quantize(
-                source=tensor.sources[0], name=tensor.name, transposed=transposed, dtype=tensor.quantised_from
+                source=tensor.sources[0],
+                name=tensor.name,
+                transposed=transposed,
+                dtype=tensor.quantised_from,
+                kind=self.kind,
             ),
             outputs=tuple(
                 self._part(tensor, suffix, stored, dtype)
-                for suffix, (stored, dtype) in stored_shapes(shape, TORCH_NAMES[tensor.quantised_from]).items()
+                for suffix, (stored, dtype) in stored_shapes(
+                    shape, TORCH_NAMES[tensor.quantised_from], self.kind
+                ).items()
             ),
             encodes=True,
         )
@@ -97,7 +125,7 @@ class Nf4Linear:
 
     def _part(self, tensor: ModelTensor, suffix: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
         """One of the tensors that a weight is stored in: its codes where there is no `suffix`, else a statistic."""
-        is_codes, is_state = not suffix, suffix == STATE_SUFFIX
+        is_codes, is_state = not suffix, suffix.startswith(ANY_STATE)
         if is_codes:
             shape, dtype = self._codes_shape(tensor, prod(shape) * ITEM_BYTES[dtype]), self.storage
         return OutputTensor(
@@ -168,8 +196,8 @@ class Nf4Linear:
             return {**stored, "bnb_4bit_quant_storage": storage, "bnb_4bit_compute_dtype": self.compute}
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type=self.kind.quant_type,
+            bnb_4bit_use_double_quant=self.kind.double_quant,
             bnb_4bit_compute_dtype=getattr(torch, self.compute),
             bnb_4bit_quant_storage=getattr(torch, storage),
         ).to_dict()
@@ -195,18 +223,18 @@ class Nf4Linear:
         Raises `MissingRequirementError` where there is no GPU for `cuda`.
         """
         decisions = []
-        encoder: Encoder = encode
+        encoder: Encoder = partial(encode, quant_type=self.kind.quant_type)
         if device == "cuda":
             problem = cuda_problem()
             if problem is not None:
                 raise MissingRequirementError(
                     f"`--device cuda`: {problem}", hint="leave it out: the CPU encodes as well"
                 )
-            encoder = partial(encode_with_bitsandbytes, device="cuda")
+            encoder = partial(encode_with_bitsandbytes, quant_type=self.kind.quant_type, device="cuda")
         else:
             problem = numba_problem()
             if problem is not None:
-                encoder = encode_with_bitsandbytes
+                encoder = partial(encode_with_bitsandbytes, quant_type=self.kind.quant_type)
                 decisions.append(
                     Decision(what="NF4 encoder", requested="numba", effective="bitsandbytes", reason=problem)
                 )
@@ -231,7 +259,7 @@ class Nf4Linear:
 
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         for device in devices:
-            values = torch.tensor(CODE_BOOK * 4, device=device)
+            values = torch.tensor(CODE_BOOKS["nf4"] * 4, device=device)
             codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
             if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
                 raise RuntimeError(f"a block in NF4 does not come back as it was on {device}")
@@ -252,4 +280,4 @@ def _dtype_in(settings: Mapping[str, Any], key: str, default: str) -> str:
     return name
 
 
-NF4_LINEAR = Nf4Linear()
+NF4_LINEAR = Nf4Linear(kind=FourBits())

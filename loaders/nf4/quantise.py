@@ -1,4 +1,4 @@
-"""A weight encoded as NF4 while it streams."""
+"""A weight encoded in 4 bits while it streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.formats.nf4 import BLOCK
 from ..checkpoint.tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 from ..steps.step import Inputs, Sink, cast_bytes
-from .encode import compress_statistics
+from .encode import FourBits, statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantize:
-    """Encode a weight as NF4 with double quantisation."""
+    """Encode a weight in 4 bits."""
 
     source: TensorMeta
     name: str
@@ -25,6 +25,7 @@ class Quantize:
     """GPT-2's Conv1D stores (in, out); bitsandbytes wants (out, in)."""
     dtype: str
     """safetensors code of what it is cast to before: BF16, or F32 where the architecture keeps the layer so."""
+    kind: FourBits
 
     def memory(self, chunk_bytes: int) -> int:
         """A chunk, its cast and its codes, absmax and its own codes; the whole tensor if it is transposed."""
@@ -63,5 +64,5 @@ class Quantize:
             sink.write(self.name, codes)
             all_absmax[done : done + absmax.numel()] = absmax
             done += absmax.numel()
-        for suffix, value in compress_statistics(all_absmax, shape, TORCH_NAMES[self.dtype]).items():
+        for suffix, value in statistics(all_absmax, shape, TORCH_NAMES[self.dtype], self.kind).items():
             sink.write(self.name + suffix, value)

@@ -22,7 +22,7 @@ def _encode(weight: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
         pieces.append((codes.clone(), absmax))
     codes = torch.cat([codes for codes, _ in pieces]).reshape(-1, 1)
     absmax = torch.cat([absmax for _, absmax in pieces])
-    return {"": codes, **nf4.compress_statistics(absmax, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))}
+    return {"": codes, **nf4.statistics(absmax, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))}
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (5, 64), (3, 7), (1, 1), (130, 192), (257, 96), (2, 8192)])
@@ -47,7 +47,7 @@ def test_stored_shapes_are_those_of_the_tensors() -> None:
     for name, value in _encode(weight, 70).items():
         shape, dtype = shapes[name]
         assert value.dtype == codes[dtype]
-        if name == nf4.STATE_SUFFIX:
+        if name == nf4.FourBits().state_suffix:
             assert value.numel() <= shape[0]
         else:
             assert tuple(value.shape) == shape
@@ -55,9 +55,9 @@ def test_stored_shapes_are_those_of_the_tensors() -> None:
 
 def test_the_longest_state_fits_what_is_reserved_for_it() -> None:
     longest = max((float.fromhex(f"0x1.fffffep-{exponent}") for exponent in range(140)), key=lambda x: len(repr(x)))
-    state = nf4.compress_statistics(torch.full((64,), longest), (4096, 4096), "bfloat16")[nf4.STATE_SUFFIX]
+    state = nf4.statistics(torch.full((64,), longest), (4096, 4096), "bfloat16")[nf4.FourBits().state_suffix]
     assert json.loads(bytes(state.tolist()))["nested_offset"] == pytest.approx(longest)
-    assert state.numel() <= nf4.stored_shapes((4096, 4096), "bfloat16")[nf4.STATE_SUFFIX][0][0]
+    assert state.numel() <= nf4.stored_shapes((4096, 4096), "bfloat16")[nf4.FourBits().state_suffix][0][0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -60,7 +60,15 @@ BF16 = Format(dtype=torch.bfloat16, bits=torch.int16, mantissa=7)
 FP16 = Format(dtype=torch.float16, bits=torch.int16, mantissa=10)
 FP32 = Format(dtype=torch.float32, bits=torch.int32, mantissa=23)
 FORMATS = pytest.mark.parametrize("form", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
-MIDPOINTS = (torch.tensor(nf4.CODE_BOOK)[:-1] + torch.tensor(nf4.CODE_BOOK)[1:]) / 2
+TYPES = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+
+
+def midpoints(quant_type: str) -> torch.Tensor:
+    """Of the sorted code book; FP4 has two zeros, and one between them."""
+    values = bnb.get_4bit_type(quant_type, device="cpu").sort().values
+    return (values[:-1] + values[1:]) / 2
+
+
 KINDS = ("normal", "any", "zeros", "denormal", "huge", "one value", "spike", "thresholds")
 
 
@@ -72,7 +80,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_block(form: Format, kind: str, size: int, generator: torch.Generator) -> torch.Tensor:
+def make_block(form: Format, kind: str, size: int, generator: torch.Generator, quant_type: str = "nf4") -> torch.Tensor:
     """Up to 64 weights of one kind."""
 
     def draw(low: int, high: int, count: int = size) -> torch.Tensor:
@@ -93,7 +101,7 @@ def make_block(form: Format, kind: str, size: int, generator: torch.Generator) -
         bits[draw(0, size - 1, 1).long()] = form.largest - draw(0, form.smallest_normal, 1)
     elif kind == "thresholds":
         top = draw(1, form.largest, 1)
-        near = (MIDPOINTS.abs() * top.view(form.dtype).float()).to(form.dtype).view(form.bits)
+        near = (midpoints(quant_type).abs() * top.view(form.dtype).float()).to(form.dtype).view(form.bits)
         bits = (near[draw(0, 14).long()] + draw(-1, 1)).clamp(torch.zeros_like(top), top)
         bits[draw(0, size - 1, 1).long()] = top
     else:
@@ -101,25 +109,25 @@ def make_block(form: Format, kind: str, size: int, generator: torch.Generator) -
     return (bits | draw(0, 1) * form.sign).view(form.dtype)
 
 
-def make_weight(form: Format, size: int, kinds: list[str], seed: int) -> torch.Tensor:
+def make_weight(form: Format, size: int, kinds: list[str], seed: int, quant_type: str = "nf4") -> torch.Tensor:
     """Blocks of these kinds in turn, the last perhaps incomplete."""
     generator = torch.Generator().manual_seed(seed)
     begins = range(0, size, nf4.BLOCK)
     return torch.cat(
         [
-            make_block(form, kinds[i % len(kinds)], min(nf4.BLOCK, size - begin), generator)
+            make_block(form, kinds[i % len(kinds)], min(nf4.BLOCK, size - begin), generator, quant_type)
             for i, begin in enumerate(begins)
         ]
     )
 
 
-def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, absmax = nf4.encode(values)
+def encode(values: torch.Tensor, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+    codes, absmax = nf4.encode(values, quant_type)
     return codes.clone(), absmax  # the next call writes into the same memory
 
 
-def encode_as_bitsandbytes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=False)
+def encode_as_bitsandbytes(values: torch.Tensor, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+    codes, state = bnb.quantize_4bit(values, blocksize=64, quant_type=quant_type, compress_statistics=False)
     return codes.reshape(-1), state.absmax
 
 
@@ -130,8 +138,8 @@ def assert_same_bits(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tens
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def assert_encoded_alike(values: torch.Tensor) -> None:
-    assert_same_bits(encode(values), encode_as_bitsandbytes(values))
+def assert_encoded_alike(values: torch.Tensor, quant_type: str) -> None:
+    assert_same_bits(encode(values, quant_type), encode_as_bitsandbytes(values, quant_type))
 
 
 weights = {
@@ -141,74 +149,85 @@ weights = {
 }
 
 
+@TYPES
 @FORMATS
 @many
 @given(**weights)
-def test_blocks_of_all_kinds(form: Format, size: int, kinds: list[str], seed: int) -> None:
-    assert_encoded_alike(make_weight(form, size, kinds, seed))
+def test_blocks_of_all_kinds(form: Format, size: int, kinds: list[str], seed: int, quant_type: str) -> None:
+    assert_encoded_alike(make_weight(form, size, kinds, seed, quant_type), quant_type)
 
 
+@TYPES
 @FORMATS
 @many
 @given(data=st.binary(min_size=4, max_size=4 * 200))
 @example(data=bytes(4 * 64))
 @example(data=b"\x00\x80" * 2 * 65)
-def test_any_bits(form: Format, data: bytes) -> None:
+def test_any_bits(form: Format, data: bytes, quant_type: str) -> None:
     bits = torch.frombuffer(bytearray(data[: len(data) // 4 * 4]), dtype=form.bits)
     # what isn't finite loses the lowest bit of its exponent
     bits = torch.where(bits & form.infinity == form.infinity, bits & ~form.smallest_normal, bits)
-    assert_encoded_alike(bits.view(form.dtype))
+    assert_encoded_alike(bits.view(form.dtype), quant_type)
 
 
+@TYPES
 @FORMATS
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_remainder(form: Format, kind: str) -> None:
+def test_every_remainder(form: Format, kind: str, quant_type: str) -> None:
     for size in range(1, 2 * nf4.BLOCK + 2):
-        assert_encoded_alike(make_weight(form, size, [kind], seed=size))
+        assert_encoded_alike(make_weight(form, size, [kind], size, quant_type), quant_type)
 
 
+@TYPES
 @pytest.mark.parametrize("form", [BF16, FP16], ids=["bf16", "fp16"])
-def test_thresholds_of_every_absolute_maximum(form: Format) -> None:
+def test_thresholds_of_every_absolute_maximum(form: Format, quant_type: str) -> None:
     """Codes rise with the weight: where the neighbours on both sides of a threshold are right, all are."""
     maxima = torch.arange(1, form.infinity, dtype=form.bits)
-    assert_thresholds_alike(form, maxima)
+    assert_thresholds_alike(form, maxima, quant_type)
 
 
-def test_thresholds_of_float32() -> None:
+@TYPES
+def test_thresholds_of_float32(quant_type: str) -> None:
     exponents = torch.arange(255).repeat_interleave(64) << 23
     mantissas = torch.randint(0, 2**23, exponents.shape, generator=torch.Generator().manual_seed(0))
     edges = [1, 2, 3, 2**23 - 1, 2**23, 2**23 + 1, 0x006CE3EE, 0x006CE3EF, 0x7F7FFFFE, 0x7F7FFFFF]  # 1e-38 is 6CE3EE
-    assert_thresholds_alike(FP32, torch.cat([(exponents | mantissas).clamp_min(1), torch.tensor(edges)]).to(FP32.bits))
+    assert_thresholds_alike(
+        FP32, torch.cat([(exponents | mantissas).clamp_min(1), torch.tensor(edges)]).to(FP32.bits), quant_type
+    )
 
 
-def assert_thresholds_alike(form: Format, maxima: torch.Tensor) -> None:
+def assert_thresholds_alike(form: Format, maxima: torch.Tensor, quant_type: str) -> None:
     """One block for each: the four values about each threshold, and the maximum with either sign or zero."""
-    scale = 1 / maxima.view(form.dtype).float().clamp_min(1e-38)
-    negative = (MIDPOINTS < 0).to(form.bits)[None, :, None]
+    scale, between = 1 / maxima.view(form.dtype).float().clamp_min(1e-38), midpoints(quant_type)
+    negative = (between < 0).to(form.bits)[None, :, None]
     # one step below to two above: there the product, once rounded, may still equal the midpoint
     steps = torch.arange(-1, 3, dtype=form.bits) * (1 - 2 * negative)
-    middle = (MIDPOINTS.abs().double() / scale.double()[:, None]).to(form.dtype).view(form.bits)[:, :, None]
+    middle = (between.abs().double() / scale.double()[:, None]).to(form.dtype).view(form.bits)[:, :, None]
     magnitudes = (middle + steps).clamp(torch.zeros_like(maxima)[:, None, None], maxima[:, None, None])
     ends = torch.stack([maxima, maxima | form.sign, torch.zeros_like(maxima), torch.full_like(maxima, form.sign)], 1)
     blocks = torch.cat([(magnitudes | negative * form.sign).reshape(len(maxima), 60), ends], 1).view(form.dtype)
-    assert_encoded_alike(blocks)
-    codes, _ = encode(blocks)
+    assert_encoded_alike(blocks, quant_type)
+    codes, _ = encode(blocks, quant_type)
     counts = torch.stack([codes >> 4, codes & 15], 1).reshape(len(maxima), nf4.BLOCK)[:, :60].reshape(-1, 15, 4)
+    counts = bnb.get_4bit_type(quant_type, device="cpu").argsort().argsort()[counts.long()]
     # from a few steps of the type on, the four lie on both sides: the test does reach the thresholds
-    wide = maxima > 2 * form.smallest_normal
-    assert (counts[wide].amax(2) - counts[wide].amin(2) == 1).all()
+    wide = maxima > {"nf4": 2, "fp4": 5}[quant_type] * form.smallest_normal
+    # but for that between two zeros: products of what is next to zero vanish
+    reached = counts[wide][:, between != 0]
+    assert (reached.amax(2) - reached.amin(2) == 1).all()
 
 
+@TYPES
 @pytest.mark.parametrize(
     "top", [1, 2, 63, 127, 128, 129, 0x00D9, 0x0100, 0x3C23, 0x3F7F, 0x3F80, 0x4049, 0x7F00, 0x7F7F]
 )
-def test_every_bfloat16_under_an_absolute_maximum(top: int) -> None:
+def test_every_bfloat16_under_an_absolute_maximum(top: int, quant_type: str) -> None:
     magnitudes = torch.arange(top + 1, dtype=torch.int16)
     bits = torch.cat([magnitudes, magnitudes | BF16.sign])
     pad = -len(bits) % (nf4.BLOCK - 1)
     rows = torch.cat([bits, bits[:pad] if len(bits) >= pad else bits.repeat(pad)[:pad]]).reshape(-1, nf4.BLOCK - 1)
     blocks = torch.cat([rows, torch.full((len(rows), 1), top, dtype=torch.int16)], 1)
-    assert_encoded_alike(blocks.view(torch.bfloat16))
+    assert_encoded_alike(blocks.view(torch.bfloat16), quant_type)
 
 
 @FORMATS
@@ -273,20 +292,27 @@ def test_however_it_lies_in_memory(form: Format, layout: str) -> None:
     assert_same_bits(encode(laid), encode_as_bitsandbytes(laid.detach()))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [nf4.FourBits(quant_type=name, double_quant=both) for name in ("nf4", "fp4") for both in (True, False)],
+    ids=str,
+)
 @FORMATS
 @settings(max_examples=50, deadline=None)
 @given(**{**weights, "size": st.integers(1, 100_000)})
 @example(size=64 * 256 * 2, kinds=["zeros"], seed=0)
 @example(size=64 * 256 + 64, kinds=["one value"], seed=0)
-def test_double_quantisation(form: Format, size: int, kinds: list[str], seed: int) -> None:
+def test_all_that_is_stored(form: Format, size: int, kinds: list[str], seed: int, kind: nf4.FourBits) -> None:
     weight = make_weight(form, size, kinds, seed)
-    data, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    data, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type=kind.quant_type, compress_statistics=kind.double_quant
+    )
     expected = {f".{name}": value for name, value in state.as_dict(packed=True).items()}
-    codes, absmax = encode(weight)
-    found = nf4.compress_statistics(absmax, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
+    codes, absmax = encode(weight, kind.quant_type)
+    found = nf4.statistics(absmax, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), kind)
     assert_same_bits((codes,), (data.reshape(-1),))
     assert found.keys() == expected.keys()
-    texts = [json.loads(bytes(tensors.pop(nf4.STATE_SUFFIX).tolist())) for tensors in (found, expected)]
+    texts = [json.loads(bytes(tensors.pop(kind.state_suffix).tolist())) for tensors in (found, expected)]
     # NaN, from an overflowing mean, equals itself as text
     assert json.dumps(texts[0]) == json.dumps(texts[1])
     assert_same_bits(tuple(found[name] for name in expected), tuple(expected.values()))
@@ -307,7 +333,9 @@ def test_maxima_through_the_library_and_through_the_package(size: int, kinds: li
 
 def test_tables_are_those_of_bitsandbytes() -> None:
     assert_same_bits((nf4.dynamic_map(),), (bnb.create_dynamic_map(),))
-    assert_same_bits((torch.tensor(nf4.CODE_BOOK),), (bnb.get_4bit_type("nf4", device="cpu"),))
+    for quant_type, book in nf4.CODE_BOOKS.items():
+        assert_same_bits((torch.tensor(book).abs(),), (bnb.get_4bit_type(quant_type, device="cpu").abs(),))
+        assert torch.equal(torch.tensor(book), bnb.get_4bit_type(quant_type, device="cpu"))
 
 
 def test_four_threads_at_once() -> None:

@@ -402,7 +402,7 @@ def test_statistics_of_odd_weights_are_honest(tmp_path: Path, kind: str) -> None
         "a trained layer": normal**3,
     }[kind].bfloat16()
     codes, absmax = nf4.encode(weight)
-    statistics = nf4.compress_statistics(absmax, tuple(weight.shape), "bfloat16")
+    statistics = nf4.statistics(absmax, tuple(weight.shape), "bfloat16")
     save_file(
         {"W": codes.clone().reshape(-1, 1), **{f"W{suffix}": value for suffix, value in statistics.items()}},
         tmp_path / "model.safetensors",

@@ -30,8 +30,7 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """Values of absmax that share one of their own."""
 
-STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
-_ANY_STATE = ".quant_state.bitsandbytes__"
+ANY_STATE = ".quant_state.bitsandbytes__"
 """What follows is the type: nf4 or fp4."""
 _MOST_STATE_BYTES = 64 * 1024
 """A state has some 200."""
@@ -42,7 +41,7 @@ CODE_BOOK = (
 )  # fmt: skip
 """The 16 values of NF4 (QLoRA, appendix E)."""
 _FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-_CODE_BOOKS = {"nf4": CODE_BOOK, "fp4": (*_FP4, 0.0, *(-value for value in _FP4[1:]))}
+CODE_BOOKS = {"nf4": CODE_BOOK, "fp4": (*_FP4, 0.0, *(-value for value in _FP4[1:]))}
 """By type. FP4 is a sign, two bits of exponent and one of mantissa, where the largest value is 1."""
 
 
@@ -93,7 +92,7 @@ class Packed4Bit(PackedTensor):
     @property
     def stored_bytes(self) -> int:
         """Size of codes and statistics; the JSON state counts as the file's overhead."""
-        return sum(part.nbytes for part in self.parts if _ANY_STATE not in part.name)
+        return sum(part.nbytes for part in self.parts if ANY_STATE not in part.name)
 
     def values(self, begin: int, end: int, read: Read) -> Tensor:
         """Decode as bitsandbytes' `dequantize_4bit` does on a CPU: the code book's value times absmax, in float32."""
@@ -124,7 +123,7 @@ class Packed4Bit(PackedTensor):
         return nested_map.index_select(0, stored.int()).mul_(scales).add_(self.state.nested_offset)
 
     def problems(self, read: Read) -> Iterator[str]:
-        """What is wrong with the two maps and absmax of NF4: no hash tells what was never right.
+        """What is wrong with the two maps and absmax: no hash tells what was never right.
 
         Read are the maps and absmax with its own: a byte in thirty-two of a 4-bit weight.
         """
@@ -134,8 +133,8 @@ class Packed4Bit(PackedTensor):
             return read(part, 0, part.parameters)
 
         parts = self._by_suffix()
-        if whole(parts[".quant_map"]).tolist() != torch.tensor(CODE_BOOK).tolist():
-            yield f"`{self.name}.quant_map` is not the code book of NF4"
+        if whole(parts[".quant_map"]).tolist() != torch.tensor(CODE_BOOKS[self.tag]).tolist():
+            yield f"`{self.name}.quant_map` is not the code book of {self.tag.upper()}"
         absmax = whole(parts[".absmax"])
         if self.state.nested_block_size is not None:
             if not torch.allclose(whole(parts[".nested_quant_map"]).float(), dynamic_map()):
@@ -152,7 +151,7 @@ class Packed4Bit(PackedTensor):
             if not torch.isfinite(absmax).all() or (absmax < 0).any():
                 yield f"`{self.name}.absmax` is not finite, or negative"
             is_zero = not absmax.any()
-        if is_zero and not _all_zero(self.parts[0], read):
+        if is_zero and not _all_zero(self.parts[0], self.tag, read):
             yield f"`{self.name}.absmax` is zero, and its codes are not"
 
     def _by_suffix(self) -> dict[str, TensorMeta]:
@@ -161,7 +160,7 @@ class Packed4Bit(PackedTensor):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bitsandbytes4Bit:
-    """NF4, and FP4 to be shown or decoded: no training starts from that."""
+    """NF4 and FP4."""
 
     name: str = "bitsandbytes 4-bit"
     method: str = "bitsandbytes"
@@ -170,20 +169,15 @@ class Bitsandbytes4Bit:
     def find(self, headers: Headers, *, strict: bool) -> Iterator[Packed4Bit]:
         """4-bit weights. Reads their small JSON states.
 
-        Raises `CheckpointError` for states that are malformed and codes of another size; if `strict`, also for FP4 that
-        is not to be decoded, and for statistics that are missing, of another size or dtype.
+        Raises `CheckpointError` for states that are malformed and codes of another size; if `strict`, also for
+        statistics that are missing, of another size or dtype.
         """
-        states = [tensor for name, tensor in headers.tensors.items() if _ANY_STATE in name]
+        states = [tensor for name, tensor in headers.tensors.items() if ANY_STATE in name]
         for state in states:
-            if strict and not headers.dequantize and not state.name.endswith(STATE_SUFFIX):
-                raise CheckpointError(
-                    f"tensor `{state.name}`: of 4-bit formats, only NF4 is trained on",
-                    hint="decode it with --dequantize, or start from the 16-bit model",
-                )
             if state.nbytes > _MOST_STATE_BYTES:
                 raise CheckpointError(f"tensor `{state.name}` of `{state.file}` is too long to be a bitsandbytes state")
         for meta, raw in zip(states, headers.read(states), strict=True):
-            weight, _, quant_type = meta.name.partition(_ANY_STATE)
+            weight, _, quant_type = meta.name.partition(ANY_STATE)
             try:
                 state = _parse_state(raw, quant_type)
                 sizes = _part_sizes(state)
@@ -198,9 +192,9 @@ class Bitsandbytes4Bit:
             )  # fmt: skip
 
     def claims(self, section: Mapping[str, Any], *, found: bool) -> bool:
-        """4 bits. NF4 may come without a 4-bit tensor: of an architecture none of whose layers are quantised."""
-        is_nf4, is_4_bit = section.get("bnb_4bit_quant_type") == "nf4", bool(section.get("load_in_4bit"))
-        return (is_nf4 or is_4_bit) if found else (is_nf4 and is_4_bit)
+        """4 bits. They may come without a 4-bit tensor: of an architecture none of whose layers are quantised."""
+        is_named, is_4_bit = section.get("bnb_4bit_quant_type") in CODE_BOOKS, bool(section.get("load_in_4bit"))
+        return (is_named or is_4_bit) if found else (is_named and is_4_bit)
 
     def kept_settings(self, section: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, with what transformers takes where a config.json says nothing, or null."""
@@ -209,6 +203,7 @@ class Bitsandbytes4Bit:
 
 _DEFAULTS = {
     "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_type": "fp4",
     "bnb_4bit_quant_storage": "uint8",
     "bnb_4bit_use_double_quant": False,
 }
@@ -226,7 +221,7 @@ def _parse_state(raw: bytes, quant_type: str) -> State:
         nested_offset=0.0 if values.get("nested_blocksize") is None else values["nested_offset"],
     )
     sizes = [*state.shape, state.block_size]
-    fits = values["quant_type"] == quant_type in _CODE_BOOKS and state.dtype in ("bfloat16", "float16", "float32")
+    fits = values["quant_type"] == quant_type in CODE_BOOKS and state.dtype in ("bfloat16", "float16", "float32")
     if state.nested_block_size is not None:
         sizes.append(state.nested_block_size)
         fits = fits and values["nested_dtype"] == "float32" and math.isfinite(state.nested_offset)
@@ -273,7 +268,7 @@ def _pairs(quant_type: str) -> Tensor:
     """The two values of each byte of codes (float32, 256 × 2)."""
     import torch
 
-    book = torch.tensor(_CODE_BOOKS[quant_type], dtype=torch.float32)
+    book = torch.tensor(CODE_BOOKS[quant_type], dtype=torch.float32)
     return torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)
 
 
@@ -306,13 +301,14 @@ def _nested_problem(absmax: Tensor, nested: Tensor, blocks: int, offset: float) 
     return None
 
 
-_ZERO_CODES = 0x77
-"""Two weights that are zero."""
+_ZEROS = {"nf4": (0xFF, 0x77), "fp4": (0x77, 0x00)}
+"""Which bits of a byte say that both of its weights are zero, and how: FP4 has a zero of either sign."""
 _READ_AT_ONCE = 1024 * 1024
 
 
-def _all_zero(codes: TensorMeta, read: Read) -> bool:
+def _all_zero(codes: TensorMeta, quant_type: str, read: Read) -> bool:
+    bits, zeros = _ZEROS[quant_type]
     return all(
-        bool((_read_codes(codes, begin, min(begin + _READ_AT_ONCE, codes.nbytes), read) == _ZERO_CODES).all())
+        bool((_read_codes(codes, begin, min(begin + _READ_AT_ONCE, codes.nbytes), read) & bits == zeros).all())
         for begin in range(0, codes.nbytes, _READ_AT_ONCE)
     )
