@@ -206,7 +206,8 @@ def details(report: Described) -> list[tuple[str, str]]:
         details.append(
             (
                 "4-bit",
-                f"{quantization.quant_type}, double quantisation: {quantization.coverage_percent:.1f} % of the "
+                f"{quantization.quant_type}, {'double' if quantization.double_quant else 'single'} quantisation: "
+                f"{quantization.coverage_percent:.1f} % of the "
                 "weight matrices outside embeddings and head",
             )
         )

@@ -64,7 +64,7 @@ class Request:
     bnb_4bit_compute_dtype: str | None
     """torch's name of the dtype that 4-bit layers compute in; None for what the checkpoint has, else bfloat16."""
     bnb_4bit_quant_type: str | None
-    """`nf4` or `fp4`; None for what the checkpoint has, else NF4."""
+    """bitsandbytes' name of a 4-bit type; None for what the checkpoint has, else NF4."""
     bnb_4bit_use_double_quant: bool | None
     """Whether absmax is quantised too; None for what the checkpoint does, else yes."""
     use_liger_kernel: bool

@@ -107,6 +107,11 @@ class Nf4Linear:
     def _take_over(self, tensor: ModelTensor) -> Step:
         assert tensor.packed is not None
         weight = tensor.packed.name
+        if tensor.packed.tag != self.tag:
+            raise CheckpointError(
+                f"tensor `{weight}` is stored in {tensor.packed.tag}, config.json says {self.tag}",
+                hint="config.json and the weights must belong together",
+            )
         outputs = tuple(
             replace(
                 self._part(tensor, part.name.removeprefix(weight), part.shape, part.dtype),

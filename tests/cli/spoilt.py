@@ -116,15 +116,6 @@ def spoil_8_bit(directory: Path) -> None:
     edit_json(directory / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
 
 
-def spoil_fp4(directory: Path) -> None:
-    state = torch.frombuffer(bytearray(b'{"quant_type": "fp4"}'), dtype=torch.uint8)
-    edit_weights(directory, lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__fp4": state}))
-    edit_json(
-        directory / "config.json",
-        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    )
-
-
 def spoil_pickle(directory: Path) -> None:
     torch.save(load_file(directory / FILE), directory / "pytorch_model.bin")
     (directory / FILE).unlink()
@@ -306,10 +297,6 @@ CASES = {
         spoil=spoil_fp8, culprit="_proj.weight_scale_inv`) are missing", hint="the checkpoint is incomplete"
     ),
     "8-bit": Case(spoil=spoil_8_bit, culprit="is stored in 8 bits (LLM.int8)", hint="--dequantize"),
-    "FP4": Case(
-        spoil=spoil_fp4, culprit=f"tensor `{WEIGHT}.quant_state.bitsandbytes__fp4`: of 4-bit formats, only NF4",
-        hint="16-bit model",
-    ),
     "no tokenizer": Case(
         spoil=remove("tokenizer.json", "tokenizer_config.json"), culprit="/model` holds no tokenizer",
         hint="--tokenizer_name_or_path",

@@ -268,14 +268,26 @@ def test_spoilt_files_are_told(ftload: Ftload, tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"), [("int8", "is stored in 8 bits (LLM.int8)"), ("fp4", "of 4-bit formats, only NF4 is trained on")]
-)
-def test_what_must_be_decoded_says_so(ftload: Ftload, tmp_path: Path, kind: str, words: str) -> None:
-    write_quantised(tmp_path / "model", kind)
+def test_what_must_be_decoded_says_so(ftload: Ftload, tmp_path: Path) -> None:
+    write_quantised(tmp_path / "model", "int8")
     result = ftload("prepare", "--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--use_qlora")
     assert result.code == 4
-    assert words in result.err
+    assert "is stored in 8 bits (LLM.int8)" in result.err
     assert "hint: decode it with --dequantize" in result.err
     found = json.loads(ftload("inspect", tmp_path / "model", "--json").out)["by_dtype"]
-    assert found[kind]["parameters"] == 61_440
+    assert found["int8"]["parameters"] == 61_440
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_what_trains_as_it_is_is_taken_over(ftload: Ftload, tmp_path: Path, kind: str) -> None:
+    write_quantised(tmp_path / "model", kind)
+    result = ftload(
+        "prepare", "--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--use_qlora", "--lora_rank", "4"
+    )
+    assert result.code == 0, result.err
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "model")
+    quantised = [name for name in expected if ".layers." in name and "norm" not in name]
+    assert len(quantised) == 14 * (6 if kind == "nf4" else 4)
+    assert all(torch.equal(found[name], expected[name]) for name in quantised)
+    assert json.loads((tmp_path / "out/ftload_report.json").read_text())["quantization"]["quant_type"] == kind
+    assert ftload("verify", tmp_path / "out").code == 0

@@ -74,6 +74,8 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quantize_experts", "bool", True, ()),
         ("bnb_4bit_quant_storage", "str | None", None, ("uint8", "bfloat16", "float16")),
         ("bnb_4bit_compute_dtype", "str | None", None, ("bfloat16", "float16", "float32")),
+        ("bnb_4bit_quant_type", "str | None", None, ("nf4", "fp4")),
+        ("bnb_4bit_use_double_quant", "bool | None", None, ()),
         ("lora_experts", "int | None", None, ()),
         ("device", "str", "cpu", ("cpu", "cuda")),
         ("max_shard_size", "str", "5GB", ()),
@@ -84,7 +86,7 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 113
+    assert len(all_flags()) == 115
 
 
 def test_what_plan_takes_beside_them() -> None:

@@ -50,9 +50,7 @@ def test_4_bit_weights_are_decoded_as_bitsandbytes_does(
     # one row: where a block does not end with a row, its kernel for CPUs (0.50) takes the absmax of another block
     state.shape = torch.Size((1, weight.numel()))
     expected = dequantize_4bit(codes, state).reshape(-1)
-    checkpoint = open_checkpoint(
-        resolve_source(str(tmp_path), None), allow_pickle=False, dequantize=quant_type == "fp4"
-    )
+    checkpoint = open_checkpoint(resolve_source(str(tmp_path), None), allow_pickle=False)
     (tensor,) = checkpoint.tensors.values()
     assert (tensor.name, tensor.shape, tensor.dtype) == ("W", shape, DTYPE_CODES[str(dtype).removeprefix("torch.")])
     assert torch.equal(checkpoint.read(tensor), expected.reshape(shape))
@@ -215,4 +213,8 @@ def test_one_format_one_package_and_one_strategy_know_of_4_bits() -> None:
         lines = [line for line in path.read_text().splitlines() if "nf4" in line or "four_bit" in line]
         if lines and not name.startswith(WHERE):
             found[name] = lines
+    flags = found.pop("loaders/flags/declared.py")
+    assert [line.strip() for line in flags] == [
+        '"4-bit type of weights; unset takes nf4, or the checkpoint\'s",', 'choices=("nf4", "fp4"),'
+    ]  # fmt: skip
     assert found == {"loaders/checkpoint/formats/registry.py": ["from .nf4 import Bitsandbytes4Bit"]}

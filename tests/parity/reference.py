@@ -57,7 +57,7 @@ def run_reference(
         model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=8)
     if strategy == "qlora":
         storage = load_arguments["quantization_config"].bnb_4bit_quant_storage
-        experts = take_out_experts(model, storage)
+        experts = take_out_experts(model, storage, load_arguments["quantization_config"])
         if experts:
             output.mkdir()
             save_file(experts, output / "experts.safetensors")
@@ -77,7 +77,7 @@ def run_reference(
     get_peft_model(model, config).save_pretrained(output / "adapter", save_embedding_layers=False)
 
 
-def take_out_experts(model: Any, storage: Any) -> dict[str, Any]:
+def take_out_experts(model: Any, storage: Any, config: Any) -> dict[str, Any]:
     """Quantise fused experts by bitsandbytes; returns what it stores them in, by name, and leaves the model without.
 
     `replace_parameter_4bit` knows no dtype of storage: the codes are viewed as `storage`, as `quantize_4bit` does for
@@ -92,7 +92,10 @@ def take_out_experts(model: Any, storage: Any) -> dict[str, Any]:
         if hasattr(module, "is_transposed") and hasattr(module, name)
     ]
     for _, module, name in parameters:
-        replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4", blocksize=64)
+        replace_parameter_4bit(
+            module, name, compress_statistics=config.bnb_4bit_use_double_quant, quant_type=config.bnb_4bit_quant_type,
+            blocksize=64,
+        )  # fmt: skip
     state = model.state_dict()
     for module in {module for _, module, _ in parameters}:
         del module.parametrizations

@@ -70,6 +70,71 @@ def test_dtypes_are_the_libraries_own(
     assert ftload("verify", out).code == 0
 
 
+KINDS = [("fp4", True), ("fp4", False), ("nf4", False)]
+
+
+def kind_flags(quant_type: str, double: bool) -> list[str]:
+    return ["--bnb_4bit_quant_type", quant_type, "--bnb_4bit_use_double_quant", str(double).lower()]
+
+
+@pytest.mark.parametrize(("quant_type", "double"), KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_types_and_statistics_are_the_libraries_own(
+    ftload: Ftload, tmp_path: Path, architecture: str, quant_type: str, double: bool
+) -> None:
+    source, out, reference = source_of(tmp_path / "source", architecture), tmp_path / "out", tmp_path / "reference"
+    report = prepared(ftload, source, out, *kind_flags(quant_type, double))
+    run_reference(
+        source, reference, strategy="qlora", tokenizer_size=129, targets=TARGETS.get(architecture, REFERENCE_TARGETS),
+        four_bit={"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double},
+    )  # fmt: skip
+    assert_same_tensors(out, reference)
+    for name in ("config.json", "generation_config.json"):
+        assert_same_json(out / name, reference / name, pad_token_id=128)
+    assert_same_tensors(out / "adapter", reference / "adapter")
+    assert_same_adapter_config(out / "adapter", reference / "adapter")
+    said = report["quantization"]
+    assert (said["quant_type"], said["double_quant"]) == (quant_type, double)
+    # of a float32 absmax a block, 8 bits and a float32 for 256 blocks are left
+    quantised = report["parameters"]["by_dtype"][quant_type]
+    if architecture == "llama":
+        statistics = quantised["bytes"] - quantised["parameters"] // 2 - 14 * 64
+        blocks = quantised["parameters"] // 64
+        assert statistics == (blocks + 14 * (1024 + 4) if double else 4 * blocks)
+    checked = ftload("verify", out)
+    assert checked.code == 0, checked.out
+
+    # taken over as it is; asked for otherwise, refused
+    again = prepared(ftload, out, tmp_path / "again", "--tokenizer_name_or_path", str(source))
+    assert_same_tensors(tmp_path / "again", out)
+    assert again["quantization"] == said
+    other = "nf4" if quant_type == "fp4" else "fp4"
+    refused = ftload(
+        "prepare", "--model", out, "--output_dir", tmp_path / "other", *QLORA, "--bnb_4bit_quant_type", other
+    )
+    assert (refused.code, refused.err) == (
+        2,
+        f"error: `--bnb_4bit_quant_type` is {other}, and the checkpoint's weights are quantised already, with "
+        f"{quant_type}: they are taken over as they are\nhint: leave it out, or decode them with --dequantize\n",
+    )
+    decoded = ftload(
+        "prepare", "--model", out, "--output_dir", tmp_path / "other", *QLORA, "--bnb_4bit_quant_type", other,
+        "--dequantize",
+    )  # fmt: skip
+    assert decoded.code == 0, decoded.err
+
+
+def test_a_type_that_the_weights_are_not_of(ftload: Ftload, tmp_path: Path) -> None:
+    prepared(ftload, source_of(tmp_path / "source"), tmp_path / "out", *kind_flags("fp4", True))
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    edit_json(tmp_path / "out/config.json", quantization_config={**config, "bnb_4bit_quant_type": "nf4"})
+    result = ftload("prepare", "--model", tmp_path / "out", "--output_dir", tmp_path / "again", *QLORA)
+    assert result.code == 4
+    assert result.err.startswith(
+        "error: tensor `model.layers.0.self_attn.q_proj.weight` is stored in fp4, config.json says nf4\n"
+    )
+
+
 def test_a_checkpoint_in_4_bits_keeps_its_codes_and_gets_the_dtypes_that_are_asked_for(
     ftload: Ftload, tmp_path: Path
 ) -> None:
