@@ -1,1 +1,1 @@
-"""4-bit NormalFloat with double quantisation, as bitsandbytes computes and stores it."""
+"""bitsandbytes' 4-bit types, as it computes and stores them: NF4 and FP4."""

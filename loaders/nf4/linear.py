@@ -36,6 +36,7 @@ class Nf4Linear:
     """The linear layers that bitsandbytes replaces, and fused experts, in 4 bits."""
 
     kind: FourBits
+    tags: tuple[str, ...] = tuple(CODE_BOOKS)
     bits: int = 4
     block_size: int = BLOCK
     storage: str = "U8"

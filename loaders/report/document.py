@@ -31,7 +31,7 @@ def _strategies() -> tuple[str, ...]:
 def _quantisation_tags() -> tuple[str, ...]:
     from ..strategy import STRATEGIES
 
-    return tuple({s.quantisation.tag: None for s in STRATEGIES.values() if s.quantisation is not None})
+    return tuple({tag: None for s in STRATEGIES.values() if s.quantisation is not None for tag in s.quantisation.tags})
 
 
 StrategyName: TypeAlias = Annotated[str, Keyword("enum", _strategies)]

@@ -27,6 +27,11 @@ class Quantisation(Protocol):
         ...
 
     @property
+    def tags(self) -> tuple[str, ...]:
+        """Every word that `tag` can be, whatever is asked for."""
+        ...
+
+    @property
     def bits(self) -> int:
         """Of a weight, statistics aside."""
         ...
