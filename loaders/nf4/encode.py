@@ -83,10 +83,10 @@ def encode(values: Tensor, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     absmax = np.empty(-(-n // BLOCK), np.float32)
     if flat.dtype == torch.bfloat16:
         bits = flat.view(torch.int16).numpy()[:whole]
-        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds(quant_type), _table(quant_type))
+        finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds(quant_type), _steps(quant_type))
     else:
         wide = flat[:whole].to(torch.float32).numpy()
-        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds(quant_type), _table(quant_type))
+        finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds(quant_type), _steps(quant_type))
     rest = flat[whole:].to(torch.float32).numpy()
     if not (finite and np.isfinite(rest).all()):
         raise ValueError("NaN or infinity")
@@ -156,14 +156,12 @@ def _order(quant_type: str) -> Any:
 
 
 @cache
-def _table(quant_type: str) -> Any:
-    """Two codes in a byte for two counts in a byte (uint8, 256); empty where they are the same."""
+def _steps(quant_type: str) -> Any:
+    """How much a code grows from one value to the next greater one (int16, 15), and the code of the lowest value."""
     import numpy as np
 
-    order = _order(quant_type)
-    if quant_type == "nf4":
-        return np.empty(0, np.uint8)
-    return (order[:, None] << 4 | order[None, :]).reshape(-1)
+    order = _order(quant_type).astype(np.int16)
+    return np.append(np.diff(order), order[:1])
 
 
 @cache
