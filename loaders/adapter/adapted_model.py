@@ -69,6 +69,8 @@ class AdaptedModel:
     target_modules: frozenset[str]
     """As it keeps them: of many whole names, the shortest ends that no other module shares."""
     target_parameters: frozenset[str]
+    modules_to_save: tuple[str, ...]
+    """As it keeps them: with those that are tied to them, where it keeps ties."""
     warnings: tuple[str, ...]
 
     @property
@@ -122,6 +124,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
             (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
         ),
         target_parameters=frozenset(config.target_parameters or ()),
+        modules_to_save=tuple(config.modules_to_save or ()),
         warnings=tuple(dict.fromkeys(str(warning.message) for warning in caught if _is_of_peft(warning))),
     )
 

@@ -266,6 +266,8 @@ class PeftVariant:
         config = {**plain, **self.settings, **({"rank_pattern": ranks} if ranks else {})}
         if self.changes_base:
             config["init_lora_weights"] = True
+        if self.made is not None and self.made.modules_to_save:
+            config["modules_to_save"] = list(self.made.modules_to_save)
         return dict(sorted(config.items()))
 
     def facts(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def assert_same_adapter_config(ours: Path, theirs: Path) -> None:
         found.pop(key, None)
         expected.pop(key, None)
     # for mixtures of experts PEFT writes an empty list where it otherwise writes nothing, and others in any order
-    expected["target_parameters"] = sorted(expected["target_parameters"] or ()) or None
+    for config in (found, expected):
+        config["target_parameters"] = sorted(config["target_parameters"] or ()) or None
     if (
         not isinstance(found["target_modules"], str)
         and len(found["target_modules"]) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION

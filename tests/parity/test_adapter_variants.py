@@ -78,7 +78,7 @@ CASES = {
     "orthogonal": Case(
         flags=lambda _: ["--init_lora_weights", "orthogonal"],
         fields=lambda _: {"init_lora_weights": "orthogonal"},
-        refused={"qlora": "Only Tensors of floating point and complex dtype can require gradients"},
+        refused={"qlora": "`only Tensors of floating point and complex dtype can require gradients`"},
     ),
     "pissa": flag("--init_lora_weights", "pissa", init_lora_weights="pissa"),
     "pissa_niter_4": flag("--init_lora_weights", "pissa_niter_4", init_lora_weights="pissa_niter_4"),
@@ -137,7 +137,7 @@ CASES = {
         flags=lambda _: ["--use_dora", "--lora_modules_to_save", "lm_head", "--trainable_token_indices", "3", "5"],
         fields=lambda _: {"use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]},
         # the embedding's rows are the head's as well, and PEFT would wrap it twice
-        refused=dict.fromkeys(("gpt2", "llama_tied"), "refuses"),
+        refused=dict.fromkeys(("gpt2", "llama_tied"), "`TrainableTokensLayer wraps an unknown layer type`"),
     ),
     "dora, gaussian, bias, layer": Case(
         fields=lambda _: {
@@ -286,7 +286,8 @@ def test_base_and_adapter_together_are_the_original(
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
 def test_more_threads_change_the_last_bit(tmp_path: Path, init: str) -> None:
     """ftload computes with one thread on every machine. PEFT with two, whose LAPACK sums in another order, comes to the
-    same but for roundings to bfloat16: a step of it in 1 % of the base's weights, and 1 % of what B·A has at most.
+    same but for roundings to bfloat16: in 1 % of a matrix's weights a step of it at the largest of them, and 1 % of the
+    largest number of B·A.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -304,9 +305,9 @@ def test_more_threads_change_the_last_bit(tmp_path: Path, init: str) -> None:
     ours, theirs = read_tensors(out), read_tensors(reference)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        steps = (ours[name].view(torch.int16).int() - value.view(torch.int16).int()).abs()
-        assert steps.max() <= 1, name
-        assert steps.sum() <= 0.01 * steps.numel(), name
+        difference = (ours[name].float() - value.float()).abs()
+        assert difference.max() <= value.abs().max() * 2**-7, name
+        assert (difference > 0).float().mean() <= 0.01, name
     products = []
     for directory in (out, reference):
         adapter = read_tensors(directory / "adapter")
