@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -96,15 +97,15 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+                with torch.device("meta"):  # no initialisation takes time or memory
+                    adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
             # what it calls the tensors when it saves them, it must find again when it loads them
             tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             held = adapted.state_dict(keep_vars=True)
             held = get_peft_model_state_dict(adapted, state_dict=held, save_embedding_layers=False)
             loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
-            # after its first sentence PEFT lists sets, in an order that differs from process to process
-            raise RefusalError(said_by(error).partition(". ")[0]) from error
+            raise RefusalError(_in_order(said_by(error).partition(". ")[0])) from error
     stored = {
         name: StoredTensor(
             shape=tuple(value.shape),
@@ -125,7 +126,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
         ),
         target_parameters=frozenset(config.target_parameters or ()),
         modules_to_save=tuple(config.modules_to_save or ()),
-        warnings=tuple(dict.fromkeys(str(warning.message) for warning in caught if _is_of_peft(warning))),
+        warnings=tuple(dict.fromkeys(_in_order(str(found.message)) for found in caught if _tells_something(found))),
     )
 
 
@@ -170,5 +171,11 @@ def _expected(name: str, layer: Any) -> dict[str, tuple[int, ...]]:
     return {a: (rank, layer.in_features), b: (layer.out_features, rank)}
 
 
-def _is_of_peft(warning: warnings.WarningMessage) -> bool:
-    return "peft" in warning.filename
+def _tells_something(warning: warnings.WarningMessage) -> bool:
+    """Whether PEFT says something that a user could change: not that it sets `fan_in_fan_out` by the layer."""
+    return "peft" in warning.filename and not str(warning.message).startswith("fan_in_fan_out is set to")
+
+
+def _in_order(text: str) -> str:
+    """PEFT lists sets, in an order that differs from process to process."""
+    return re.sub(r"\{'[^{}]*'\}", lambda found: "{" + ", ".join(sorted(found[0][1:-1].split(", "))) + "}", text)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from ftload.loaders.adapter.draws import Draws
 from ftload.loaders.checkpoint.checkpoint import Checkpoint
-from ftload.loaders.errors import UsageError
+from ftload.loaders.errors import ResourceError, UsageError
 from ftload.loaders.plan.plan import Plan
 from ftload.loaders.progress import Silent, Stopwatch
 from ftload.loaders.steps.step import Inputs
@@ -202,6 +202,30 @@ def test_warnings_are_of_what_peft_does_without_a_word(llama: Path, tmp_path: Pa
         "`norm` saves `model.layers.0.input_layernorm` as well, 5 modules in all: PEFT takes all that end so",
         "`nothing` of `rank_pattern` matches nothing that is adapted",
     ]
+
+
+def test_planning_initialises_nothing(llama: Path, tmp_path: Path) -> None:
+    """A rank that no machine could initialise is refused for its memory, and until then nothing is allocated."""
+    flags = ("--use_lora", "--init_lora_weights", "orthogonal", "--lora_rank", str(10**7))
+    with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes at once, `--max_memory` allows 2,000,000,000"):
+        make_plan(llama, tmp_path, *flags)
+
+
+def test_what_peft_lists_is_in_order(llama: Path, tmp_path: Path) -> None:
+    config = tmp_path / "lora.yaml"
+    config.write_text("target_modules: [v_proj, q_proj]\nlayers_to_transform: 7\n")
+    with pytest.raises(UsageError) as caught:
+        make_plan(llama, tmp_path, "--use_lora", "--lora_config", str(config))
+    assert caught.value.message == (
+        "PEFT refuses this adapter: Target modules {'q_proj', 'v_proj'} not found in the base model"
+    )
+
+
+def test_of_conv1d_peft_warns_of_nothing_that_matters(tmp_path: Path) -> None:
+    write_model(tmp_path / "gpt2", "gpt2", vocab_size=144, dtype="bfloat16")
+    write_llama(tmp_path / "gpt2")
+    plan, _ = make_plan(tmp_path / "gpt2", tmp_path, "--use_lora", "--use_rslora", "true")
+    assert plan.warnings == ("the tokenizer has no chat template: training on conversations needs one",)
 
 
 def test_olora_of_conv1d_is_refused(tmp_path: Path) -> None:
