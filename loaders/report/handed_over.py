@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapter.in_words import settings_of
 from ..flags.declared import FlatArguments, all_flags
 from ..trainers.interface import Handover
 from ..trainers.run_settings import is_file
@@ -27,6 +29,7 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         data = str(Path(data).expanduser().absolute()) if is_file(data) else data
         flags = dataclasses.replace(flags, dataset_mixer_list=[data, "1.0"], dataset_name=None, dataset_mixer=None)
     adapter, quantization, base = report.adapter, report.quantization, report.base
+    settings = {} if adapter is None else settings_of(adapter.settings)
     by_reference = adapter is not None and base == "reference"
     length = report.tokenizer.model_max_length
     return Handover(
@@ -42,6 +45,8 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         compute_dtype=None if quantization is None else quantization.compute_dtype,
         lora_targets=() if adapter is None else tuple(adapter.targets),
         expert_adapters=adapter is not None and adapter.experts_r is not None,
+        saved_modules=tuple(settings.get("modules_to_save", ())),
+        rows_of_head=_trains_rows_of_head(settings, tied=report.embeddings.tied),
         gradient_checkpointing=report.gradient_checkpointing,
         attention=report.attention.effective,
         attention_asked=report.attention.requested,
@@ -56,6 +61,11 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         given=frozenset(name for name, argument in report.arguments.items() if argument.origin != "default"),
         ftload_version=report.ftload_version,
     )
+
+
+def _trains_rows_of_head(settings: Mapping[str, Any], *, tied: bool) -> bool:
+    rows = settings.get("trainable_token_indices")
+    return rows is not None and (tied or any(name.endswith("lm_head") for name in rows if isinstance(name, str)))
 
 
 def _value(report: Report, name: str) -> Any:

@@ -39,6 +39,10 @@ class Handover:
     """Patterns of the layers that are adapted; empty where there is no adapter."""
     expert_adapters: bool
     """Whether experts have adapters of their own."""
+    saved_modules: tuple[str, ...]
+    """Modules of the base that are trained whole beside the adapter: PEFT's `modules_to_save`."""
+    rows_of_head: bool
+    """Whether rows of the head are trained: its own, or those of an embedding that it is tied to."""
     gradient_checkpointing: bool
     attention: str
     """The implementation in effect where it was prepared: `flash_attention_2`, `sdpa` or `eager`."""

@@ -67,6 +67,8 @@ class LlamaFactory:
             "that begin with a system prompt or the user, and in which user and assistant take turns; others are left "
             "out. Where the template has <think>, it adds empty thoughts."
         )
+        if handover.saved_modules and not handover.quantised:
+            notes.append("What is trained of the base itself (modules_to_save) is made float32.")
         if handover.adapter is None and mixed_precision(handover) == "bf16":
             notes.append(
                 "pure_bf16 trains the bfloat16 weights, as Open Instruct does. With bf16: true in its place, they are "

@@ -32,6 +32,12 @@ class Trl:
                 reason="the head has an adapter, which SFTTrainer would not train",
                 hint="prepare it without lm_head in --lora_target_modules, or take --for transformers",
             )
+        if handover.rows_of_head:
+            return Refusal(
+                reason="rows of the head, or of the embedding that it is tied to, are trained, and SFTTrainer can't "
+                "take the head apart then (`'TrainableTokensWrapper' object has no attribute 'bias'`)",
+                hint="take --for transformers",
+            )
         return None
 
     def notes(self, handover: Handover) -> tuple[str, ...]:

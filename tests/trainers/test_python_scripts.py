@@ -164,6 +164,9 @@ def test_what_trl_does_otherwise(qlora: Handover) -> None:
     refusal = TRAINERS["trl"].refusal(dataclasses.replace(lora, lora_targets=("q_proj", "lm_head")))
     assert refusal is not None
     assert refusal.reason == "the head has an adapter, which SFTTrainer would not train"
+    refusal = TRAINERS["trl"].refusal(dataclasses.replace(lora, rows_of_head=True))
+    assert refusal is not None
+    assert refusal.reason.startswith("rows of the head, or of the embedding that it is tied to, are trained")
 
 
 @pytest.mark.parametrize(
