@@ -50,6 +50,8 @@ class Axolotl:
         flags, notes = handover.flags, []
         if handover.adapter is not None:
             notes.append("lora_model_dir is the prepared adapter; without it axolotl trains a fresh one.")
+        if handover.quantised and handover.saved_modules:
+            notes.append("What is trained of the base itself (modules_to_save) has the run's dtype too.")
         if handover.expert_adapters:
             notes.append("Adapters of experts were not tried with its PEFT 0.20.")
         if handover.quantised:
