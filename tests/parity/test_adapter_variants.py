@@ -19,7 +19,7 @@ from ftload.loaders.progress import Silent
 from ftload.loaders.report.json_values import to_json
 
 from ..tokenizers import write_llama
-from .adapter_reference import run_adapter_reference
+from .adapter_reference import run_adapter_reference, threads
 from .compare import assert_same_adapter_config, assert_same_json, assert_same_tensors, read_tensors
 from .models import write_model
 from .reference import REFERENCE_TARGETS
@@ -285,9 +285,10 @@ def test_base_and_adapter_together_are_the_original(
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
 def test_more_threads_change_the_last_bit(tmp_path: Path, init: str) -> None:
-    """ftload computes with one thread on every machine. PEFT with two, whose LAPACK sums in another order, comes to the
-    same but for roundings to bfloat16: in 1 % of a matrix's weights a step of it at the largest of them, and 1 % of the
-    largest number of B·A.
+    """ftload computes with one thread, whatever torch is set to.
+
+    PEFT with two, whose LAPACK sums in another order, comes to the same but for roundings to bfloat16: in 1 % of a
+    matrix's weights a step of it at the largest of them, and 1 % of the largest number of B·A.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -299,8 +300,11 @@ def test_more_threads_change_the_last_bit(tmp_path: Path, init: str) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
     write_llama(source, vocab_size=VOCABULARY)
-    _prepare(source, out, "lora", "--init_lora_weights", init)
+    with threads(2):
+        _prepare(source, out, "lora", "--init_lora_weights", init)
     fields = {**PLAIN, "target_modules": REFERENCE_TARGETS, "init_lora_weights": init}
+    run_adapter_reference(source, tmp_path / "one", fields, strategy="lora", tokenizer_size=VOCABULARY + 1)
+    _assert_same(out, tmp_path / "one", "lora", changes=True)
     run_adapter_reference(source, reference, fields, strategy="lora", tokenizer_size=VOCABULARY + 1, computed_by=2)
     ours, theirs = read_tensors(out), read_tensors(reference)
     assert ours.keys() == theirs.keys()
