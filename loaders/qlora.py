@@ -1,4 +1,4 @@
-"""The QLoRA strategy (arXiv:2305.14314): a base in 4-bit NF4 with double quantisation, and a LoRA adapter on it."""
+"""The QLoRA strategy (arXiv:2305.14314): a base in 4 bits, by default NF4 with double quantisation, and an adapter."""
 
 from __future__ import annotations
 

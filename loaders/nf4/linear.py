@@ -108,9 +108,14 @@ class Nf4Linear:
     def _take_over(self, tensor: ModelTensor) -> Step:
         assert tensor.packed is not None
         weight = tensor.packed.name
-        if tensor.packed.tag != self.tag:
+        is_double = any(part.name.endswith(".nested_absmax") for part in tensor.packed.parts)
+        if (tensor.packed.tag, is_double) != (self.tag, self.kind.double_quant):
+            found, said = (
+                f"{name} with {'double' if double else 'single'} quantisation"
+                for name, double in ((tensor.packed.tag, is_double), (self.tag, self.kind.double_quant))
+            )
             raise CheckpointError(
-                f"tensor `{weight}` is stored in {tensor.packed.tag}, config.json says {self.tag}",
+                f"tensor `{weight}` is stored in {found}, config.json says {said}",
                 hint="config.json and the weights must belong together",
             )
         outputs = tuple(
@@ -242,13 +247,13 @@ class Nf4Linear:
             if problem is not None:
                 encoder = partial(encode_with_bitsandbytes, quant_type=self.kind.quant_type)
                 decisions.append(
-                    Decision(what="NF4 encoder", requested="numba", effective="bitsandbytes", reason=problem)
+                    Decision(what="4-bit encoder", requested="numba", effective="bitsandbytes", reason=problem)
                 )
-        problem = library_problem()
+        problem = library_problem() if self.kind.double_quant else None
         if problem is not None:
             decisions.append(
                 Decision(
-                    what="NF4 statistics",
+                    what="4-bit statistics",
                     requested="bitsandbytes' C function",
                     effective="bitsandbytes' package",
                     reason=problem,
@@ -257,7 +262,7 @@ class Nf4Linear:
         return encoder, tuple(decisions)
 
     def try_library(self) -> str:
-        """Quantise a block by bitsandbytes, and back."""
+        """Quantise a block of either type by bitsandbytes, and back."""
         import torch
 
         with quiet_bitsandbytes():
@@ -265,11 +270,12 @@ class Nf4Linear:
 
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         for device in devices:
-            values = torch.tensor(CODE_BOOKS["nf4"] * 4, device=device)
-            codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
-            if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
-                raise RuntimeError(f"a block in NF4 does not come back as it was on {device}")
-        return f"a block quantised to NF4 and back on {' and '.join(devices)}"
+            for name, book in CODE_BOOKS.items():
+                values = torch.tensor(book * 4, device=device)
+                codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type=name)
+                if not torch.equal(dequantize_4bit(codes, state).reshape(-1), values):
+                    raise RuntimeError(f"a block in {name.upper()} does not come back as it was on {device}")
+        return f"a block quantised to NF4 and to FP4, and back, on {' and '.join(devices)}"
 
     def try_encoder(self) -> str:
         """Let numba compile the encoder."""

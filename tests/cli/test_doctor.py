@@ -95,7 +95,7 @@ def test_a_library_that_works(findings: dict[str, dict[str, Any]], name: str) ->
 
 
 def test_bitsandbytes_quantises(findings: dict[str, dict[str, Any]]) -> None:
-    assert "a block quantised to NF4 and back on cpu" in findings["bitsandbytes"]["detail"]
+    assert "a block quantised to NF4 and to FP4, and back, on cpu" in findings["bitsandbytes"]["detail"]
 
 
 def test_the_machine(findings: dict[str, dict[str, Any]]) -> None:

@@ -157,7 +157,7 @@ def test_debug_shows_where_an_error_in_the_flags_was_raised(ftload: Ftload) -> N
         ("model_revision", "v1", "none", "leave out `--model_revision`"),
         ("chat_template_name", "x", "the tokenizer's own", "leave out `--chat_template_name`"),
         ("push_to_hub hf_entity", "upload", "no upload", "leave out `--push_to_hub --hf_entity`"),
-        ("NF4 encoder", "numba", "bitsandbytes", "ask for what is possible here"),
+        ("4-bit encoder", "numba", "bitsandbytes", "ask for what is possible here"),
     ],
 )
 def test_strict_names_the_flag_that_satisfies_it(what: str, requested: str, effective: str, way: str) -> None:

@@ -119,7 +119,7 @@ def test_without_the_c_function_the_package_is_called_and_that_is_a_decision(
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     report = json.loads((tmp_path / "two" / "ftload_report.json").read_text())
-    (decision,) = [decision for decision in report["decisions"] if decision["what"] == "NF4 statistics"]
+    (decision,) = [decision for decision in report["decisions"] if decision["what"] == "4-bit statistics"]
     assert (decision["requested"], decision["effective"]) == ("bitsandbytes' C function", "bitsandbytes' package")
     assert strict.code == 5
-    assert "NF4 statistics" in strict.err
+    assert "4-bit statistics" in strict.err

@@ -396,10 +396,10 @@ def test_qlora_without_numba_is_the_same(tmp_path: Path, request: pytest.Fixture
     write_model(source, "llama", vocab_size=144, dtype="bfloat16")
     write_llama(source, vocab_size=128)
     report = _prepare(source, tmp_path / "with")
-    assert "NF4 encoder" not in {decision["what"] for decision in report["decisions"]}
+    assert "4-bit encoder" not in {decision["what"] for decision in report["decisions"]}
     request.getfixturevalue("without_numba")
     report = _prepare(source, tmp_path / "without")
-    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "NF4 encoder")
+    (decision,) = (decision for decision in report["decisions"] if decision["what"] == "4-bit encoder")
     assert (decision["requested"], decision["effective"]) == ("numba", "bitsandbytes")
     assert decision["reason"].startswith("numba can't be used: ")
     files = sorted(path.relative_to(tmp_path / "with") for path in (tmp_path / "with").rglob("*.safetensors"))

@@ -117,6 +117,15 @@ def test_types_and_statistics_are_the_libraries_own(
         f"error: `--bnb_4bit_quant_type` is {other}, and the checkpoint's weights are quantised already, with "
         f"{quant_type}: they are taken over as they are\nhint: leave it out, or decode them with --dequantize\n",
     )
+    refused = ftload(
+        "prepare", "--model", out, "--output_dir", tmp_path / "other", *QLORA, "--bnb_4bit_use_double_quant",
+        str(not double).lower(),
+    )  # fmt: skip
+    assert refused.code == 2
+    assert refused.err.startswith(
+        f"error: `--bnb_4bit_use_double_quant` is {str(not double).lower()}, and the checkpoint's weights are "
+        f"quantised already, with {str(double).lower()}: they are taken over as they are\n"
+    )
     decoded = ftload(
         "prepare", "--model", out, "--output_dir", tmp_path / "other", *QLORA, "--bnb_4bit_quant_type", other,
         "--dequantize",
@@ -124,14 +133,21 @@ def test_types_and_statistics_are_the_libraries_own(
     assert decoded.code == 0, decoded.err
 
 
-def test_a_type_that_the_weights_are_not_of(ftload: Ftload, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"bnb_4bit_quant_type": "nf4"}, "nf4 with double"), ({"bnb_4bit_use_double_quant": False}, "fp4 with single")],
+)
+def test_settings_that_the_weights_do_not_have(
+    ftload: Ftload, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     prepared(ftload, source_of(tmp_path / "source"), tmp_path / "out", *kind_flags("fp4", True))
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    edit_json(tmp_path / "out/config.json", quantization_config={**config, "bnb_4bit_quant_type": "nf4"})
+    edit_json(tmp_path / "out/config.json", quantization_config={**config, **change})
     result = ftload("prepare", "--model", tmp_path / "out", "--output_dir", tmp_path / "again", *QLORA)
     assert result.code == 4
     assert result.err.startswith(
-        "error: tensor `model.layers.0.self_attn.q_proj.weight` is stored in fp4, config.json says nf4\n"
+        "error: tensor `model.layers.0.self_attn.q_proj.weight` is stored in fp4 with double quantisation, config.json "
+        f"says {said} quantisation\n"
     )
 
 
