@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapter.in_words import settings_of
 from ..flags.declared import FlatArguments, all_flags
+from ..model.components import component_of
 from ..trainers.interface import Handover
 from ..trainers.run_settings import is_file
 from .document import Report
@@ -46,6 +47,10 @@ def hand_over(report: Report, directory: str, *, data: str | None = None) -> Han
         lora_targets=() if adapter is None else tuple(adapter.targets),
         expert_adapters=adapter is not None and adapter.experts_r is not None,
         saved_modules=tuple(settings.get("modules_to_save", ())),
+        saves_tied=report.embeddings.tied
+        and any(
+            component_of(f"{name}.weight") in ("embedding", "head") for name in settings.get("modules_to_save", ())
+        ),
         rows_of_head=_trains_rows_of_head(settings, tied=report.embeddings.tied),
         gradient_checkpointing=report.gradient_checkpointing,
         attention=report.attention.effective,

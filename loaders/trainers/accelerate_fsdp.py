@@ -43,6 +43,13 @@ class AccelerateFsdp:
                 reason=f"its 4-bit codes are stored as {storage}, which a run in {compute} would cast and so destroy",
                 hint=f"prepare it with --bnb_4bit_quant_storage {compute}",
             )
+        if handover.saves_tied or handover.rows_of_head:
+            what = "rows of it are" if handover.rows_of_head else "one of them is"
+            return Refusal(
+                reason=f"embedding and head are one weight, {what} trained beside the adapter, and FSDP2 can't divide "
+                "what PEFT makes of that",
+                hint="take --for trl or --for transformers" if handover.saves_tied else "take --for transformers",
+            )
         return None
 
     def notes(self, handover: Handover) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ class Handover:
     """Whether experts have adapters of their own."""
     saved_modules: tuple[str, ...]
     """Modules of the base that are trained whole beside the adapter: PEFT's `modules_to_save`."""
+    saves_tied: bool
+    """Whether one of them is an embedding or a head, and both are tied."""
     rows_of_head: bool
     """Whether rows of the head are trained: its own, or those of an embedding that it is tied to."""
     gradient_checkpointing: bool

@@ -166,6 +166,12 @@ def test_what_trl_does_otherwise(qlora: Handover) -> None:
     assert refusal.reason == "the head has an adapter, which SFTTrainer would not train"
     refusal = TRAINERS["trl"].refusal(dataclasses.replace(lora, rows_of_head=True))
     assert refusal is not None
+    refused = TRAINERS["accelerate-fsdp"].refusal(dataclasses.replace(lora, rows_of_head=True))
+    assert refused is not None
+    assert refused.reason.startswith("embedding and head are one weight, rows of it are trained beside the adapter")
+    refused = TRAINERS["accelerate-fsdp"].refusal(dataclasses.replace(lora, saves_tied=True))
+    assert refused is not None
+    assert refused.reason.startswith("embedding and head are one weight, one of them is trained beside the adapter")
     assert refusal.reason.startswith("rows of the head, or of the embedding that it is tied to, are trained")
 
 
