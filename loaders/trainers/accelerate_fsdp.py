@@ -60,7 +60,7 @@ class AccelerateFsdp:
                 "Its 4-bit codes are stored as uint8, and FSDP2 divides floats alone: each GPU holds the whole 4-bit "
                 "base. Prepared with --bnb_4bit_quant_storage bfloat16, it is divided too."
             )
-        if handover.adapter is None:
+        if handover.adapter is None or (handover.saved_modules and not handover.quantised):
             notes.append("FSDP2 makes trained bfloat16 weights float32, and computes in bfloat16; so they are saved.")
         if handover.quantised:
             notes.append("The optimizer is torch's AdamW: bitsandbytes' paged one knows no divided tensors.")
