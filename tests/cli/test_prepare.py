@@ -318,12 +318,13 @@ def test_a_device_that_is_not_there(ftload: Ftload, tmp_path: Path) -> None:
     assert ftload(*words).code == 0
 
 
-def test_bitsandbytes_encodes_as_the_kernel_does() -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_encodes_as_the_kernel_does(quant_type: str) -> None:
     from ftload.loaders.nf4 import encode as nf4
 
     values = torch.randn(1000, 64, dtype=torch.bfloat16)
-    codes, absmax = nf4.encode(values)
-    other_codes, other_absmax = nf4.encode_with_bitsandbytes(values, "cpu")
+    codes, absmax = nf4.encode(values, quant_type)
+    other_codes, other_absmax = nf4.encode_with_bitsandbytes(values, quant_type, "cpu")
     assert torch.equal(codes, other_codes)
     assert torch.equal(absmax, other_absmax)
 
