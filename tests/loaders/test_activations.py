@@ -228,7 +228,7 @@ def test_extended_from_a_few_layers_or_simulated_with_all(
     setting = Setting(attention="flash_attention_2", checkpointing=checkpointing, device="cpu")
     batch = Batch(size=2, length=48)
     extended = Simulation(meta, setting).run(batch)
-    monkeypatch.setattr(simulation, "layer_kinds", lambda _: list(range(LAYERS)))
+    monkeypatch.setattr(simulation, "layer_kinds", lambda *_: list(range(LAYERS)))
     whole = Simulation(meta, setting).run(batch)
     assert extended.saved == whole.saved
     assert [moment.name for moment in extended.moments] == [moment.name for moment in whole.moments]

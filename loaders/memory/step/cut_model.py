@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ...model.experts.fused import by_module
 from ...model.transformers_internals import checkpoint_activations, wrap_checkpointed
 from ...system.quiet import quiet_transformers
-from .meta_kernels import lora_linear, quantised_linear, set_attention
-from .setting import LoraSetting, Setting
+from .meta_kernels import set_attention
+from .setting import LoraSetting, PeftSetting, Setting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +78,7 @@ def layer_bytes(
     these, by name.
     """
     path, _ = _find_layers(model)
-    kinds = layer_kinds(model)
+    kinds = layer_kinds(model, setting.lora)
     chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     cut = cut_model(model, chosen, setting)
     plain = [_parameter_bytes(layer) for layer in cut.layers]
@@ -111,15 +112,40 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, Any]:
 _MANY_KINDS = 8
 
 
-def layer_kinds(model: PreTrainedModel) -> list[Any]:
-    """A hashable value for each decoder layer; layers with equal values do the same work."""
-    _, layers = _find_layers(model)
+def layer_kinds(model: PreTrainedModel, lora: LoraSetting | PeftSetting | None = None) -> list[Any]:
+    """A hashable value for each decoder layer; layers with equal values do the same work.
+
+    Where an adapter makes too many kinds of them, as ranks of their own do, layers whose adapters come close in size
+    count as one kind, and the first of them stands for all.
+    """
+    path, layers = _find_layers(model)
     types = vars(model.config.get_text_config()).get("layer_types") or [None] * len(layers)
-    kinds = [(types[number], _shapes(layer), _settings(layer)) for number, layer in enumerate(layers)]
+    adapters = [()] * len(layers) if lora is None else _adapters(lora, path, len(layers))
+    kinds = [(types[number], _shapes(layer), adapters[number], _settings(layer)) for number, layer in enumerate(layers)]
     if len(set(kinds)) > _MANY_KINDS:
         # some attribute numbers the layers
-        return [kind[:2] for kind in kinds]
+        kinds = [kind[:3] for kind in kinds]
+    if len(set(kinds)) > _MANY_KINDS:
+        sizes = [sum(prod(shape) for _, shape in parts or ()) for parts in adapters]
+        step = max(1, (max(sizes) - min(sizes)) // _SIZES + 1)
+        kinds = [(*kind[:2], (size - min(sizes)) // step) for kind, size in zip(kinds, sizes, strict=True)]
     return kinds
+
+
+_SIZES = 4
+"""Of adapters, in equal steps from the smallest to the largest, where there are too many."""
+
+
+def _adapters(lora: LoraSetting | PeftSetting, path: str, depth: int) -> list[Any]:
+    """What each layer has of an adapter: names within the layer, and what tells them apart. None before the first."""
+    found: list[list[Any]] = [[] for _ in range(depth)]
+    for name, more in lora.parts:
+        if name.startswith(f"{path}."):
+            number, _, rest = name.removeprefix(f"{path}.").partition(".")
+            found[int(number)].append((rest, more))
+    first = next((number for number, parts in enumerate(found) if parts), depth)
+    # nothing before the first of them is gone through backwards
+    return [frozenset(parts) if number >= first else None for number, parts in enumerate(found)]
 
 
 def _shapes(layer: nn.Module) -> Any:
@@ -142,6 +168,8 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
     set_attention(model, setting.attention)
     prefixes = {f"{path}.{position}": f"{path}.{number}" for position, number in enumerate(chosen)}
     if setting.is_quantised:
+        from .meta_linear import quantised_linear
+
         for name, full in _full_names(model, prefixes).items():
             if full in setting.quantised:
                 _replace(model, name, quantised_linear(model.get_submodule(name)))
@@ -160,7 +188,12 @@ def _set_up_training(model: PreTrainedModel, path: str, chosen: list[int], setti
             model.enable_input_require_grads()
     if setting.lora is not None:
         model.requires_grad_(False)
-        _add_adapters(model, setting.lora, prefixes, setting)
+        if isinstance(setting.lora, PeftSetting):
+            from .peft_layers import add_peft_layers
+
+            add_peft_layers(model, model.get_submodule(path), chosen, setting.lora)
+        else:
+            _add_adapters(model, setting.lora, prefixes, setting)
     model.train()
 
 
@@ -178,6 +211,7 @@ def _split_quantised_experts(
 def _add_adapters(model: PreTrainedModel, lora: LoraSetting, prefixes: Mapping[str, str], setting: Setting) -> None:
     """Beside linear layers, each expert's among them, and beside the parameters of experts that are not quantised."""
     from .meta_experts import AdaptedParameters, is_split
+    from .meta_linear import lora_linear
 
     together = by_module(lora.experts)
     ranks = dict.fromkeys(lora.layers, lora.rank)

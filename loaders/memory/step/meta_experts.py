@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from ...experts.forward import run_expert, runs, sum_of_experts
 from ...model.experts.fused import take_apart
 from ...model.transformers_internals import experts_run_by, register_experts_function
-from .meta_kernels import quantised_layer
+from .meta_linear import QuantisedLinear
 
 if TYPE_CHECKING:
     from ...model.experts.fused import FusedExperts
@@ -50,7 +50,7 @@ class Repeats(Protocol):
 def split_experts(module: Any, fused: Iterable[FusedExperts]) -> None:
     """Put a linear layer with a quantised weight for each expert in the place of a module's fused parameters."""
     take_apart(
-        module, fused, lambda one, _: quantised_layer((one.out_features, one.in_features)), range(module.num_experts)
+        module, fused, lambda one, _: QuantisedLinear((one.out_features, one.in_features)), range(module.num_experts)
     )
     register_experts_function(_FUNCTION, _forward)
     experts_run_by(module, _FUNCTION)

@@ -1,4 +1,4 @@
-"""Kernels and layers for the `meta` device in place of those that need a GPU or data.
+"""Kernels for the `meta` device in place of those that need a GPU or data.
 
 Each allocates, and saves for the backward pass, what the real one does, and computes nothing.
 """
@@ -17,8 +17,6 @@ from ...model.transformers_internals import set_attention_implementation
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-    from .setting import LoraSetting, Setting
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
@@ -53,73 +51,6 @@ def _flash_attention(
         value = torch.nn.functional.pad(value, [0, key.shape[-1] - width])
     out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True)[0]
     return out[..., :width].transpose(1, 2).contiguous(), None
-
-
-def quantised_linear(linear: nn.Module) -> nn.Module:
-    """In place of bitsandbytes' `Linear4bit`, without its packed weight: that is counted with the weights."""
-    return quantised_layer(_out_in(linear), getattr(linear, "bias", None))
-
-
-def quantised_layer(shape: tuple[int, int], bias: nn.Parameter | None = None) -> nn.Module:
-    """The same, for a weight of that shape (out, in)."""
-    import torch
-
-    class Product(torch.autograd.Function):
-        """As `MatMul4Bit`: only the packed weight is saved; it is unpacked in the forward and in the backward pass."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-            ctx.shape = shape
-            return torch.nn.functional.linear(x, x.new_empty(shape), bias)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-            return grads[0] @ grads[0].new_empty(ctx.shape), None, None
-
-    class QuantisedLinear(torch.nn.Module):
-        def __init__(self, shape: tuple[int, int], bias: torch.nn.Parameter | None) -> None:
-            super().__init__()
-            self.shape, self.bias = shape, bias
-
-        def forward(self, x: Tensor) -> Tensor:
-            bias = None if self.bias is None else self.bias.bfloat16()
-            product: Any = Product.apply(x.bfloat16(), self.shape, bias)
-            return product.to(x.dtype)
-
-    return QuantisedLinear(shape, bias)
-
-
-def _out_in(linear: Any) -> tuple[int, int]:
-    rows, columns = linear.weight.shape
-    return (rows, columns) if hasattr(linear, "out_features") else (columns, rows)
-
-
-def lora_linear(base: Any, lora: LoraSetting, *, rank: int, setting: Setting) -> nn.Module:
-    """In place of PEFT's LoRA layer: `base(x) + B(A(dropout(x))) · alpha / r`, with x in the dtype of A.
-
-    Beside a 4-bit weight x is left to autocast where that is on, for CUDA: PEFT asks for that device alone.
-    """
-    import torch
-
-    dtype = getattr(torch, lora.dtype)
-    is_quantised = hasattr(base, "shape")
-    out_features, in_features = base.shape if is_quantised else _out_in(base)
-    casts = not (is_quantised and setting.autocast and setting.device == "cuda")
-
-    class Lora(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base = base
-            self.a = torch.nn.Linear(in_features, rank, bias=False, device="meta", dtype=dtype)
-            self.b = torch.nn.Linear(rank, out_features, bias=False, device="meta", dtype=dtype)
-            self.dropout = torch.nn.Dropout(lora.dropout) if lora.dropout else torch.nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            result = self.base(x)
-            update = self.b(self.a(self.dropout(x.to(dtype) if casts else x))) * (lora.alpha / rank)
-            return (result + update).to(result.dtype)
-
-    return Lora()
 
 
 def _gpu_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

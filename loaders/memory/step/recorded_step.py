@@ -21,7 +21,7 @@ from .cut_model import CutModel
 from .losses import step_loss
 from .meta_experts import count_repeats
 from .meta_kernels import kernels_of, liger_unlaunched
-from .setting import Batch, Setting
+from .setting import Batch, PeftSetting, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +68,10 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
         hooks.enter_context(layer_hooks(layer, *_on_layer(recorder, cut, number)))
     hooks.callback(decoder.register_forward_hook(_on_decoder_output(recorder)).remove)
     try:
+        if isinstance(setting.lora, PeftSetting):
+            from .peft_layers import autocast_for_peft
+
+            hooks.enter_context(autocast_for_peft(setting))
         with quiet_transformers(), liger_unlaunched(model, wanted=setting.liger), kernels_of(setting.device), recorder:
             with (
                 torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda saved: saved),

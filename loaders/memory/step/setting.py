@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ...adapter.targets import ADAPTED
 from ...model.transformers_internals import attention_support
 from ...system.cuda import cuda_problem
 
@@ -30,6 +33,28 @@ class LoraSetting:
     """Fused experts that have one, 4-bit or not."""
     expert_rank: int = 0
 
+    @property
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Names, and what tells one from another, of all that layers of one kind have alike."""
+        return ((name, ()) for name in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftSetting:
+    """An adapter other than the default, which PEFT's own layers run."""
+
+    config: str
+    """Fields of PEFT's `LoraConfig`, as JSON."""
+    tensors: frozenset[tuple[str, tuple[int, ...]]]
+    """Names, as the base's modules have them, and shapes of all that is stored of it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` where all that is trained has that; else A, B and the like are float32, copies as what they copy."""
+
+    @property
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Names, and what tells one from another, of all that layers of one kind have alike."""
+        return iter(self.tensors)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -39,7 +64,7 @@ class Setting:
     """`flash_attention_2`, `sdpa` or `eager`."""
     checkpointing: bool
     """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
-    lora: LoraSetting | None = None
+    lora: LoraSetting | PeftSetting | None = None
     """None: all parameters are trained."""
     quantised: frozenset[str] = frozenset()
     """Full names of the linear layers with quantised weights."""
@@ -86,23 +111,11 @@ def training_setting(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Sett
     Under mixed precision FSDP gathers all weights in bfloat16, DeepSpeed makes them bfloat16: neither has autocast.
     """
     is_bfloat16 = run.upcasts or run.makes_bfloat16
-    lora = None
-    if plan.adapter is not None and plan.targets is not None:
-        facts, rank_of_experts = plan.adapter.facts(), plan.request.lora_experts
-        lora = LoraSetting(
-            layers=frozenset(layer.name for layer in plan.targets.layers),
-            rank=facts["r"],
-            alpha=facts["alpha"],
-            dropout=facts["dropout"],
-            dtype="bfloat16" if is_bfloat16 else run.step.adapter_dtype,
-            experts=plan.skeleton.experts if rank_of_experts else (),
-            expert_rank=rank_of_experts or 0,
-        )
     packed = plan.quantised_experts
     return Setting(
         attention=training_attention(plan),
         checkpointing=flags.gradient_checkpointing,
-        lora=lora,
+        lora=_adapter_setting(plan, "bfloat16" if is_bfloat16 else run.step.adapter_dtype),
         quantised=plan.quantised_layers,
         quantised_experts=tuple(fused for fused in plan.skeleton.experts if fused.parameter in packed),
         liger=plan.kernels is not None
@@ -115,6 +128,27 @@ def training_setting(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Sett
         unquantised_dtype="bfloat16" if is_bfloat16 else run.step.unquantised_dtype,
         reentrant=run.step.reentrant,
         wide=wide_parameters(plan, run),
+    )
+
+
+def _adapter_setting(plan: Plan, dtype: Literal["float32", "bfloat16"]) -> LoraSetting | PeftSetting | None:
+    if plan.adapter is None or plan.targets is None:
+        return None
+    facts, rank_of_experts = plan.adapter.facts(), plan.request.lora_experts
+    if facts["settings"]:
+        fields = plan.adapter.config(plan.targets, base="", revision=None)
+        # what it starts from changes nothing, and some of it can't be computed on `meta`
+        fields |= {"init_lora_weights": True, "inference_mode": False}
+        tensors = ((tensor.name.removeprefix(ADAPTED), tensor.shape) for tensor in plan.adapter_tensors())
+        return PeftSetting(config=json.dumps(fields, sort_keys=True), tensors=frozenset(tensors), dtype=dtype)
+    return LoraSetting(
+        layers=frozenset(layer.name for layer in plan.targets.layers),
+        rank=facts["r"],
+        alpha=facts["alpha"],
+        dropout=facts["dropout"],
+        dtype=dtype,
+        experts=plan.skeleton.experts if rank_of_experts else (),
+        expert_rank=rank_of_experts or 0,
     )
 
 

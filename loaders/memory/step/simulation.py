@@ -82,7 +82,7 @@ class Simulation:
     """
 
     def __init__(self, model: PreTrainedModel, setting: Setting) -> None:
-        kinds = layer_kinds(model)
+        kinds = layer_kinds(model, setting.lora)
         order = tuple(dict.fromkeys(kinds))
         first = [kinds.index(kind) for kind in order]
         self._setting = setting
@@ -136,6 +136,8 @@ class Simulation:
             earlier -= a[q]
             total = w[q] + earlier + later + given
             gradients = given + head_gradients + later
+            if not with_second[q].backward_peaks[q + 1]:
+                total = gradients + logits  # it has none, as nothing is trained in it or before
             activations = min(held, total - gradients - logits)
             yield Moment(
                 name=f"backward pass of layer {k + 1}", activations=activations, logits=logits, gradients=gradients,
