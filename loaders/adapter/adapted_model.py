@@ -103,7 +103,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
             tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             held = adapted.state_dict(keep_vars=True)
             held = get_peft_model_state_dict(adapted, state_dict=held, save_embedding_layers=False)
-            loaded = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+            loaded = set_peft_model_state_dict(adapted, dict(tensors), low_cpu_mem_usage=True)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
             raise RefusalError(_in_order(said_by(error).partition(". ")[0])) from error
     stored = {
