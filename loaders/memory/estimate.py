@@ -8,6 +8,7 @@ sold as 80 GB has beyond that is left for fragmentation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,11 +18,12 @@ from ..plan.plan import Plan
 from ..plan.planning import make_plan
 from ..strategy import STRATEGIES
 from ..trainers.registry import TRAINERS
-from .optimizer import optimizer_bytes, optimizer_temporaries, trained_tensors
+from .optimizer import optimizer_bytes, optimizer_temporaries
 from .sharding import DividedBase, Shares, one_share, shares_of, with_share
 from .step.cut_model import layer_bytes
-from .step.setting import Setting, training_setting
+from .step.setting import PeftSetting, Setting, training_setting
 from .step.simulation import Moment
+from .trained import beside_base, trained_tensors
 from .training_memory import NoEstimate, Part, TrainingMemory
 from .training_run import TrainingRun
 from .what_fits import GPU_GIGABYTES, Fits, Footprints, Simulations
@@ -35,6 +37,7 @@ CONTEXT_BYTES = 600_000_000
 """What the CUDA driver and the libraries' kernels occupy before the first tensor; `nvidia-smi` shows 0.4 to 0.7 GB."""
 ASSUMED_LENGTH = 4096
 """Tokens in a sequence where `max_seq_length` is not given."""
+_DTYPES = {2: "bfloat16", 4: "float32"}
 METHODS = ("full", "lora", "qlora")
 _ALONE = TrainingRun()
 
@@ -110,7 +113,7 @@ def _update(plan: Plan, flags: FlatArguments, run: TrainingRun, shares: Shares) 
     """The optimizer's step."""
     return Moment(
         name="optimizer step", activations=0, logits=0,
-        gradients=sum(count * item for count, item in trained_tensors(plan, run)) // shares.gradients,
+        gradients=sum(one.nbytes for one in trained_tensors(plan, run)) // shares.gradients,
         temporary=optimizer_temporaries(plan, flags, run) // shares.optimizer,
     )  # fmt: skip
 
@@ -173,10 +176,7 @@ def _lasting_parts(
     plan: Plan, base: DividedBase, flags: FlatArguments, run: TrainingRun, shares: Shares
 ) -> tuple[Part, ...]:
     """What is there all the time."""
-    adapter, dtype = 0, ""
-    if plan.adapter is not None:
-        trained = trained_tensors(plan, run)
-        adapter, dtype = sum(count * width for count, width in trained), {2: "bfloat16", 4: "float32"}[trained[0][1]]
+    adapter = beside_base(plan, run)
     weights = with_share("counted from the checkpoint's headers", shares.weights)
     if base.whole and shares.weights > 1:
         weights += f", {base.whole:,} bytes aside: {base.reason}"
@@ -189,8 +189,8 @@ def _lasting_parts(
         ),
         Part(
             name="adapter",
-            bytes=one_share(adapter, shares.weights),
-            origin=with_share(f"counted from the layers' shapes, in {dtype}", shares.weights),
+            bytes=one_share(sum(adapter.values()), shares.weights),
+            origin=with_share(_origin_of(adapter, plan, run), shares.weights),
         ),
         replace(optimizer, bytes=one_share(optimizer.bytes, shares.optimizer)),
         Part(
@@ -199,6 +199,17 @@ def _lasting_parts(
             origin="assumed: driver and kernels; not part of torch.cuda.max_memory_allocated",
         ),
     )
+
+
+def _origin_of(adapter: Mapping[str, int], plan: Plan, run: TrainingRun) -> str:
+    """Where an adapter's bytes come from, and which are for what where some are for more than A and B."""
+    widths = {one.kind: one.width for one in trained_tensors(plan, run)}
+    if adapter.keys() <= {"A and B"}:
+        return f"counted from the layers' shapes, in {_DTYPES[widths.get('A and B', 4)]}"
+    told = (
+        f"{kind}{f' in {_DTYPES[widths[kind]]}' if kind in widths else ''} {size:,}" for kind, size in adapter.items()
+    )
+    return f"counted from the shapes, in bytes: {', '.join(told)}"
 
 
 def _gathered_bytes(plan: Plan, base: DividedBase, setting: Setting) -> int:
@@ -222,6 +233,8 @@ def _parts_at(
         details += f", {setting.unquantised_dtype} beside 4-bit weights"
     if setting.quantised_experts:
         details += ", as many tokens for each expert"
+    if isinstance(setting.lora, PeftSetting):
+        details += "".join(f", {words}" for words in setting.lora.costs)
     if setting.checkpointing:
         details += ", gradient checkpointing"
     some = f", of {gradients:,} bytes in the end" if peak.gradients < gradients else ""

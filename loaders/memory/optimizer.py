@@ -5,26 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .sharding import with_share
-from .step.setting import wide_parameters
+from .trained import trained_tensors
 from .training_memory import Part
 from .training_run import TrainingRun
 
 if TYPE_CHECKING:
     from ..flags.declared import FlatArguments
     from ..plan.plan import Plan
-
-
-def trained_tensors(plan: Plan, run: TrainingRun) -> list[tuple[int, int]]:
-    """Number of elements, and bytes of an element as it is held, of each tensor that is trained."""
-    if plan.adapter is not None:
-        width = 2 if run.makes_bfloat16 or (run.step.adapter_dtype == "bfloat16" and not run.upcasts) else 4
-        return [(tensor.parameters, width) for tensor in plan.adapter_tensors()]
-    wide = wide_parameters(plan, run)
-    return [
-        (value.numel(), 4 if run.upcasts or name in wide else value.element_size())
-        for name, value in plan.skeleton.model.named_parameters()
-        if name not in plan.skeleton.never_trained
-    ]
 
 
 def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
@@ -41,7 +28,7 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
       the GPU only with `fused_optimizer`.
     """
     trained, sharding = trained_tensors(plan, run), run.sharding
-    elements = sum(count for count, _ in trained)
+    elements = sum(one.elements for one in trained)
     name = "optimizer states"
     if sharding is not None and not sharding.is_fsdp:
         origin = "formula: AdamW under DeepSpeed, 12 bytes a trained parameter (two states and the weight in float32)"
@@ -49,7 +36,7 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
     if plan.quantization_config is not None and run.step.named_optimizer:
         paged = "; paged: may move to the host's memory"
         if flags.use_8bit_optimizer:
-            in_8_bits = [count for count, _ in trained if count >= 4096]
+            in_8_bits = [one.elements for one in trained if one.elements >= 4096]
             in_float32 = elements - sum(in_8_bits)
             maxima = sum(-(-count // 256) for count in in_8_bits)
             size = 2 * sum(in_8_bits) + 8 * maxima + 8 * in_float32 + (2048 if in_8_bits else 0)
@@ -58,7 +45,7 @@ def optimizer_bytes(plan: Plan, flags: FlatArguments, run: TrainingRun) -> Part:
             size = 8 * elements
             origin = f"formula: bitsandbytes' AdamW, 8 bytes a trained parameter{paged}"
     else:
-        size = sum(2 * count * item for count, item in trained)
+        size = sum(2 * one.nbytes for one in trained)
         if flags.fused_optimizer:
             size += 4 * len(trained)
         origin = "formula: torch's AdamW, two states in the dtype of each trained parameter"
@@ -78,7 +65,7 @@ def optimizer_temporaries(plan: Plan, flags: FlatArguments, run: TrainingRun) ->
     """
     trained, sharding = trained_tensors(plan, run), run.sharding
     if sharding is not None and not sharding.is_fsdp:
-        return 4 * sum(count for count, _ in trained)
+        return 4 * sum(one.elements for one in trained)
     if flags.fused_optimizer or (plan.quantization_config is not None and run.step.named_optimizer):
         return 0
-    return sum(count * item for count, item in trained)
+    return sum(one.nbytes for one in trained)

@@ -51,6 +51,18 @@ class PeftSetting:
     """`bfloat16` where all that is trained has that; else A, B and the like are float32, copies as what they copy."""
 
     @property
+    def costs(self) -> tuple[str, ...]:
+        """What of it takes more than a plain adapter does in a step, in words."""
+        fields = json.loads(self.config)
+        told = {
+            "use_dora": "DoRA: the norms of each whole weight anew",
+            "modules_to_save": "saved modules",
+            "trainable_token_indices": "token rows: the whole embedding anew",
+            "target_parameters": "adapted parameters: each whole one anew",
+        }
+        return tuple(words for field, words in told.items() if fields.get(field))
+
+    @property
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Names, and what tells one from another, of all that layers of one kind have alike."""
         return iter(self.tensors)
