@@ -20,7 +20,7 @@ from ftload.loaders.memory.training_run import MixedPrecision, TrainingRun
 
 from ..cli.runs import prepare
 from .plans import make_plan
-from .test_activations import inputs_of, saved_by, write_model
+from .test_activations import TINY, inputs_of, measured_peak, saved_by, write_model
 from .test_memory import estimate, held_by, part, states_of, train
 
 BATCHES = (Batch(size=1, length=16), Batch(size=2, length=40, padded=True), Batch(size=3, length=64))
@@ -170,3 +170,36 @@ def test_other_methods_and_the_least_memory_keep_the_adapter_that_was_asked_for(
     result = estimate(plan, arguments)
     lasting = sum(part(result, name) for name in ("weights", "adapter", "optimizer states", "CUDA context"))
     assert least_bytes(plan, arguments) == lasting + result.gradient_bytes
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("strategy", ["lora", "qlora"])
+@pytest.mark.parametrize("adapter", ["dora", "head", "rows"])
+def test_peak_is_that_of_real_steps(
+    tmp_path: Path, adapter: str, strategy: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, settings = TINY["llama"]
+    # DoRA's norms of a whole weight are the peak then, in the last layer's forward pass
+    monkeypatch.setitem(TINY, "llama", (name, {**settings, "hidden_size": 512, "intermediate_size": 768}))
+    write_model(tmp_path / "model", "llama")
+    _, flags = flags_of(adapter, strategy, tmp_path)
+    prepare(tmp_path / "model", tmp_path / "out", *flags)
+    model, _ = load_prepared(tmp_path / "out")
+    plan, arguments = make_plan(tmp_path / "model", tmp_path / "plan", *flags)
+    setting = training_setting(plan, arguments, TrainingRun(mixed_precision="bf16" if autocast else "no"))
+    setting = replace(setting, attention="sdpa", device="cpu", keeps_outputs=True)
+    batch = Batch(size=2, length=64)
+    inputs = inputs_of(batch)
+
+    def step() -> None:
+        # oneDNN's kernels take room that has to do with the processor alone
+        with torch.backends.mkldnn.flags(enabled=False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                output = model(**inputs, use_cache=False)
+            output.loss.backward()
+
+    step()
+    model.zero_grad()
+    peak = Simulation(plan.skeleton.model, setting).run(batch).peak
+    assert peak.total == pytest.approx(measured_peak(step), rel=0.03)

@@ -36,6 +36,8 @@ class RecordedStep:
     """Storages saved for the backward pass, parameters, buffers and inputs left out."""
     held: int
     """When the forward pass of the last layer is done."""
+    forward_peak: int
+    """Peak until the forward pass of the last layer is done: work such as DoRA's on whole weights needs room."""
     loss_peak: int
     """Peak from the last norm's forward pass until the last layer's backward pass begins."""
     logits: int
@@ -95,6 +97,7 @@ def record_step(cut: CutModel, setting: Setting, batch: Batch, *, accumulate: bo
     return RecordedStep(
         saved=recorder.saved,
         held=recorder.held,
+        forward_peak=recorder.peaks["forward"],
         loss_peak=recorder.peaks["loss"],
         logits=0 if logits is None else logits.untyped_storage().nbytes(),
         head_gradients=recorder.head_gradients,

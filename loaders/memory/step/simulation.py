@@ -115,7 +115,11 @@ class Simulation:
         return Footprint(
             saved=saved,
             moments=(
-                Moment(name="loss", activations=held, logits=base.loss_peak - base.held, gradients=given, temporary=0),
+                Moment(
+                    # or the last layer's forward pass just before, where its work needs more room than the loss
+                    name="loss", activations=held, logits=base.loss_peak - base.held, gradients=given,
+                    temporary=max(0, base.forward_peak - base.loss_peak),
+                ),
                 *self._backward_moments(with_second, a=a, g=g, held=held, given=given),
                 Moment(
                     name="end of the backward pass", activations=0, logits=base.logits, gradients=self.gradients,
