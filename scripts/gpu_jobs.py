@@ -456,7 +456,7 @@ def encoding_rates(place: Place) -> dict[str, int]:
     there = weight.to(place.device)
     jobs: dict[str, Callable[[], object]] = {
         "ftload, one CPU thread": lambda: encode(weight),
-        "--device cuda": lambda: encode_with_bitsandbytes(weight, place.device),
+        "--device cuda": lambda: encode_with_bitsandbytes(weight, device=place.device),
         "bitsandbytes, on the GPU": lambda: quantize_4bit(there, blocksize=64, quant_type="nf4"),
     }
     rates = {}
