@@ -89,7 +89,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, experts: Experts) -> Adapt
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     model, asked = deepcopy(model), config
-    own = {id(value) for value in model.parameters()}
+    own = {id(value): value for value in model.parameters()}  # held: an id is used again once its value is gone
     config = deepcopy(config)
     for name, together in by_module(experts.packed).items():
         take_apart(model.get_submodule(name), together, empty_layer, (0,))

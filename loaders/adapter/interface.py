@@ -46,6 +46,8 @@ class BaseModel:
     """torch's name of the dtype that 4-bit codes are stored under; None where nothing is 4-bit."""
     compute_dtype: str | None
     """torch's name of the dtype that 4-bit layers compute in."""
+    training_dtype: Callable[[str], str]
+    """torch's name of the dtype in which training has what is loaded in another one."""
     new_tokens: range
     """The tokens for which rows were added to the embedding."""
 

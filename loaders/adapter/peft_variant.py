@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.tensors import TORCH_NAMES
+from ..checkpoint.tensors import DTYPE_CODES, TORCH_NAMES
 from ..decision import Decision
 from ..errors import UsageError, said_by
 from ..flags.lora_config import NEW_TOKENS
@@ -101,6 +101,13 @@ class PeftVariant:
             raise UsageError(f"PEFT refuses this adapter: {refusal}") from refusal
         if made.lost:
             raise UsageError(f"PEFT would not find `{made.lost[0]}` of this adapter again")
+        if self.changes_base:
+            # it is asked about the base before k-bit preparation, and what is copied is trained after it
+            others = {
+                name: replace(tensor, dtype=DTYPE_CODES[found.training_dtype(TORCH_NAMES[tensor.dtype])])
+                for name, tensor in made.others.items()
+            }
+            made = replace(made, others=others)
         targets = _as_made(targets, made, found, self.chooses)
         for module in made.modules.values():
             for name, shape in module.expected.items():

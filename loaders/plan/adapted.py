@@ -84,6 +84,7 @@ class AdaptedBase:
             load=load,
             packed_under=packed_under,
             compute_dtype=self.compute_dtype,
+            training_dtype=self.strategy.training_dtype,
             new_tokens=self.new_tokens,
         )
 

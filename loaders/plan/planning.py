@@ -119,6 +119,9 @@ def make_plan(
 
     turn_warnings = check_turns(tokenizer, configuration.generation.eos_token_id)
     padding = follow_tokenizer(tokenizer.tokenizer, skeleton, configuration, request, base)
+    rows = adapter.facts()["settings"].get("trainable_token_indices") if adapter is not None else None
+    if rows is not None and padding.id is not None and rows == [padding.id]:
+        warnings.append(f"the only row that is trained, {padding.id}, is that of padding, which gets no gradient")
     return Plan(
         request=request,
         strategy=strategy,

@@ -74,6 +74,8 @@ def check_training(context: Context) -> Iterator[str]:
         elif not torch.isfinite(gradient).all():
             yield f"the gradient of `{name}` is not finite"
         elif any(part in name for part in _MOVING) and not gradient.count_nonzero() and not _is_in(towers, name):
+            if _ROWS in name and {*_trained_tokens(context)} <= {context.report.embeddings.pad_token_id}:
+                continue  # embeddings give the row of padding no gradient
             yield f"the gradient of `{name}` is zero"
     optimizer.step()
     for name, parameter in trainable.items():
@@ -89,7 +91,8 @@ def check_training(context: Context) -> Iterator[str]:
     )
 
 
-_MOVING = (".lora_magnitude_vector.", ".trainable_tokens_delta.", ".modules_to_save.")
+_ROWS = ".trainable_tokens_delta."
+_MOVING = (".lora_magnitude_vector.", _ROWS, ".modules_to_save.")
 """What takes part in every step from the first one on, by what names hold: A has no gradient while B is
 zero, and a bias may have none, as the keys' has where attention is not rotary."""
 _HINT = "look at the original model, and ask `ftload doctor` whether the libraries work here"

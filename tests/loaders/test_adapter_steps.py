@@ -23,6 +23,7 @@ from ftload.loaders.progress import Silent, Stopwatch
 from ftload.loaders.steps.step import Inputs
 from ftload.loaders.write.stream import in_order, write_tensors
 
+from ..conftest import Result
 from ..parity.models import write_model
 from ..tokenizers import write_llama
 from .plans import make_plan
@@ -209,6 +210,26 @@ def test_planning_initialises_nothing(llama: Path, tmp_path: Path) -> None:
     flags = ("--use_lora", "--init_lora_weights", "orthogonal", "--lora_rank", str(10**7))
     with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes at once, `--max_memory` allows 2,000,000,000"):
         make_plan(llama, tmp_path, *flags)
+
+
+def test_copies_are_in_the_dtype_of_training(ftload: Callable[..., Result], grown: Path, tmp_path: Path) -> None:
+    """After k-bit preparation too, though PiSSA starts from the base before it; the row of padding has no gradient."""
+    warned = "the only row that is trained, 128, is that of padding, which gets no gradient"
+    for flags, dtype in (
+        (("--use_qlora", *PISSA), "F32"),
+        (("--use_qlora", *DORA), "F32"),
+        (("--use_lora", *PISSA), "BF16"),
+    ):
+        plan, _ = make_plan(grown, tmp_path, *flags, *ROWS, "--lora_rank", "4")
+        assert {tensor.name: tensor.dtype for tensor in plan.adapter_tensors() if "lm_head" in tensor.name} == {
+            "base_model.model.lm_head.weight": dtype
+        }
+        assert warned in plan.warnings
+        out = tmp_path / " ".join(flags)
+        words = ("prepare", "--model", grown, "--output_dir", out, "--lora_rank", "4")
+        assert ftload(*words, *flags, *ROWS).code == 0
+        checked = ftload("verify", out)
+        assert checked.code == 0, checked.out
 
 
 def test_what_peft_lists_is_in_order(llama: Path, tmp_path: Path) -> None:
