@@ -28,6 +28,7 @@ OF_TORCH_AND_PYTHON = {
     "_is_view", "_exit", "_checkpoint_offset", "_cdata", "_local_scalar_dense", "_to_copy", "_grouped_mm",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_softmax_backward_data", "_apply", "_modules",
+    "_register_custom_module",  # of PEFT, which documents it
 }  # fmt: skip
 """Underscore attributes of other libraries."""
 
