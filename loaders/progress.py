@@ -24,6 +24,10 @@ class Progress(Protocol):
         """This much more has been. Called from several threads, one at a time."""
         ...
 
+    def arriving(self, *, bytes: int, of: int) -> None:
+        """So many bytes of a source have arrived, of so many, beside what is written. Called as `advance` is."""
+        ...
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -35,6 +39,9 @@ class Silent:
         """Say nothing."""
 
     def advance(self, *, bytes: int, tensors: int) -> None:
+        """Say nothing."""
+
+    def arriving(self, *, bytes: int, of: int) -> None:
         """Say nothing."""
 
 

@@ -109,6 +109,9 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.knows_ranges = True
+        self.bytes_per_second: float | None = None
+        """Of all files together, as of one line; None for as fast as it goes."""
+        self._line_is_free = 0.0
         self.lock = threading.Lock()
         self._servers = [_Server(self, "hub"), _Server(self, "cdn")]
         self.endpoint, self.cdn = [f"http://127.0.0.1:{server.server_port}" for server in self._servers]
@@ -194,6 +197,15 @@ class LoopbackHub:
         if offline:
             env["HF_HUB_OFFLINE"] = "1"
         return env
+
+    def wait_for_line(self, count: int) -> None:
+        """Let so many bytes take their time."""
+        if self.bytes_per_second is None:
+            return
+        with self.lock:
+            begin = max(self._line_is_free, time.monotonic())
+            self._line_is_free = begin + count / self.bytes_per_second
+        time.sleep(max(0.0, self._line_is_free - time.monotonic()))
 
     def fault_for(self, method: str, path: str, *, content: bool) -> Fault | None:
         """The first fault of the request as a whole, or of the content that answers it; counted down."""
@@ -415,6 +427,7 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(end, begin + self.fault.break_after)
         for position in range(begin, stop, SEND_BYTES):
             piece = file.read(position, min(position + SEND_BYTES, stop))
+            self.server.hub.wait_for_line(len(piece))
             self.wfile.write(piece)
             self.record.sent += len(piece)
             if self.fault and self.fault.bytes_per_second:

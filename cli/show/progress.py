@@ -21,11 +21,12 @@ class ProgressBar:
         self._stage = "starting"
         self._task = bar.add_task(self._stage, total=None, tensors="")
         self._tensors = self._all_tensors = 0
+        self._arrived = ""
         self._library: str | None = None
 
     def stage(self, name: str) -> None:
         """Show another stage."""
-        self._stage = name
+        self._stage, self._arrived = name, ""
         self._begin(None, 0)
 
     def expect(self, *, bytes: int, tensors: int) -> None:
@@ -35,8 +36,19 @@ class ProgressBar:
     def advance(self, *, bytes: int, tensors: int) -> None:
         """Move on."""
         self._tensors += tensors
-        count = f"{self._tensors}/{self._all_tensors} tensors" if self._all_tensors else ""
-        self._bar.update(self._task, advance=bytes, tensors=count)
+        self._bar.update(self._task, advance=bytes, tensors=self._beside)
+
+    def arriving(self, *, bytes: int, of: int) -> None:
+        """Show how much of the source has arrived, beside what is written."""
+        from rich.filesize import decimal
+
+        self._arrived = f"fetched {decimal(bytes)} of {decimal(of)}" if bytes < of else ""
+        self._bar.update(self._task, tensors=self._beside)
+
+    @property
+    def _beside(self) -> str:
+        tensors = f"{self._tensors}/{self._all_tensors} tensors" if self._all_tensors else ""
+        return " · ".join(filter(None, (tensors, self._arrived)))
 
     @contextlib.contextmanager
     def importing(self, library: str) -> Iterator[None]:

@@ -57,7 +57,7 @@ class PlainReader:
             return
         dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
         size = elements * ITEM_BYTES[tensor.dtype]
-        path = self.source.root / tensor.file
+        path = self.source.place(tensor.file)
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(tensor.begin)

@@ -101,6 +101,20 @@ class Plan:
         of_adapter = self.adapter is not None and self.adapter.reads_base
         return self.checkpoint.weight_files if self.model_files or of_adapter else ()
 
+    @property
+    def files_in_order(self) -> tuple[str, ...]:
+        """The checkpoint's files, as the tensors of the model need them."""
+        needed = (name for files in self.files_of.values() for name in files)
+        return tuple(dict.fromkeys((*needed, *self.checkpoint.weight_files)))
+
+    @property
+    def files_of(self) -> dict[str, tuple[str, ...]]:
+        """The checkpoint's files that each tensor of the base is made from, by its name, in the model's order."""
+        return {
+            tensor.name: tuple({part.file for source in tensor.sources for part in source.stored_in})
+            for tensor in self.skeleton.tensors
+        }
+
     def disk_bytes(self, files: Iterable[OutputFile]) -> int:
         """What some of its files take on the disk: linked ones nothing."""
         return sum(file.size for file in files if not (self.link and file.layout is None))

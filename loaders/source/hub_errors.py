@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,18 +40,42 @@ def with_retries(call: Callable[[], T]) -> T:
     return call()
 
 
+class _Quiet:
+    """Keeps the library from printing warnings, for as long as any thread is in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._level = logging.NOTSET
+
+    def __enter__(self) -> None:
+        logger = logging.getLogger("huggingface_hub")
+        with self._lock:
+            if not self._inside:
+                self._level = logger.level
+            self._inside += 1
+            if logger.level == logging.WARNING:  # its default; anything else was asked for
+                logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                logging.getLogger("huggingface_hub").setLevel(self._level)
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def hub_errors(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
     """Around every call of huggingface_hub: turn what it raises into `FtloadError`s, and keep it from printing.
 
     Its warnings hold whole URLs, signatures included, and each failure that matters is raised as well.
     """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    if level == logging.WARNING:  # its default; anything else was asked for
-        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with _quiet:
+            yield
     except (_http_error(), OSError) as error:
         raise _translate(error, model, revision, file) from error
     except (RuntimeError, ValueError) as error:
@@ -58,8 +83,6 @@ def hub_errors(model: str, revision: str | None, file: str | None = None) -> Ite
             raise
         # hf_xet's failures are RuntimeErrors; a file too large for plain HTTP is a ValueError
         raise _download_error(error, file) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _translate(error: Exception, model: str, revision: str | None, file: str | None) -> FtloadError:

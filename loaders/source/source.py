@@ -50,6 +50,8 @@ class Source:
     """As the hub tells it, or a local model's README.md."""
     notes: tuple[str, ...] = ()
     """What the user should be warned of."""
+    wait: Callable[[str], None] | None = None
+    """Waits for a file that is on its way, where some are."""
 
     def fetch(self, names: Iterable[str], on_progress: Callable[[int], None] | None = None) -> None:
         """Make the files exist under `root`; those of a local model do already.
@@ -71,6 +73,12 @@ class Source:
             elif on_progress:
                 on_progress(files[name].bytes)
 
+    def place(self, name: str) -> Path:
+        """Where a file lies, once it has arrived."""
+        if self.wait is not None:
+            self.wait(name)
+        return self.root / name
+
     def is_here(self, names: Iterable[str]) -> bool:
         """Whether all of these files exist under `root`."""
         return all((self.root / name).exists() for name in names)
@@ -87,7 +95,7 @@ class Source:
 
     def read_into(self, view: memoryview, name: str, begin: int) -> None:
         """Fill `view` with the bytes of a file from `begin` on; otherwise as `read`."""
-        path, count = self.root / name, 0
+        path, count = self.place(name), 0
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(begin)

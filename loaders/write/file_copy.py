@@ -48,7 +48,7 @@ class FileCopy:
             self._copied_until(self._size)
             self._is_durable()
         except BaseException:
-            self._fail()
+            self.fail()
             raise
 
     def copy(self) -> None:
@@ -67,7 +67,7 @@ class FileCopy:
                 os.fsync(target.fileno())
             self._is_durable()
         except BaseException:
-            self._fail()
+            self.fail()
             raise
 
     def hash(self) -> str:
@@ -146,7 +146,8 @@ class FileCopy:
             self._durable = True
             self._changed.notify_all()
 
-    def _fail(self) -> None:
+    def fail(self) -> None:
+        """Let who follows know that nothing more comes."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()

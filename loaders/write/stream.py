@@ -76,8 +76,15 @@ Task: TypeAlias = tuple[tuple[OutputFile, ...], tuple[Step, ...]]
 """What a worker takes at a time: steps, one after another, and the files that each of them writes into."""
 
 
-def in_order(files: tuple[OutputFile, ...], adapter: OutputFile | None, workers: int) -> list[Task]:
+def in_order(
+    files: tuple[OutputFile, ...],
+    adapter: OutputFile | None,
+    workers: int,
+    arrival: Callable[[Step], int] = lambda step: 0,
+) -> list[Task]:
     """Tasks, file after file, the largest step of each first; an adapter as a whole, if each step follows another.
+
+    `arrival` says in which place of all what a step reads comes from a hub: what comes first is done first.
 
     One worker initialises such an adapter, layer after layer, while the others go on, and one hashes the model's last
     file: the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the
@@ -86,7 +93,7 @@ def in_order(files: tuple[OutputFile, ...], adapter: OutputFile | None, workers:
     by_base = {step.beside: step for step in adapter.steps if step.beside is not None} if adapter is not None else {}
     order: list[Task] = []
     for file in files:
-        for step in sorted(file.steps, key=lambda step: -step.nbytes) if file is not adapter else ():
+        for step in sorted(file.steps, key=lambda step: (arrival(step), -step.nbytes)) if file is not adapter else ():
             if step in by_base and adapter is not None:
                 # the adapter's step is carried out even if its file is finished: it writes the base's tensor
                 order.append((tuple(of for of in (adapter, file) if of in files), (by_base.pop(step),)))
@@ -152,7 +159,7 @@ class _Execution:
             for file in self._files
             if file.layout is not None
         }
-        work = in_order(tuple(writers), self._plan.adapter_file, self._plan.workers)
+        work = in_order(tuple(writers), self._plan.adapter_file, self._plan.workers, self._arrival())
         sink = _Sink(writers.values())
         tasks = [
             *self._copies(),
@@ -171,17 +178,30 @@ class _Execution:
                 for writer in writers.values():
                     writer.abandon()
 
+    def _arrival(self) -> Callable[[Step], int]:
+        """The place of a step's last file among those that are on their way; the same for all where none is."""
+        if self._plan.checkpoint.source.wait is None:
+            return lambda step: 0
+        places = {name: place for place, name in enumerate(self._plan.files_in_order)}
+        of_tensor = {name: max(places[file] for file in files) for name, files in self._plan.files_of.items()}
+        return lambda step: max((of_tensor.get(output.name, 0) for output in step.outputs), default=0)
+
     def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
         for file in self._files:
             if file.layout is None:
-                source = self._plan.checkpoint.source.root / file.path
                 tensors = [step.operation.source for step in file.steps if isinstance(step.operation, Cast)]
+                source = self._plan.checkpoint.source.root / file.path
                 copy = FileCopy(source, self._directory / file.path, file.size, tensors, self._advance)
                 yield self._copy, file, copy
                 yield self._hash, file, copy
 
     def _copy(self, file: OutputFile, copy: FileCopy) -> None:
+        try:
+            self._plan.checkpoint.source.place(file.path)
+        except BaseException:
+            copy.fail()
+            raise
         with disk_errors(copy.target), self._watch.working("write"):
             if self._plan.link:
                 copy.link()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ResourceError
 from ..plan.output_files import OutputFile
 from ..plan.plan import Plan
+from ..source.arrivals import Arrivals
 from ..steps.step import Encoder
 from ..system.limits import available_memory_bytes
 from .run import Run
@@ -56,12 +59,11 @@ def _write_share(
     source, progress, names = plan.checkpoint.source, run.watch.progress, plan.checkpoint.weight_files
     of_adapter = plan.adapter is not None and plan.adapter.reads_base
     reads = any(of_adapter or file is not plan.adapter_file for file in files)
+    arrivals = None
     if source.commit is not None and reads and not source.is_here(names):
-        with run.watch.stage("fetch"):
-            sizes = {file.path: file.bytes for file in source.files}
-            progress.expect(bytes=sum(sizes[name] for name in names), tensors=0)
-            source.fetch(names, lambda count: progress.advance(bytes=count, tensors=0))
-    with run.watch.stage("write"):
+        arrivals = Arrivals(source, plan.files_in_order, progress)
+        plan = replace(plan, checkpoint=replace(plan.checkpoint, source=replace(source, wait=arrivals.wait)))
+    with run.watch.stage("write"), arrivals.coming() if arrivals is not None else nullcontext():
         try:
             written = write_tensors(
                 plan, files, encode, run.staging.stage, run.watch, lambda file, digest: journal.add(file.path, digest)
@@ -69,6 +71,8 @@ def _write_share(
         except CheckpointError:
             _check_unchanged(plan)  # what was read may be of no state that it ever had
             raise
+    if arrivals is not None:
+        run.watch.stages["fetch"] = arrivals.seconds
     _check_unchanged(plan)
     return written
 
