@@ -261,6 +261,12 @@ class OwnOptions:
     )
     max_shard_size: str = field("5GB", OUTPUT, "Largest weight file, e.g. 500MB or 2GiB")
     max_memory: str = field("2GB", OUTPUT, "Memory for the tensors that are being worked on")
+    source_cache: str = field(
+        "hub",
+        MODEL,
+        "Keep weights from a hub in its cache, or (none) read them by ranges: only the output takes disk",
+        choices=("hub", "none"),
+    )
     allow_pickle: bool = field(False, MODEL, "Read .bin files where there is no safetensors file")
     merge_adapter: list[str] | None = field(
         None,

@@ -44,6 +44,8 @@ class Request:
     config_name: str | None
     config_overrides: Mapping[str, Any]
     trust_remote_code: bool
+    source_cache: str
+    """`hub`, or `none`: weights from a hub are read by ranges and never lie on this disk."""
     allow_pickle: bool
     dequantize: bool
     """Whether weights that transformers would load packed are decoded."""
@@ -162,6 +164,7 @@ def resolve_request(arguments: Arguments) -> Request:
         config_name=flat.config_name,
         config_overrides=_overrides(flat.additional_model_arguments),
         trust_remote_code=arguments.tokenizer.trust_remote_code,
+        source_cache=own.source_cache,
         allow_pickle=own.allow_pickle,
         dequantize=own.dequantize,
         strategy=strategy,

@@ -15,7 +15,7 @@ from ..source.source import Source
 from ..system.versions import ftload_version, versions
 
 _NO_PART_IN_THE_RESULT = frozenset(
-    {"arguments", "decisions", "max_memory_bytes", "overwrite", "strict", "tokenizer", "warnings"}
+    {"arguments", "decisions", "max_memory_bytes", "overwrite", "source_cache", "strict", "tokenizer", "warnings"}
 )
 _SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 """Files of a model that can have a part in what is written."""

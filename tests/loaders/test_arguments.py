@@ -80,13 +80,14 @@ def test_own_flags_are_these_and_no_others() -> None:
         ("device", "str", "cpu", ("cpu", "cuda")),
         ("max_shard_size", "str", "5GB", ()),
         ("max_memory", "str", "2GB", ()),
+        ("source_cache", "str", "hub", ("hub", "none")),
         ("allow_pickle", "bool", False, ()),
         ("merge_adapter", "list[str] | None", None, ()),
         ("dequantize", "bool", False, ()),
         ("quiet", "bool", False, ()),
         ("debug", "bool", False, ()),
     ]
-    assert len(all_flags()) == 115
+    assert len(all_flags()) == 116
 
 
 def test_what_plan_takes_beside_them() -> None:
