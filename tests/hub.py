@@ -2,21 +2,27 @@
 
 It answers as the real one does as far as downloading goes: model info, file lists, and files by branch, tag
 or commit, where large files are redirected to a second server (another origin, as a CDN is) that must never
-see a token. It keeps a record of every request, and misbehaves on demand.
+see a token, by addresses that are signed and may expire. It keeps a record of every request, and misbehaves on demand.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from email.message import Message
 from fnmatch import fnmatch
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +31,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".h5", ".onnx")
-SEND_BYTES = 64 * 1024
+SEND_BYTES = 1024 * 1024
+MOST_SENT_BYTES = 4 * SEND_BYTES
+TRICKLE_BYTES = 64 * 1024
+ZEROS = bytes(MOST_SENT_BYTES)
+"""For holes in files, from which the kernel reads no faster than from a disk."""
+PIECE_SECONDS = 0.002
+"""What a throttled line carries at a time."""
+CATCH_UP_SECONDS = 0.02
+"""A throttled line that fell behind, because the machine woke it late, may be faster for as much as this."""
 
 
 @dataclass
@@ -46,18 +60,30 @@ class Request:
 
 @dataclass
 class File:
-    """One file of a commit, in memory or on disk."""
+    """One file of a commit, in memory or on disk, which is not read before it is asked for."""
 
     content: bytes | Path
-    size: int = field(init=False)
-    sha256: str = field(init=False)
-    blob_id: str = field(init=False)
+    known_size: int | None = None
+    known_sha256: str | None = None
+    """For files too large to be read for it."""
 
-    def __post_init__(self) -> None:
-        data = self.read(0, None)
-        self.size = len(data)
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        self.blob_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    @cached_property
+    def size(self) -> int:
+        if self.known_size is not None:
+            return self.known_size
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        return self.known_sha256 or self._digest("sha256")
+
+    @cached_property
+    def blob_id(self) -> str:
+        """What git calls it; of one whose hash was given, git has a pointer alone."""
+        if self.known_sha256:
+            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+            return File(pointer.encode()).blob_id
+        return self._digest("sha1", b"blob %d\0" % self.size)
 
     def read(self, begin: int, end: int | None) -> bytes:
         if isinstance(self.content, bytes):
@@ -65,6 +91,12 @@ class File:
         with self.content.open("rb") as file:
             file.seek(begin)
             return file.read(-1 if end is None else end - begin)
+
+    def _digest(self, algorithm: str, begin: bytes = b"") -> str:
+        digest = hashlib.new(algorithm, begin)
+        for position in range(0, self.size, 16 * SEND_BYTES):
+            digest.update(self.read(position, position + 16 * SEND_BYTES))
+        return digest.hexdigest()
 
 
 @dataclass
@@ -84,17 +116,27 @@ class Repo:
         return next((commit for commit in self.commits if commit.startswith(revision)), None)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Fault:
-    """How requests that match go wrong, `times` times (None: always)."""
+    """How requests that match go wrong, as `LoopbackHub.misbehave` says."""
 
     path: str
     methods: tuple[str, ...]
+    after: int
     times: int | None
     status: int | None
-    break_after: int | None
-    bytes_per_second: float | None
     body: bytes | None
+    retry_after: int | None
+    break_after: int | Callable[[int], int] | None
+    reset: bool
+    hold: threading.Event | None
+    bytes_per_second: float | None
+    instead: File | None
+    total: int | None
+
+    @property
+    def of_content(self) -> bool:
+        return self.status is None and self.body is None
 
 
 class LoopbackHub:
@@ -112,6 +154,11 @@ class LoopbackHub:
         self.bytes_per_second: float | None = None
         """Of all files together, as of one line; None for as fast as it goes."""
         self._line_is_free = 0.0
+        self.uses_of_an_address: int | None = None
+        """How often the CDN serves a signed address before that has expired; None for as often as one likes."""
+        self._signatures = 0
+        self._expired_until = 0
+        self._uses: Counter[int] = Counter()
         self.lock = threading.Lock()
         self._servers = [_Server(self, "hub"), _Server(self, "cdn")]
         self.endpoint, self.cdn = [f"http://127.0.0.1:{server.server_port}" for server in self._servers]
@@ -134,7 +181,7 @@ class LoopbackHub:
     def add(
         self,
         repo_id: str,
-        files: Mapping[str, bytes] | Path,
+        files: Mapping[str, bytes | Path | File] | Path,
         *,
         branch: str = "main",
         tags: tuple[str, ...] = (),
@@ -145,7 +192,7 @@ class LoopbackHub:
             found = sorted(path for path in files.rglob("*") if path.is_file())
             content = {path.relative_to(files).as_posix(): File(path) for path in found}
         else:
-            content = {name: File(data) for name, data in files.items()}
+            content = {name: data if isinstance(data, File) else File(data) for name, data in files.items()}
         repo = self.repos.setdefault(repo_id, Repo(access=access))
         state = json.dumps([repo_id, len(repo.commits), sorted((n, f.sha256) for n, f in content.items())])
         commit = hashlib.sha1(state.encode()).hexdigest()
@@ -159,19 +206,67 @@ class LoopbackHub:
         path: str,
         *,
         methods: tuple[str, ...] = ("GET",),
+        after: int = 0,
         times: int | None = None,
         status: int | None = None,
-        break_after: int | None = None,
-        bytes_per_second: float | None = None,
         body: bytes | None = None,
+        retry_after: int | None = None,
+        break_after: int | Callable[[int], int] | None = None,
+        reset: bool = False,
+        hold: threading.Event | None = None,
+        bytes_per_second: float | None = None,
+        instead: bytes | Path | None = None,
+        total: int | None = None,
     ) -> None:
-        """Make requests whose path matches the pattern go wrong.
+        """Make requests whose path matches the pattern go wrong: all of them but the first `after`, `times` times.
 
-        They are answered with `status`, or with `body`; or, where a file's content is sent, the connection
-        ends after `break_after` bytes or they trickle. The content of a large file comes from the CDN, at
-        `/<sha256>/<path>`: `*/model.safetensors` matches on both servers.
+        They are answered with `status` (and `retry_after` seconds in its header), or with `body`. Or, where a file's
+        content is sent: the connection ends after `break_after` bytes, or what this says of the bytes asked for, in
+        good order or with a `reset`; there, or else before the first byte, it waits until `hold` is set, and then goes
+        on; bytes trickle; other content is sent `instead`, with its own ETag; or Content-Range tells another `total`.
+
+        The content of a large file comes from the CDN, at `/<sha256>/<path>`: `*/model.safetensors` matches on both
+        servers.
         """
-        self.faults.append(Fault(path, methods, times, status, break_after, bytes_per_second, body))
+        self.faults.append(
+            Fault(
+                path=path,
+                methods=methods,
+                after=after,
+                times=times,
+                status=status,
+                body=body,
+                retry_after=retry_after,
+                break_after=break_after,
+                reset=reset,
+                hold=hold,
+                bytes_per_second=bytes_per_second,
+                instead=None if instead is None else File(instead),
+                total=total,
+            )
+        )
+
+    def expire_addresses(self) -> None:
+        """Signed addresses that were given out so far are refused from now on."""
+        with self.lock:
+            self._expired_until = self._signatures
+
+    def sign(self) -> str:
+        """The signature of a new address."""
+        with self.lock:
+            self._signatures += 1
+            return f"secret-{self._signatures}"
+
+    def is_valid(self, signature: str) -> bool:
+        """Whether an address with this signature is served once more."""
+        match = re.fullmatch(r"secret-(\d+)", signature)
+        if not match:
+            return False
+        number = int(match[1])
+        with self.lock:
+            self._uses[number] += 1
+            allowed = self.uses_of_an_address
+            return number > self._expired_until and (allowed is None or self._uses[number] <= allowed)
 
     def forget(self) -> None:
         """Drop the record of requests and the faults."""
@@ -203,18 +298,27 @@ class LoopbackHub:
         if self.bytes_per_second is None:
             return
         with self.lock:
-            begin = max(self._line_is_free, time.monotonic())
-            self._line_is_free = begin + count / self.bytes_per_second
-        time.sleep(max(0.0, self._line_is_free - time.monotonic()))
+            begin = max(self._line_is_free, time.monotonic() - CATCH_UP_SECONDS)
+            end = self._line_is_free = begin + count / self.bytes_per_second
+        time.sleep(max(0.0, end - time.monotonic()))
+
+    @property
+    def piece_bytes(self) -> int:
+        """How many bytes are sent at a time."""
+        if self.bytes_per_second is None:
+            return SEND_BYTES
+        return max(4096, min(MOST_SENT_BYTES, int(self.bytes_per_second * PIECE_SECONDS)))
 
     def fault_for(self, method: str, path: str, *, content: bool) -> Fault | None:
         """The first fault of the request as a whole, or of the content that answers it; counted down."""
         with self.lock:
             for fault in self.faults:
-                of_content = fault.status is None and fault.body is None
-                if of_content is not content or method not in fault.methods or fault.times == 0:
+                if fault.of_content is not content or method not in fault.methods or fault.times == 0:
                     continue
                 if fnmatch(path, fault.path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     if fault.times:
                         fault.times -= 1
                     return fault
@@ -223,6 +327,7 @@ class LoopbackHub:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, hub: LoopbackHub, name: Literal["hub", "cdn"]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -278,7 +383,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault_for(self.command, path, content=False)
         try:
             if fault:
-                self.send(fault.status or 200, fault.body or b"told to fail", {"Content-Type": "text/html"})
+                headers = {"Content-Type": "text/html"}
+                if fault.retry_after is not None:
+                    headers["Retry-After"] = str(fault.retry_after)
+                self.send(fault.status or 200, fault.body or b"told to fail", headers)
             elif self.server.name == "cdn":
                 self.send_cdn(path)
             elif url.path.startswith("/api/"):
@@ -335,11 +443,15 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": commit,
             "X-Linked-Size": str(file.size),
             "X-Linked-Etag": f'"{file.sha256}"',
-            "Location": f"{self.server.hub.cdn}/{file.sha256}/{match['name']}?Signature=secret-of-the-url",
+            "Location": f"{self.server.hub.cdn}/{file.sha256}/{match['name']}?Signature={self.server.hub.sign()}",
         }
         self.send(302, b"", headers)
 
     def send_cdn(self, path: str) -> None:
+        (signature,) = parse_qs(urlsplit(self.path).query).get("Signature", [""])
+        if not self.server.hub.is_valid(signature):
+            self.send(403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>", {})
+            return
         sha256 = path.split("/")[1]
         repos = self.server.hub.repos.values()
         for file in (file for repo in repos for files in repo.commits.values() for file in files.values()):
@@ -393,6 +505,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_content(self, file: File, headers: dict[str, str]) -> None:
         self.fault = self.server.hub.fault_for(self.command, self.record.path, content=True)
+        if self.fault and self.fault.instead:
+            file = self.fault.instead
+            headers |= {"ETag": f'"{file.sha256}"'}
+        total = self.fault.total if self.fault and self.fault.total is not None else file.size
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not match or not self.server.hub.knows_ranges:
             self.send(200, file, headers | {"Accept-Ranges": "bytes"}, end=file.size)
@@ -400,7 +516,7 @@ class _Handler(BaseHTTPRequestHandler):
         begin, end = int(match[1]), min(int(match[2] or file.size - 1) + 1, file.size)
         if begin >= end:
             raise _Refusal(416, None, "Range not satisfiable", **{"Content-Range": f"bytes */{file.size}"})
-        headers |= {"Content-Range": f"bytes {begin}-{end - 1}/{file.size}"}
+        headers |= {"Content-Range": f"bytes {begin}-{end - 1}/{total}"}
         self.send(206, file, headers, begin=begin, end=end)
 
     def send(
@@ -422,18 +538,50 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        stop = end
-        if self.fault and self.fault.break_after is not None:
-            stop = min(end, begin + self.fault.break_after)
-        for position in range(begin, stop, SEND_BYTES):
-            piece = file.read(position, min(position + SEND_BYTES, stop))
-            self.server.hub.wait_for_line(len(piece))
-            self.wfile.write(piece)
-            self.record.sent += len(piece)
-            if self.fault and self.fault.bytes_per_second:
-                time.sleep(len(piece) / self.fault.bytes_per_second)
-        if stop < end:
+        fault, stop = self.fault, end
+        if fault and fault.break_after is not None:
+            after = fault.break_after if isinstance(fault.break_after, int) else fault.break_after(end - begin)
+            stop = min(end, begin + after)
+        elif fault and fault.hold:
+            stop = begin
+        self.send_bytes(file, begin, stop)
+        if fault and fault.hold:
+            fault.hold.wait()
+            self.send_bytes(file, stop, end)
+        elif stop < end:
             self.close_connection = True
+            if fault and fault.reset:  # closed with nothing to linger for
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+    def send_bytes(self, file: File, begin: int, end: int) -> None:
+        """The bytes `begin` to `end`, no faster than the line and the fault allow."""
+        trickle = self.fault.bytes_per_second if self.fault else None
+        opened = nullcontext() if isinstance(file.content, bytes) else file.content.open("rb")
+        with opened as on_disk:
+            while begin < end:
+                count = min(TRICKLE_BYTES if trickle else self.server.hub.piece_bytes, end - begin)
+                self.server.hub.wait_for_line(count)
+                if on_disk is None:
+                    self.wfile.write(file.read(begin, begin + count))
+                elif _is_hole(on_disk.fileno(), begin, begin + count):
+                    self.wfile.write(memoryview(ZEROS)[:count])
+                else:
+                    count = os.sendfile(self.connection.fileno(), on_disk.fileno(), begin, count)
+                    if not count:
+                        raise OSError(f"{file.content} has become shorter")
+                begin += count
+                self.record.sent += count
+                if trickle:
+                    time.sleep(count / trickle)
+
+
+def _is_hole(file: int, begin: int, end: int) -> bool:
+    """Whether a file holds nothing but a hole between two of its positions."""
+    try:
+        return os.lseek(file, begin, os.SEEK_DATA) >= end
+    except OSError as error:
+        return error.errno == errno.ENXIO  # nothing but a hole to its end
 
 
 def _metadata(card: File | None) -> dict[str, Any]:
