@@ -83,6 +83,22 @@ class Source:
         """Whether all of these files exist under `root`."""
         return all((self.root / name).exists() for name in names)
 
+    @property
+    def blobs(self) -> Path:
+        """Where the hub's cache has the contents of a repository's files, whichever commit they are of."""
+        return self.root.parent.parent / "blobs"
+
+    def unfetched_bytes(self, names: Iterable[str]) -> int:
+        """What the hub's cache still lacks of these files; 0 of a local model."""
+        wanted = frozenset(names) if self.commit is not None else frozenset()
+        return sum(
+            file.bytes
+            for file in self.files
+            if file.path in wanted
+            and not self.is_here([file.path])
+            and not (file.sha256 is not None and (self.blobs / file.sha256).exists())
+        )
+
     def read(self, name: str, begin: int, end: int) -> bytes:
         """The bytes `begin` (first) to `end` (exclusive) of a file.
 

@@ -30,6 +30,7 @@ def write_weights(run: Run, plan: Plan, encode: Encoder | None) -> Written:
     finished = processes.agree_on("finished", staging.resume(run.fingerprint, run.watch) if run.is_first else None)
     remaining = tuple(file for file in plan.files if file.path not in finished)
     _check_room(plan, remaining, staging.stage)
+    processes.gather("room", True)  # what one of them fetches or writes would be missing to another that looks later
     with Journal(staging, run.fingerprint, rank=processes.rank) as journal:
         share = _write_share(run, plan, processes.share(remaining), encode, journal)
     written = Written.all_of(processes.gather("written", dataclasses.asdict(share)))
@@ -37,14 +38,30 @@ def write_weights(run: Run, plan: Plan, encode: Encoder | None) -> Written:
 
 
 def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> None:
-    """Raise `ResourceError` unless the disk has room for `files` and the memory for the steps."""
-    needed = plan.disk_bytes(files)
+    """Raise `ResourceError` unless disks have room for `files` and what is fetched for them, and memory for the steps.
+
+    Both may be on one disk: then it needs room for their sum.
+    """
+    files, source, output = tuple(files), plan.checkpoint.source, plan.request.output.parent
+    needed, fetched = plan.disk_bytes(files), 0
+    if plan.request.source_cache == "hub" and _reads(plan, files):
+        fetched = source.unfetched_bytes(plan.files_read)
+    words = f"the output takes {needed / 1e9:.1f} GB"
+    if fetched:
+        words += f", what is fetched {fetched / 1e9:.1f} GB in the hub's cache"
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise ResourceError(
-            f"`{plan.request.output.parent}` has {free / 1e9:.1f} GB free, the output takes {needed / 1e9:.1f} GB",
-            hint="free some disk space, or choose another --output_dir",
-        )
+        hint = "free some disk space, or choose another --output_dir"
+        raise ResourceError(f"`{output}` has {free / 1e9:.1f} GB free, {words}", hint=hint)
+    if fetched:
+        cache = next(place for place in (source.blobs, *source.blobs.parents) if place.exists())
+        shared = cache.stat().st_dev == directory.stat().st_dev
+        free = shutil.disk_usage(cache).free
+        if fetched + (needed if shared else 0) > free:
+            raise ResourceError(
+                f"`{output if shared else cache}` has {free / 1e9:.1f} GB free, {words}",
+                hint="pass --source_cache none, which keeps nothing in the cache, or free some disk space",
+            )
     available = available_memory_bytes()
     if plan.memory_bytes > available:
         raise ResourceError(
@@ -53,14 +70,18 @@ def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> Non
         )
 
 
+def _reads(plan: Plan, files: Iterable[OutputFile]) -> bool:
+    """Whether weights are read to write these files."""
+    of_adapter = plan.adapter is not None and plan.adapter.reads_base
+    return any(of_adapter or file is not plan.adapter_file for file in files)
+
+
 def _write_share(
     run: Run, plan: Plan, files: tuple[OutputFile, ...], encode: Encoder | None, journal: Journal
 ) -> Written:
     source, progress, names = plan.checkpoint.source, run.watch.progress, plan.checkpoint.weight_files
-    of_adapter = plan.adapter is not None and plan.adapter.reads_base
-    reads = any(of_adapter or file is not plan.adapter_file for file in files)
     arrivals = None
-    if source.commit is not None and reads and not source.is_here(names):
+    if source.commit is not None and _reads(plan, files) and not source.is_here(names):
         arrivals = Arrivals(source, plan.files_in_order, progress)
         plan = replace(plan, checkpoint=replace(plan.checkpoint, source=replace(source, wait=arrivals.wait)))
     with run.watch.stage("write"), arrivals.coming() if arrivals is not None else nullcontext():
