@@ -17,8 +17,9 @@ _MOST_AT_ONCE = 8
 _SETTLED_SECONDS = 1.0
 """A connection is not at its full speed at first."""
 _MEASURED_SECONDS = 1.0
-_WORTH_IT = 1.2
-"""Times as fast with one file more: less can be chance, and files that arrive together are worked on late."""
+_WORTH_IT = 0.5
+"""Of what each file brought before, from one file more: less can be chance, and files that arrive together are worked
+on late."""
 
 
 class Pace:
@@ -43,7 +44,7 @@ class Pace:
         if seconds - since < _MEASURED_SECONDS:
             return self.at_once
         rate = (arrived - before) / (seconds - since)
-        if rate < self._rate * _WORTH_IT:
+        if self._rate and rate - self._rate < self._rate / (self.at_once - 1) * _WORTH_IT:
             self.at_once -= 1
             self._is_found = True
         elif self.at_once == _MOST_AT_ONCE:
@@ -82,15 +83,22 @@ class Arrivals:
         try:
             yield
         finally:
-            with self._changed:
-                self._stopped = True
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Nothing more is needed: whoever waits is sent away."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
     def wait(self, name: str) -> None:
         """Until the file is in the cache; at once for one that is not among these. Raises what its download raised."""
+        if name not in self._names:
+            return
         with self._changed:
-            self._changed.wait_for(lambda: self._error or name in self._here or name not in self._names)
-            if name not in self._here and self._error is not None:
-                raise self._error
+            self._changed.wait_for(lambda: self._error or self._stopped or name in self._here)
+            if name not in self._here:
+                raise self._error or _Abandoned
 
     def _go_on(self) -> None:
         """Begin as many downloads as may run."""
@@ -128,4 +136,4 @@ class Arrivals:
 
 
 class _Abandoned(Exception):
-    """Nobody waits for this file any longer."""
+    """Nobody needs this file any longer."""

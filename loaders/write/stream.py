@@ -43,11 +43,12 @@ def write_tensors(
     directory: Path,
     watch: Stopwatch,
     on_finished: Callable[[OutputFile, str], None],
+    on_stopped: Callable[[], None] = lambda: None,
 ) -> Written:
     """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
     Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` gets every
-    file that is durable, with its sha256, from the thread that finished it.
+    file that is durable, with its sha256, from the thread that finished it. `on_stopped` ends what workers wait for.
     """
     import torch
 
@@ -64,7 +65,7 @@ def write_tensors(
             if plan.grown and plan.request.embedding_init == "reference":
                 inputs = replace(inputs, new_rows=_draw_new_rows(plan.skeleton, inputs, plan.grown))
             with PeakMemory() as peak:
-                execution = _Execution(plan, files, directory, inputs, on_finished)
+                execution = _Execution(plan, files, directory, inputs, on_finished, on_stopped)
                 execution.run()
             seconds = {kind: watch.work.get(kind, 0.0) for kind in WORK}
             return Written(hashes=execution.hashes, seconds=seconds, peak_anonymous_bytes=peak.anonymous_bytes)
@@ -140,9 +141,11 @@ class _Execution:
         directory: Path,
         inputs: Inputs,
         on_finished: Callable[[OutputFile, str], None],
+        on_stopped: Callable[[], None],
     ) -> None:
         self._plan = plan
         self._on_finished = on_finished
+        self._on_stopped = on_stopped
         self._files = files
         self._directory = directory
         self._inputs = inputs
@@ -174,6 +177,7 @@ class _Execution:
                         future.result()
             finally:
                 self._stopped.set()
+                self._on_stopped()
                 pool.shutdown(cancel_futures=True)
                 for writer in writers.values():
                     writer.abandon()
@@ -187,8 +191,12 @@ class _Execution:
         return lambda step: max((of_tensor.get(output.name, 0) for output in step.outputs), default=0)
 
     def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
-        """Files that are taken over whole: each is copied by one worker and, after it, hashed by another."""
-        for file in self._files:
+        """Files that are taken over whole: each is copied by one worker and, after it, hashed by another.
+
+        They come from a hub as the model needs them, whatever their names.
+        """
+        places = {name: place for place, name in enumerate(self._plan.files_in_order)}
+        for file in sorted(self._files, key=lambda file: places.get(file.path, 0)):
             if file.layout is None:
                 tensors = [step.operation.source for step in file.steps if isinstance(step.operation, Cast)]
                 source = self._plan.checkpoint.source.root / file.path

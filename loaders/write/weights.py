@@ -87,7 +87,13 @@ def _write_share(
     with run.watch.stage("write"), arrivals.coming() if arrivals is not None else nullcontext():
         try:
             written = write_tensors(
-                plan, files, encode, run.staging.stage, run.watch, lambda file, digest: journal.add(file.path, digest)
+                plan,
+                files,
+                encode,
+                run.staging.stage,
+                run.watch,
+                lambda file, digest: journal.add(file.path, digest),
+                arrivals.abandon if arrivals is not None else lambda: None,
             )
         except CheckpointError:
             _check_unchanged(plan)  # what was read may be of no state that it ever had

@@ -7,19 +7,32 @@ import pty
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ftload.cli.show.progress import ProgressBar
 from ftload.loaders.flags.command_line import parse_arguments
 from ftload.loaders.prepare import prepare
 from ftload.loaders.verify.verify import verify
+from rich.filesize import decimal
 
+from ..conftest import ROWS
+from ..hub import LoopbackHub
+from ..parity.models import write_model
+from ..tokenizers import write_llama
 from .runs import headers, without_colours
 
 
-def run(*words: str | Path) -> str:
-    """What a command that succeeds writes on a terminal of 160 columns, one state after another."""
+def run(
+    *words: str | Path, env: Mapping[str, str] = os.environ, on_seen: Callable[[str], None] = lambda text: None
+) -> str:
+    """What a command that succeeds writes on a terminal of 160 columns, one state after another.
+
+    `on_seen` gets all of it so far, each time that there is more.
+    """
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"}
+    environment = {**env, "TERM": "xterm-256color", "COLUMNS": "160"}
     command = [sys.executable, "-m", "ftload.cli", *map(str, words)]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -32,6 +45,7 @@ def run(*words: str | Path) -> str:
         if not piece:
             break
         seen += piece
+        on_seen(without_colours(seen.decode(errors="ignore")))
     os.close(ours)
     text = without_colours(seen.decode())
     assert process.wait(60) == 0, text[-2000:]
@@ -47,6 +61,59 @@ def test_progress_at_a_terminal(llama: Path, tmp_path: Path) -> None:
     assert "importing transformers" in text
     assert "fetch" not in text
     assert text.rstrip().endswith(f"model, tokenizer = load_prepared({str(tmp_path / 'out')!r})")
+
+
+def test_what_arrives_is_shown_beside_what_is_written(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_model(model, "llama", vocab_size=ROWS, dtype="bfloat16", shards=True)
+    write_llama(model)
+    sizes = [path.stat().st_size for path in sorted(model.glob("*.safetensors"))]
+    fetched, goes_on = f"fetched {decimal(sum(sizes[:-1]))} of {decimal(sum(sizes))}", threading.Event()
+    with LoopbackHub() as hub:
+        hub.add("org/model", model)
+        # the header comes, the file waits until what came before it is seen
+        hub.misbehave(f"*-0000{len(sizes)}-of-*", after=1, hold=goes_on)
+        text = run(
+            *("prepare", "--model", "org/model", "--output_dir", tmp_path / "out", "--use_qlora"),
+            env=hub.env(tmp_path / "home"),
+            on_seen=lambda text: goes_on.set() if re.search(rf"tensors · {fetched}", text) else None,
+        )
+    assert re.search(rf"write [^\r\n]* \d+/\d+ tensors · {fetched} ", text)
+
+
+def test_the_bar_shows_what_arrives_until_all_has() -> None:
+    shown: list[str] = []
+
+    class Bar:
+        def add_task(self, description: str, **_: object) -> int:
+            return 0
+
+        def update(self, task: int, *, tensors: str | None = None, **_: object) -> None:
+            if tensors is not None:
+                shown.append(tensors)
+
+        def remove_task(self, task: int) -> None:
+            shown.clear()
+
+        def refresh(self) -> None:
+            pass
+
+    bar = ProgressBar(Bar())  # pyright: ignore[reportArgumentType]
+    bar.stage("write")
+    bar.arriving(bytes=0, of=2_500_000)
+    bar.expect(bytes=1000, tensors=28)
+    bar.advance(bytes=10, tensors=1)
+    bar.arriving(bytes=1_250_000, of=2_500_000)
+    bar.advance(bytes=10, tensors=1)
+    bar.arriving(bytes=2_500_000, of=2_500_000)
+    bar.advance(bytes=10, tensors=1)
+    assert shown == [
+        "1/28 tensors · fetched 0 bytes of 2.5 MB",
+        "1/28 tensors · fetched 1.2 MB of 2.5 MB",
+        "2/28 tensors · fetched 1.2 MB of 2.5 MB",
+        "2/28 tensors",
+        "3/28 tensors",
+    ]
 
 
 class Recorded:
@@ -65,6 +132,9 @@ class Recorded:
         done = self.stages[-1][2]
         done[0] += bytes
         done[1] += tensors
+
+    def arriving(self, *, bytes: int, of: int) -> None:
+        raise AssertionError("nothing comes from anywhere")
 
 
 def test_what_has_an_end_comes_to_it(llama: Path, tmp_path: Path) -> None:
