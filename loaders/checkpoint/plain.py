@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, SourceError
 from ..source.source import Source
 from .tensors import ITEM_BYTES, TORCH_NAMES, TensorMeta
 
@@ -57,20 +56,15 @@ class PlainReader:
             return
         dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
         size = elements * ITEM_BYTES[tensor.dtype]
-        path = self.source.place(tensor.file)
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(tensor.begin)
-                for begin in range(tensor.begin, tensor.end, size):
-                    count = min(size, tensor.end - begin)
-                    if buffer is None or len(buffer) < count:
-                        view = memoryview(bytearray(count))
-                    else:
-                        view = memoryview(buffer)[:count]
-                    _read_exactly(file.readinto, view, tensor)
-                    yield torch.frombuffer(view, dtype=dtype)
-        except OSError as error:
-            raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+        with self.source.opened(tensor.file) as read:
+            for begin in range(tensor.begin, tensor.end, size):
+                count = min(size, tensor.end - begin)
+                if buffer is None or len(buffer) < count:
+                    view = memoryview(bytearray(count))
+                else:
+                    view = memoryview(buffer)[:count]
+                read(view, begin)
+                yield torch.frombuffer(view, dtype=dtype)
 
     def _span(self, tensor: TensorMeta) -> Tensor:
         """All bytes that a tensor with strides lies in, as elements."""
@@ -89,14 +83,3 @@ def _scattered(shape: tuple[int, ...], strides: tuple[int, ...], begin: int, end
         index += rest % size * stride
         rest //= size
     return index
-
-
-def _read_exactly(readinto: Callable[[memoryview], int | None], view: memoryview, tensor: TensorMeta) -> None:
-    while view:
-        count = readinto(view)
-        if not count:
-            raise CheckpointError(
-                f"`{tensor.file}` ends within tensor `{tensor.name}`",
-                hint="the file changed while it was read",
-            )
-        view = view[count:]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.interface import Adapter
 from ..adapter.targets import Targets
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.tensors import TORCH_NAMES
+from ..checkpoint.tensors import TORCH_NAMES, TensorMeta
 from ..decision import Decision
 from ..flags.request import Request
 from ..liger import Kernels
@@ -73,6 +73,8 @@ class Plan:
     """Threads that carry out steps."""
     chunk_bytes: int
     """What a step reads at once."""
+    read_ahead_bytes: int
+    """What is held of weights on a hub that are not kept in its cache; 0 for all others."""
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
 
@@ -104,14 +106,14 @@ class Plan:
     @property
     def files_in_order(self) -> tuple[str, ...]:
         """The checkpoint's files, as the tensors of the model need them."""
-        needed = (name for files in self.files_of.values() for name in files)
+        needed = (part.file for parts in self.stored_parts.values() for part in parts)
         return tuple(dict.fromkeys((*needed, *self.checkpoint.weight_files)))
 
     @property
-    def files_of(self) -> dict[str, tuple[str, ...]]:
-        """The checkpoint's files that each tensor of the base is made from, by its name, in the model's order."""
+    def stored_parts(self) -> dict[str, tuple[TensorMeta, ...]]:
+        """The stored tensors that each tensor of the base is made from, by its name, in the model's order."""
         return {
-            tensor.name: tuple({part.file for source in tensor.sources for part in source.stored_in})
+            tensor.name: tuple(part for source in tensor.sources for part in source.stored_in)
             for tensor in self.skeleton.tensors
         }
 
@@ -123,7 +125,7 @@ class Plan:
     def memory_bytes(self) -> int:
         """What the steps that run at a time allocate at most, within the budget."""
         needs = [step.operation.memory(self.chunk_bytes) for file in self.files if file.layout for step in file.steps]
-        return min(self.request.max_memory_bytes, sum(nlargest(self.workers, needs)))
+        return min(self.request.max_memory_bytes, sum(nlargest(self.workers, needs)) + self.read_ahead_bytes)
 
     @property
     def encodes(self) -> bool:

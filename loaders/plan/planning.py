@@ -115,7 +115,11 @@ def make_plan(
                 decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     workers = count_workers()
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
-    _check_memory(request, (*model_files, *((adapter_weights,) if adapter_weights else ())), chunk_bytes)
+    is_remote = not checkpoint.source.cached and not checkpoint.source.is_here(checkpoint.weight_files)
+    read_ahead_bytes = min(_READ_AHEAD_BYTES, request.max_memory_bytes // 4) if is_remote else 0
+    _check_memory(
+        request, (*model_files, *((adapter_weights,) if adapter_weights else ())), chunk_bytes, read_ahead_bytes
+    )
 
     turn_warnings = check_turns(tokenizer, configuration.generation.eos_token_id)
     padding = follow_tokenizer(tokenizer.tokenizer, skeleton, configuration, request, base)
@@ -147,6 +151,7 @@ def make_plan(
         kernels=kernels,
         workers=workers,
         chunk_bytes=chunk_bytes,
+        read_ahead_bytes=read_ahead_bytes,
         decisions=(*_source_decisions(request, sources, adapter), *tokenizer.decisions, *padding.decisions, *decisions),
         warnings=(
             *checkpoint.source.notes,
@@ -169,6 +174,8 @@ def count_workers() -> int:
 _CHUNK_BYTES = 2 * 1024 * 1024
 """Small enough to stay in a processor's cache between reading, encoding and writing."""
 _LEAST_CHUNK_BYTES = 64 * 1024
+_READ_AHEAD_BYTES = 256 * 1024 * 1024
+"""Of weights on a hub: eight requests of 32 MiB at once. No more than a quarter of `--max_memory`."""
 
 
 def _groups(tensors: Iterable[ModelTensor]) -> Iterator[tuple[ModelTensor, ...]]:
@@ -216,12 +223,14 @@ def _source_decisions(request: Request, sources: Sources, adapter: Adapter | Non
         )
 
 
-def _check_memory(request: Request, files: Iterable[OutputFile], chunk_bytes: int) -> None:
-    """Raise `ResourceError` where one step takes more than `--max_memory` allows."""
+def _check_memory(request: Request, files: Iterable[OutputFile], chunk_bytes: int, read_ahead_bytes: int) -> None:
+    """Raise `ResourceError` where one step takes more than `--max_memory` allows beside what is read ahead."""
     needs = [(step.operation.memory(chunk_bytes), step.outputs[0].name) for file in files for step in file.steps]
     need, name = max(needs, default=(0, ""))
-    if need > request.max_memory_bytes:
+    if need + read_ahead_bytes > request.max_memory_bytes:
+        enough = need if not read_ahead_bytes else min(need + _READ_AHEAD_BYTES, need * 4 // 3 + 1)
+        ahead = f" and {read_ahead_bytes:,} for reading ahead" if read_ahead_bytes else ""
         raise ResourceError(
-            f"tensor `{name}` needs {need:,} bytes at once, `--max_memory` allows {request.max_memory_bytes:,}",
-            hint=f"pass --max_memory {-(-need // 10**6)}MB or more",
+            f"tensor `{name}` needs {need:,} bytes at once{ahead}, `--max_memory` allows {request.max_memory_bytes:,}",
+            hint=f"pass --max_memory {-(-enough // 10**6)}MB or more",
         )

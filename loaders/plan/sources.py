@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -82,13 +82,17 @@ def resolve_sources(request: Request) -> Sources:
 def _resolve_model(request: Request, adapters: tuple[TrainedAdapter, ...]) -> Source:
     """The model that is named, or else the base of the first adapter."""
     if request.model is not None:
-        return resolve_source(request.model, request.revision)
+        return _kept(request, resolve_source(request.model, request.revision))
     first = adapters[0]
     if first.base is None:
         raise CheckpointError(f"the adapter `{first.name}` does not name its base", hint="name it with --model")
     try:
-        return resolve_source(first.base, request.revision or first.base_revision)
+        return _kept(request, resolve_source(first.base, request.revision or first.base_revision))
     except SourceError as error:
         raise SourceError(
             f"the base of the adapter `{first.name}`: {error.message}", hint="name it with --model, wherever it is now"
         ) from error
+
+
+def _kept(request: Request, source: Source) -> Source:
+    return replace(source, cached=request.source_cache == "hub" or source.kind != "hub")

@@ -19,25 +19,45 @@ from ..system.safe_text import masked
 T = TypeVar("T")
 
 RETRY_AFTER_SECONDS = (1, 2)
+_LONGEST_WAIT_SECONDS = 60
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
-def with_retries(call: Callable[[], T]) -> T:
-    """`call()`, tried again where the hub or the network fails for a moment."""
-    from huggingface_hub.errors import HfHubHTTPError
+def with_retries(call: Callable[[], T], received: Callable[[], int] = lambda: 0) -> T:
+    """`call()`, tried again where the hub or the network fails for a moment.
 
-    for seconds in RETRY_AFTER_SECONDS:
+    As long as `received` grows from one failure to the next, it gets on, and is tried again at once.
+    """
+    failures, before = 0, received()
+    while True:
         try:
             return call()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in RETRIED_STATUSES:
+        except (_http_error(), ConnectionError) as error:
+            if not _is_passing(error):
                 raise
-        except _http_error() as error:
-            # nobody is there: who has no network should not wait
-            if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+            if received() > before:
+                failures, before = 0, received()
+                continue
+            if failures == len(RETRY_AFTER_SECONDS):
                 raise
-        time.sleep(seconds)
-    return call()
+            time.sleep(max(RETRY_AFTER_SECONDS[failures], _asked_to_wait(error)))
+            failures += 1
+
+
+def _is_passing(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in RETRIED_STATUSES
+    # nobody is there: who has no network should not wait
+    return type(error).__name__ not in ("ConnectError", "ConnectTimeout")
+
+
+def _asked_to_wait(error: Exception) -> int:
+    """The seconds of an answer's `Retry-After`, where it has one, and not for longer than anybody would."""
+    response = getattr(error, "response", None)
+    told = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(int(told), _LONGEST_WAIT_SECONDS) if told.isdecimal() else 0
 
 
 class _Quiet:

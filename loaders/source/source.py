@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..errors import CheckpointError, SourceError
 from .hub_download import download_file, download_range, remember_revision
@@ -23,6 +26,14 @@ class SourceFile:
     """As the hub states it, which it does for large files only; not checked here."""
     mtime_ns: int | None = None
     """When a local file was last changed, as it was listed; what a hub's cache holds never changes."""
+
+
+class ReadInto(Protocol):
+    """Reads a part of a file."""
+
+    def __call__(self, view: memoryview, name: str, begin: int, /) -> None:
+        """Fill `view` with the bytes of a file from `begin` on."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +61,12 @@ class Source:
     """As the hub tells it, or a local model's README.md."""
     notes: tuple[str, ...] = ()
     """What the user should be warned of."""
+    cached: bool = True
+    """Whether weights from a hub may lie in its cache, or are read by ranges and never lie on this disk."""
     wait: Callable[[str], None] | None = None
-    """Waits for a file that is on its way, where some are."""
+    """Waits for a file that is on its way to the cache, where some are."""
+    read_remote: ReadInto | None = None
+    """Reads weights that are on their way and come to lie nowhere, where some are."""
 
     def fetch(self, names: Iterable[str], on_progress: Callable[[int], None] | None = None) -> None:
         """Make the files exist under `root`; those of a local model do already.
@@ -73,11 +88,12 @@ class Source:
             elif on_progress:
                 on_progress(files[name].bytes)
 
-    def place(self, name: str) -> Path:
-        """Where a file lies, once it has arrived."""
+    def place(self, name: str) -> Path | None:
+        """Where a file lies, once it has arrived; None for one that comes to lie nowhere."""
         if self.wait is not None:
             self.wait(name)
-        return self.root / name
+        path = self.root / name
+        return None if self.read_remote is not None and not path.exists() else path
 
     def is_here(self, names: Iterable[str]) -> bool:
         """Whether all of these files exist under `root`."""
@@ -111,25 +127,35 @@ class Source:
 
     def read_into(self, view: memoryview, name: str, begin: int) -> None:
         """Fill `view` with the bytes of a file from `begin` on; otherwise as `read`."""
-        path, count = self.place(name), 0
+        with self.opened(name) as read:
+            read(view, begin)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Callable[[memoryview, int], None]]:
+        """A function that fills a view with the bytes of a file, from a place on; otherwise as `read`."""
+        path = self.place(name)
+        if path is None:
+            assert self.read_remote is not None
+            remote = self.read_remote
+            yield lambda view, begin: remote(view, name, begin)
+            return
         try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(begin)
-                while count < len(view) and (more := file.readinto(view[count:])):
-                    count += more
+            file = path.open("rb", buffering=0)
         except FileNotFoundError as error:
             if self.commit is None:
                 raise SourceError(f"`{path}` is missing") from error
-            data = download_range(self.model, self.commit, name, begin, begin + len(view))
-            count = len(data)
-            view[:count] = data
+            yield partial(self._download, name)
+            return
         except OSError as error:
             raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
-        if count != len(view):
-            raise CheckpointError(
-                f"`{name}` ends after {begin + count} bytes, before byte {begin + len(view)}",
-                hint="the file is incomplete: get it again",
-            )
+        with file:
+            yield partial(_fill, file, name, path)
+
+    def _download(self, name: str, view: memoryview, begin: int) -> None:
+        assert self.commit is not None
+        data = download_range(self.model, self.commit, name, begin, begin + len(view))
+        view[: len(data)] = data
+        _check_count(name, begin, len(data), len(view))
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise `CheckpointError` for a file whose size or time of modification is not what it was when listed.
@@ -147,3 +173,22 @@ class Source:
                 raise CheckpointError(
                     f"`{path}` changed while it was read", hint="run it again when nothing writes to it"
                 )
+
+
+def _fill(file: FileIO, name: str, path: Path, view: memoryview, begin: int) -> None:
+    count = 0
+    try:
+        file.seek(begin)
+        while count < len(view) and (more := file.readinto(view[count:])):
+            count += more
+    except OSError as error:
+        raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+    _check_count(name, begin, count, len(view))
+
+
+def _check_count(name: str, begin: int, count: int, wanted: int) -> None:
+    if count != wanted:
+        raise CheckpointError(
+            f"`{name}` ends after {begin + count} bytes, before byte {begin + wanted}",
+            hint="the file is incomplete: get it again",
+        )

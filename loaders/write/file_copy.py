@@ -1,4 +1,4 @@
-"""Taking over a whole file: linked, cloned or copied by the kernel, and hashed while it is copied."""
+"""Taking over a whole file: linked, cloned or copied by the kernel, or from a hub, and hashed while it is copied."""
 
 from __future__ import annotations
 
@@ -115,6 +115,23 @@ class FileCopy:
             position = tensor.end
         for begin in range(position, self._size, _HASHED_BYTES):
             yield begin, min(begin + _HASHED_BYTES, self._size), None
+
+    def receive(self, read: Callable[[memoryview, int], None]) -> None:
+        """Write what `read` fills views with, from a place on; then make it durable."""
+        try:
+            buffer = memoryview(bytearray(min(_HELD_BYTES, self._size)))
+            with self.target.open("xb", buffering=0) as target:
+                while self._copied < self._size:
+                    piece = buffer[: self._size - self._copied]
+                    read(piece, self._copied)
+                    target.write(piece)
+                    start_writing_back(target.fileno(), self._copied, len(piece))
+                    self._copied_until(self._copied + len(piece))
+                os.fsync(target.fileno())
+            self._is_durable()
+        except BaseException:
+            self.fail()
+            raise
 
     def _open_source(self) -> BinaryIO:
         try:

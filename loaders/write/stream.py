@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,7 +48,8 @@ def write_tensors(
     """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
     Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` gets every
-    file that is durable, with its sha256, from the thread that finished it. `on_stopped` ends what workers wait for.
+    file that is durable, with its sha256, from the thread that finished it. After an error
+    `on_stopped` ends what workers wait for.
     """
     import torch
 
@@ -81,11 +82,12 @@ def in_order(
     files: tuple[OutputFile, ...],
     adapter: OutputFile | None,
     workers: int,
-    arrival: Callable[[Step], int] = lambda step: 0,
+    arrival: Callable[[Step], Any] = lambda step: 0,
 ) -> list[Task]:
     """Tasks, file after file, the largest step of each first; an adapter as a whole, if each step follows another.
 
-    `arrival` says in which place of all what a step reads comes from a hub: what comes first is done first.
+    `arrival` says what place among all that comes from a hub the last has that a step reads: what comes first is done
+    first.
 
     One worker initialises such an adapter, layer after layer, while the others go on, and one hashes the model's last
     file: the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the
@@ -94,12 +96,13 @@ def in_order(
     by_base = {step.beside: step for step in adapter.steps if step.beside is not None} if adapter is not None else {}
     order: list[Task] = []
     for file in files:
-        for step in sorted(file.steps, key=lambda step: (arrival(step), -step.nbytes)) if file is not adapter else ():
+        for step in sorted(file.steps, key=lambda step: -step.nbytes) if file is not adapter else ():
             if step in by_base and adapter is not None:
                 # the adapter's step is carried out even if its file is finished: it writes the base's tensor
                 order.append((tuple(of for of in (adapter, file) if of in files), (by_base.pop(step),)))
             else:
                 order.append(((file,), (step,)))
+    order.sort(key=lambda task: max(map(arrival, task[1])))
     if adapter is None or adapter not in files:
         return order
     if not any(step.in_turn for step in adapter.steps):
@@ -151,7 +154,7 @@ class _Execution:
         self._inputs = inputs
         self._watch = inputs.watch
         self._free = threading.Condition()
-        self._free_bytes = plan.request.max_memory_bytes
+        self._free_bytes = plan.request.max_memory_bytes - plan.read_ahead_bytes
         self._stopped = threading.Event()
         self.hashes: dict[str, str] = {}
 
@@ -169,26 +172,32 @@ class _Execution:
             *((self._run, tuple(writers[file] for file in into), sink, steps) for into, steps in work),
         ]
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="ftload") as pool:
+            futures: list[Future[None]] = []
             try:
-                futures = [pool.submit(run, *arguments) for run, *arguments in tasks]
+                futures += (pool.submit(run, *arguments) for run, *arguments in tasks)
                 done, _ = wait(futures, None, FIRST_EXCEPTION)
                 for future in futures:  # until all have stopped, more may fail: the first one tells
                     if future in done:
                         future.result()
             finally:
                 self._stopped.set()
-                self._on_stopped()
+                if not all(future.done() for future in futures):
+                    self._on_stopped()
                 pool.shutdown(cancel_futures=True)
                 for writer in writers.values():
                     writer.abandon()
 
-    def _arrival(self) -> Callable[[Step], int]:
-        """The place of a step's last file among those that are on their way; the same for all where none is."""
-        if self._plan.checkpoint.source.wait is None:
-            return lambda step: 0
+    def _arrival(self) -> Callable[[Step], tuple[int, int]]:
+        """The place of a step's last file among those that are on their way, and its last byte if that counts."""
+        source = self._plan.checkpoint.source
+        if source.wait is None and source.read_remote is None:
+            return lambda step: (0, 0)
         places = {name: place for place, name in enumerate(self._plan.files_in_order)}
-        of_tensor = {name: max(places[file] for file in files) for name, files in self._plan.files_of.items()}
-        return lambda step: max((of_tensor.get(output.name, 0) for output in step.outputs), default=0)
+        last = {
+            name: max((places[part.file], part.end if source.wait is None else 0) for part in parts)
+            for name, parts in self._plan.stored_parts.items()
+        }
+        return lambda step: max((last.get(output.name, (0, 0)) for output in step.outputs), default=(0, 0))
 
     def _copies(self) -> Iterator[tuple[Callable[..., None], Any, Any]]:
         """Files that are taken over whole: each is copied by one worker and, after it, hashed by another.
@@ -205,13 +214,17 @@ class _Execution:
                 yield self._hash, file, copy
 
     def _copy(self, file: OutputFile, copy: FileCopy) -> None:
+        source = self._plan.checkpoint.source
         try:
-            self._plan.checkpoint.source.place(file.path)
+            place = source.place(file.path)
         except BaseException:
             copy.fail()
             raise
         with disk_errors(copy.target), self._watch.working("write"):
-            if self._plan.link:
+            if place is None:
+                with source.opened(file.path) as read:
+                    copy.receive(read)
+            elif self._plan.link:
                 copy.link()
             else:
                 copy.copy()

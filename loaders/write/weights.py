@@ -13,6 +13,7 @@ from ..errors import CheckpointError, ResourceError
 from ..plan.output_files import OutputFile
 from ..plan.plan import Plan
 from ..source.arrivals import Arrivals
+from ..source.blocks import Blocks, Piece
 from ..steps.step import Encoder
 from ..system.limits import available_memory_bytes
 from .run import Run
@@ -80,11 +81,16 @@ def _write_share(
     run: Run, plan: Plan, files: tuple[OutputFile, ...], encode: Encoder | None, journal: Journal
 ) -> Written:
     source, progress, names = plan.checkpoint.source, run.watch.progress, plan.checkpoint.weight_files
-    arrivals = None
+    transfer = None
     if source.commit is not None and _reads(plan, files) and not source.is_here(names):
-        arrivals = Arrivals(source, plan.files_in_order, progress)
-        plan = replace(plan, checkpoint=replace(plan.checkpoint, source=replace(source, wait=arrivals.wait)))
-    with run.watch.stage("write"), arrivals.coming() if arrivals is not None else nullcontext():
+        if source.cached:
+            transfer = Arrivals(source, plan.files_in_order, progress)
+            source = replace(source, wait=transfer.wait)
+        else:
+            transfer = Blocks(source, _pieces(plan, files), plan.read_ahead_bytes, progress)
+            source = replace(source, read_remote=transfer.read_into)
+        plan = replace(plan, checkpoint=replace(plan.checkpoint, source=source))
+    with run.watch.stage("write"), transfer.coming() if transfer is not None else nullcontext():
         try:
             written = write_tensors(
                 plan,
@@ -93,18 +99,37 @@ def _write_share(
                 run.staging.stage,
                 run.watch,
                 lambda file, digest: journal.add(file.path, digest),
-                arrivals.abandon if arrivals is not None else lambda: None,
+                transfer.abandon if transfer is not None else lambda: None,
             )
         except CheckpointError:
             _check_unchanged(plan)  # what was read may be of no state that it ever had
             raise
-    if arrivals is not None:
-        run.watch.stages["fetch"] = arrivals.seconds
+    if transfer is not None:
+        run.watch.stages["fetch"] = transfer.seconds
     _check_unchanged(plan)
     return written
 
 
+def _pieces(plan: Plan, files: tuple[OutputFile, ...]) -> list[Piece]:
+    """What is read of weights that are not in the cache, in the order of reading, for these files to be written."""
+    source = plan.checkpoint.source
+    away = {name: place for place, name in enumerate(plan.files_in_order) if not source.is_here([name])}
+    pieces = {(file.path, 0, file.size) for file in files if file.layout is None}
+    names = {output.name for file in files if file.layout is not None for step in file.steps for output in step.outputs}
+    if plan.adapter_file is not None and plan.adapter_file in files:
+        beside = (step.beside for step in plan.adapter_file.steps if step.beside is not None)
+        names |= {output.name for step in beside for output in step.outputs}
+    pieces |= {
+        (part.file, part.begin, part.end)
+        for name, parts in plan.stored_parts.items()
+        for part in parts
+        if name in names
+    }
+    return sorted((piece for piece in pieces if piece[0] in away), key=lambda piece: (away[piece[0]], piece))
+
+
 def _check_unchanged(plan: Plan) -> None:
-    plan.checkpoint.source.check_unchanged(plan.files_read)
+    source = plan.checkpoint.source
+    source.check_unchanged(name for name in plan.files_read if source.cached or source.is_here([name]))
     for merged in plan.merged.adapters:
         merged.adapter.source.check_unchanged([merged.file])

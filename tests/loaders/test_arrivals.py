@@ -244,13 +244,13 @@ IN_ORDER = [f"model-0000{part}-of-00004.safetensors" for part in (4, 3, 1, 2)]
 def test_the_files_are_needed_in_the_order_of_the_model(sharded: Path, tmp_path: Path) -> None:
     plan, _ = make_plan(sharded, tmp_path, "--use_qlora")
     assert list(plan.files_in_order) == IN_ORDER
-    assert plan.files_of["model.embed_tokens.weight"] == (IN_ORDER[0],)
-    assert plan.files_of["model.layers.1.mlp.up_proj.weight"] == (IN_ORDER[2],)
+    assert [part.file for part in plan.stored_parts["model.embed_tokens.weight"]] == [IN_ORDER[0]]
+    assert [part.file for part in plan.stored_parts["model.layers.1.mlp.up_proj.weight"]] == [IN_ORDER[2]]
 
 
 def test_what_comes_first_is_done_first(sharded: Path, tmp_path: Path) -> None:
     plan, _ = make_plan(sharded, tmp_path, "--use_qlora", "--lora_rank", "8")
-    place = {name: IN_ORDER.index(files[0]) for name, files in plan.files_of.items()}
+    place = {name: IN_ORDER.index(parts[0].file) for name, parts in plan.stored_parts.items()}
     order = in_order(plan.model_files, None, 3, lambda step: max(place.get(of.name, 0) for of in step.outputs))
     done = [(place[step.outputs[0].name], -step.nbytes) for _, (step,) in order]
     assert done == sorted(done)
@@ -310,7 +310,7 @@ def test_the_first_file_is_worked_on_before_the_last_has_come(sharded: Path, tmp
     writing = Writing(sharded, tmp_path, "--use_qlora")
     counts = dict.fromkeys(IN_ORDER, 0)
     for step in (step for file in writing.plan.model_files for step in file.steps):
-        counts[writing.plan.files_of[step.outputs[0].name][0]] += len(step.outputs)
+        counts[writing.plan.stored_parts[step.outputs[0].name][0].file] += len(step.outputs)
     # the adapter needs nothing that has to come
     done = sum(len(step.outputs) for step in writing.plan.adapter_file.steps) if writing.plan.adapter_file else 0
     writing.begin()

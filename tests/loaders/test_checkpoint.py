@@ -147,7 +147,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     checkpoint = _open(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     last = max(checkpoint.tensors.values(), key=lambda meta: meta.end)
-    with pytest.raises(CheckpointError, match=f"ends within tensor `{last.name}`"):
+    with pytest.raises(CheckpointError, match=r"` ends after \d+ bytes, before byte \d+$"):
         checkpoint.read(last)
 
 
@@ -221,7 +221,7 @@ def test_a_pickle_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     checkpoint = _open(tmp_path, allow_pickle=True)
     os.truncate(path, 4096)  # memory-mapped, this would be a SIGBUS
     for name in ("a", "b"):
-        with pytest.raises(CheckpointError, match=f"ends within tensor `{name}`"):
+        with pytest.raises(CheckpointError, match=r"` ends after \d+ bytes, before byte \d+$"):
             checkpoint.read(checkpoint.tensors[name])
 
 
