@@ -283,7 +283,10 @@ def _fit_to_machine(run: Run, plan: Plan) -> tuple[Plan, Encoder | None]:
             encode, decisions = plan.strategy.quantisation.choose_encoder(plan.request.device)
             plan = plan.decide(*decisions)
     if plan.link and plan.copied_files:
-        problem = link_problem(plan.checkpoint.source.root / plan.copied_files[0].path, run.scratch)
+        source = plan.checkpoint.source
+        # what is still to be fetched comes to where other files of its repository are
+        paths = [source.root / name for name in (plan.copied_files[0].path, *(file.path for file in source.files))]
+        problem = link_problem(next((path for path in paths if path.exists()), paths[0]), run.scratch)
         if problem is not None:
             decision = Decision(what="base", requested="link", effective="copy", reason=problem)
             plan = replace(plan, link=False).decide(decision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -158,8 +158,23 @@ def needs(plan: PlanDocument) -> tuple[tuple[str, int, str], ...]:
     return (
         ("reads", plan.needs.read_bytes, ""),
         ("disk", plan.needs.disk_bytes, " for weights, beside the tokenizer"),
+        *_cache_needs(plan),
         ("memory", plan.needs.memory_bytes, " for tensors, beside interpreter and libraries"),
     )
+
+
+def _cache_needs(plan: PlanDocument) -> Iterator[tuple[str, int, str]]:
+    """What the source takes in the hub's cache, with either value of `--source_cache`."""
+    cache, fetched, there = plan.source.cache, plan.needs.fetch_bytes, plan.needs.cached_bytes
+    if cache is None:
+        return
+    has = f", which has {format_bytes(there)}" if there else ""
+    if not fetched:
+        yield "cache", 0, f" more in the hub's cache{has}: all that is read"
+    elif cache == "none":
+        yield "cache", 0, f" more in the hub's cache{has}; {format_bytes(fetched)} with --source_cache hub"
+    else:
+        yield "cache", fetched, f" more in the hub's cache{has}; 0 with --source_cache none"
 
 
 def weight_bytes(files: Iterable[WrittenFile | PlannedFile]) -> int:

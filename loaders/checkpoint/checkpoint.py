@@ -144,7 +144,7 @@ def open_checkpoint(source: Source, *, allow_pickle: bool, strict: bool = True, 
         hint = f"looked for {SINGLE_FILE} and {INDEX_FILE}"
         if REPORT_FILE in names:
             hint = "it was prepared, and its base lies elsewhere: give that, `ftload inspect` names it"
-        raise CheckpointError(f"`{source.model}` holds no weights", hint=hint)
+        raise absent_error(source, f"`{source.model}` holds no weights", hint)
     for name in files:
         if name not in names:
             raise absent_error(source, f"`{name}` is listed in `{INDEX_FILE}` but missing", "download the model again")
@@ -168,7 +168,7 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorMeta
 
 
 def _read_index(source: Source, index: str) -> dict[str, str]:
-    weight_map = read_json(source, index).get("weight_map")
+    weight_map = read_json(source, index, fetched=True).get("weight_map")  # offline, it says which files there are
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"`{index}` has no `weight_map`")
     for name, file in weight_map.items():

@@ -81,11 +81,16 @@ def absent_error(source: Source, message: str, hint: str) -> CheckpointError | S
     return CheckpointError(message, hint=hint)
 
 
-def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in one of the source's JSON files. Raises `CheckpointError`, naming the file, for anything else."""
+def read_json(source: Source, name: str, *, most_bytes: int = MAX_JSON_BYTES, fetched: bool = False) -> dict[str, Any]:
+    """The object in one of the source's JSON files. Raises `CheckpointError`, naming the file, for anything else.
+
+    With `fetched`, it is in the cache afterwards.
+    """
     size = next(file.bytes for file in source.files if file.path == name)
     if size > most_bytes:
         raise CheckpointError(f"`{name}` is {size} bytes long")
+    if fetched:
+        source.fetch([name])
     return parse_json(source.read(name, 0, size), name)
 
 

@@ -12,6 +12,7 @@ _PASS = {
     "attention": "--use_flash_attn false",
     "base": "--base {effective}",
     "dtype of the base": "--base copy",
+    "source_cache": "--base copy",
     "lora_dropout": "--lora_dropout {effective}",
     "LoRA targets": "--lora_target_modules {effective}",
     "use_fast": "--use_fast true",

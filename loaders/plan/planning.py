@@ -113,6 +113,11 @@ def make_plan(
             if request.base == "link":
                 reason = "its tensors or their division into files change"
                 decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
+    link = request.base == "link"
+    taken_over = [file.path for file in model_files if file.layout is None]
+    if link and request.source_cache == "none" and checkpoint.source.unfetched_bytes(taken_over):
+        link, reason = False, "with `--source_cache none` its files are not on this disk"
+        decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     workers = count_workers()
     chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, request.max_memory_bytes // (8 * workers)))
     is_remote = not checkpoint.source.cached and not checkpoint.source.is_here(checkpoint.weight_files)
@@ -137,7 +142,7 @@ def make_plan(
         skeleton=skeleton,
         steps=steps,
         base=base,
-        link=request.base == "link",
+        link=link,
         model_files=model_files,
         adapter=adapter,
         targets=targets,
@@ -152,7 +157,12 @@ def make_plan(
         workers=workers,
         chunk_bytes=chunk_bytes,
         read_ahead_bytes=read_ahead_bytes,
-        decisions=(*_source_decisions(request, sources, adapter), *tokenizer.decisions, *padding.decisions, *decisions),
+        decisions=(
+            *_source_decisions(request, sources, adapter, base),
+            *tokenizer.decisions,
+            *padding.decisions,
+            *decisions,
+        ),
         warnings=(
             *checkpoint.source.notes,
             *sources.warnings,
@@ -198,8 +208,15 @@ def _left_experts(request: Request, skeleton: Skeleton, quantised: frozenset[str
     )
 
 
-def _source_decisions(request: Request, sources: Sources, adapter: Adapter | None) -> Iterator[Decision]:
+def _source_decisions(request: Request, sources: Sources, adapter: Adapter | None, base: Base) -> Iterator[Decision]:
     """What is left aside of the model's source."""
+    if base == "reference" and sources.model.kind == "hub" and request.source_cache == "none":
+        yield Decision(
+            what="source_cache",
+            requested="none",
+            effective="hub, in training",
+            reason=f"the adapter refers to `{sources.model.model}`, which comes into the cache when it is loaded",
+        )
     if sources.model.kind != "hub" and request.revision is not None:
         yield Decision(
             what="model_revision", requested=request.revision, effective="none",

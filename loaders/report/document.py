@@ -111,6 +111,9 @@ class Source:
     """As its model card tells it. Since 0.2."""
     merged: tuple[MergedAdapter, ...] = ()
     """Trained adapters that were merged into it, in order. Since 0.2."""
+    cache: Annotated[str, Keyword("enum", ("hub", "none"))] | None = None
+    """Whether weights on a hub were read in its cache, or (none) by ranges where they were not there already; null for
+    a local model, and where no weight was read. Since 0.2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,6 +375,11 @@ class Needs:
     """What writing takes."""
 
     disk_bytes: Count
+    """Of the output's weights."""
+    fetch_bytes: Count
+    """What the hub's cache takes beside that with `--source_cache hub`: weights that it lacks; nothing with `none`."""
+    cached_bytes: Count
+    """Weights that are read and in the hub's cache already."""
     memory_bytes: Count
     """For tensors, beside interpreter and libraries."""
     read_bytes: Count

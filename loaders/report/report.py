@@ -60,6 +60,7 @@ def describe(plan: Plan) -> Described:
             stored=_source_totals(plan),
             license=source.license,
             merged=tuple(_merged_adapter(merged) for merged in plan.merged.adapters),
+            cache=plan.request.source_cache if source.kind == "hub" and plan.files_read else None,
         ),
         arguments=reported_arguments(plan.request.arguments),
         base=plan.base,
@@ -112,6 +113,9 @@ def build_report(
 
 def describe_plan(plan: Plan) -> PlanDocument:
     """What `ftload plan` says: what `describe` gives, the files to be written, and what writing them takes."""
+    source = plan.checkpoint.source
+    read = sum(file.bytes for file in source.files if file.path in plan.files_read)
+    fetched = source.unfetched_bytes(plan.files_read)
     return PlanDocument(
         **_shared(describe(plan)),
         stored=tuple(
@@ -124,8 +128,10 @@ def describe_plan(plan: Plan) -> PlanDocument:
         files=tuple(document.PlannedFile(path=file.path, bytes=file.size) for file in plan.files),
         needs=document.Needs(
             disk_bytes=plan.disk_bytes(plan.files),
+            fetch_bytes=fetched,
+            cached_bytes=read - fetched if source.commit is not None else 0,
             memory_bytes=plan.memory_bytes,
-            read_bytes=sum(file.bytes for file in plan.checkpoint.source.files if file.path in plan.files_read),
+            read_bytes=read,
         ),
     )
 

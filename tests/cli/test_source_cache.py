@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ftload.loaders.report.schema import schema
+from jsonschema import Draft202012Validator
 
 from ..headers import write_headers
 from ..hub import File, LoopbackHub
@@ -63,14 +65,18 @@ def disk(directory: Path, size: str) -> Iterator[Path]:
 
 
 def run(hub: LoopbackHub, home: Path, *words: str | Path, offline: bool = False) -> tuple[int, dict[str, Any]]:
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
-    command = [sys.executable, "-m", "ftload.cli", *words, "--json"]
-    env = {**hub.env(home, offline=offline), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(word) for word in command], env=env, cwd=home.parent, capture_output=True, text=True, timeout=600
-    )
-    assert "Traceback" not in done.stderr, done.stderr
+    """Its code and its JSON."""
+    done = start(hub, home, *words, "--json", offline=offline)
     return done.returncode, json.loads(done.stdout)
+
+
+def start(hub: LoopbackHub, home: Path, *words: str | Path, offline: bool = False) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    command = [sys.executable, "-m", "ftload.cli", *map(str, words)]
+    env = {**hub.env(home, offline=offline), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=home.parent, capture_output=True, text=True, check=False, timeout=600)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 def leave_room(place: Path, size: int) -> None:
@@ -142,3 +148,153 @@ def test_what_is_in_the_cache_takes_no_more_room(small: Path, tmp_path: Path) ->
         code, answer = run(hub, place / "home", *prepare)
         assert (code, answer["error"]["kind"]) == (6, "resource")
         assert answer["error"]["message"].endswith(", what is fetched 0.0 GB in the hub's cache")
+
+
+def decided(document: dict[str, Any], what: str) -> list[tuple[str, str, str]]:
+    return [(d["requested"], d["effective"], d["reason"]) for d in document["decisions"] if d["what"] == what]
+
+
+def line(text: str, name: str) -> str | None:
+    return next((line.removeprefix(name).strip() for line in text.splitlines() if line.startswith(f"{name} ")), None)
+
+
+def test_the_plan_says_the_disk_both_ways(large: dict[str, Path | File], tmp_path: Path) -> None:
+    home, page = tmp_path / "home", tmp_path / "page.html"
+    size = large[FILE].size  # type: ignore[union-attr]
+    with LoopbackHub() as hub:
+        hub.add("org/model", large)
+        plan = ["plan", "--model", "org/model", *QLORA, "--html", page]
+        code, hubs = run(hub, home, *plan)
+        assert code == 0, hubs
+        needs = hubs["needs"]
+        assert needs["disk_bytes"] == sum(file["bytes"] for file in hubs["files"])
+        assert (needs["fetch_bytes"], needs["cached_bytes"], needs["read_bytes"]) == (size, 0, size)
+        assert hubs["source"]["cache"] == "hub"
+        assert "<dt>preparing: cache</dt><dd>3.49 GB</dd>" in page.read_text()
+        shown = start(hub, home, *plan).stdout
+        assert line(shown, "disk") == "925.54 MB for weights, beside the tokenizer"
+        assert line(shown, "cache") == "3.49 GB more in the hub's cache; 0 with --source_cache none"
+        shown = start(hub, home, *plan, "--source_cache", "none").stdout
+        assert line(shown, "disk") == "925.54 MB for weights, beside the tokenizer"
+        assert line(shown, "cache") == "0 B more in the hub's cache; 3.49 GB with --source_cache hub"
+        assert "<dt>preparing: cache</dt><dd>0 B</dd>" in page.read_text()
+        nones = run(hub, home, *plan, "--source_cache", "none")[1]
+        assert (nones["needs"], nones["source"]["cache"]) == (
+            {**needs, "memory_bytes": nones["needs"]["memory_bytes"]},
+            "none",
+        )
+
+
+def test_the_plan_says_what_is_in_the_cache_already(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with LoopbackHub() as hub:
+        write_model(tmp_path / "shards", "llama", vocab_size=4096, dtype="bfloat16", shards=True)
+        write_llama(tmp_path / "shards", vocab_size=128)
+        hub.add("org/model", tmp_path / "shards")
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / "shards").glob("*.safetensors")}
+        code, report = run(hub, home, "prepare", "--model", "org/model", "--output_dir", tmp_path / "out")
+        assert (code, report["source"]["cache"]) == (0, "hub")
+        Draft202012Validator(schema()).validate(report)
+        plan = ["plan", "--model", "org/model"]
+        for offline in (False, True):
+            whole = run(hub, home, *plan, offline=offline)[1]
+            assert (whole["needs"]["fetch_bytes"], whole["needs"]["cached_bytes"]) == (0, sum(sizes.values()))
+            assert line(start(hub, home, *plan, offline=offline).stdout, "cache") == (
+                "0 B more in the hub's cache, which has 1.17 MB: all that is read"
+            )
+        (gone,) = (home / "hub").rglob("snapshots/*/model-00001-of-*.safetensors")
+        gone.resolve().unlink()
+        gone.unlink()
+        needs = run(hub, home, *plan)[1]["needs"]
+        assert needs["fetch_bytes"] == sizes[gone.name] == sum(sizes.values()) - needs["cached_bytes"]
+        assert line(start(hub, home, *plan).stdout, "cache") == (
+            "524.42 kB more in the hub's cache, which has 649.91 kB; 0 with --source_cache none"
+        )
+        # offline, nothing can be read by ranges either
+        words = ["prepare", "--model", "org/model", "--output_dir", tmp_path / "other", "--source_cache", "none"]
+        code, answer = run(hub, home, *words, offline=True)
+        assert code == 3
+        assert answer["error"]["message"] == (
+            f"`{gone.name}` is listed in `model.safetensors.index.json` but missing in the cache"
+        )
+        assert answer["error"]["hint"] == "go online and run it again"
+        for path in (home / "hub").rglob("snapshots/*/model*"):
+            path.unlink()
+        code, answer = run(hub, home, *words, offline=True)
+        assert (code, answer["error"]["message"]) == (3, "`org/model` holds no weights in the cache")
+
+
+def test_nothing_is_said_of_a_cache_where_none_has_a_part(small: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with LoopbackHub() as hub:
+        hub.add("org/model", small)
+        for model, *flags in ([small], [small, "--source_cache", "none"], ["org/model", "--use_lora"]):
+            plan = run(
+                hub, home, "plan", "--model", model, "--base", "reference" if "--use_lora" in flags else "auto", *flags
+            )[1]
+            assert (plan["needs"]["fetch_bytes"], plan["needs"]["cached_bytes"]) == (0, 0)
+            assert plan["source"]["cache"] is None
+            assert not decided(plan, "source_cache")
+        assert line(start(hub, home, "plan", "--model", small).stdout, "cache") is None
+
+
+def test_a_base_that_is_referred_to_comes_into_the_cache_in_training(small: Path, tmp_path: Path) -> None:
+    home, flags = tmp_path / "home", ["--use_lora", "--source_cache", "none", "--use_flash_attn", "false"]
+    with LoopbackHub() as hub:
+        hub.add("org/model", small)
+        prepare = ["prepare", "--model", "org/model", "--base", "reference", "--output_dir", tmp_path / "out", *flags]
+        code, report = run(hub, home, *prepare)
+        reason = "the adapter refers to `org/model`, which comes into the cache when it is loaded"
+        assert (code, decided(report, "source_cache")) == (0, [("none", "hub, in training", reason)])
+        assert report["source"]["cache"] is None
+        assert weights_in(home) == 0
+        code, answer = run(hub, home, *prepare, "--strict")
+        assert code == 5
+        assert f"source_cache: none → hub, in training ({reason})" in answer["error"]["message"]
+        assert "pass `--base copy`" in answer["error"]["hint"]
+
+
+def test_what_is_not_on_this_disk_is_not_linked(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_model(tmp_path / "model", "llama", vocab_size=136, dtype="bfloat16")
+    write_llama(tmp_path / "model", vocab_size=128)
+    with LoopbackHub() as hub:
+        hub.add("org/model", tmp_path / "model")
+        plan = ["plan", "--model", "org/model", "--base", "link"]
+        none = run(hub, home, *plan, "--source_cache", "none")[1]
+        reason = "with `--source_cache none` its files are not on this disk"
+        assert decided(none, "base") == [("link", "copy", reason)]
+        assert none["needs"]["disk_bytes"] == (tmp_path / "model" / FILE).stat().st_size
+        hubs = run(hub, home, *plan)[1]
+        assert (decided(hubs, "base"), hubs["needs"]["disk_bytes"]) == ([], 0)
+        # fetched while it runs, and linked
+        code, report = run(hub, home, "prepare", *plan[1:], "--output_dir", tmp_path / "out")
+        (blob,) = (path for path in home.rglob("blobs/*") if path.stat().st_size > 65536)
+        assert (code, decided(report, "base")) == (0, [])
+        assert (tmp_path / "out" / FILE).samefile(blob)
+        # there, it can be linked whatever the flag says
+        none = run(hub, home, *plan, "--source_cache", "none")[1]
+        assert (decided(none, "base"), none["needs"]["disk_bytes"], none["source"]["cache"]) == ([], 0, "none")
+
+
+def test_how_the_source_is_read_has_no_part_in_the_output(small: Path, tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    with LoopbackHub() as hub:
+        hub.add("org/model", small)
+        prepare = ["prepare", "--model", "org/model", "--output_dir", out, "--use_qlora", "--min_quantized", "0"]
+        code, report = run(hub, home, *prepare)
+        assert code == 0, report
+        written = {path.name: path.stat().st_mtime_ns for path in out.rglob("*")}
+        shutil.rmtree(home)
+        sent = hub.sent("*.safetensors")
+        # up to date: the report goes on to say how the output was made, as it does of all of ftload's own flags
+        assert run(hub, home, *prepare, "--source_cache", "none") == (0, report)
+        assert (report["source"]["cache"], report["arguments"]["source_cache"]["value"]) == ("hub", "hub")
+        # and it is rewritten where a flag is recorded
+        code, told = run(hub, home, *prepare, "--source_cache", "none", "--learning_rate", "0.5")
+        assert told == {
+            **report, "arguments": {**report["arguments"], "learning_rate": {"value": 0.5, "origin": "cli"}}
+        }  # fmt: skip
+        assert hub.sent("*.safetensors") == sent
+        now = {path.name: path.stat().st_mtime_ns for path in out.rglob("*")}
+        assert {name for name, time in written.items() if now[name] != time} <= {"ftload_report.json", "README.md"}
