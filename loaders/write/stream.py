@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -84,10 +85,10 @@ def in_order(
     workers: int,
     arrival: Callable[[Step], Any] = lambda step: 0,
 ) -> list[Task]:
-    """Tasks, file after file, the largest step of each first; an adapter as a whole, if each step follows another.
+    """Tasks, the largest step of each file first; an adapter as a whole, if each step follows another.
 
-    `arrival` says what place among all that comes from a hub the last has that a step reads: what comes first is done
-    first.
+    File after file, or with many workers a few files after a few, a step of each of these in turn. `arrival` says what
+    place among all that comes from a hub the last has that a step reads: what comes first is done first.
 
     One worker initialises such an adapter, layer after layer, while the others go on, and one hashes the model's last
     file: the adapter is begun so late that both end together. As measured, a byte of it takes as long as a byte of the
@@ -95,8 +96,9 @@ def in_order(
     """
     by_base = {step.beside: step for step in adapter.steps if step.beside is not None} if adapter is not None else {}
     order: list[Task] = []
-    for file in files:
-        for step in sorted(file.steps, key=lambda step: -step.nbytes) if file is not adapter else ():
+    for group in _groups([file for file in files if file is not adapter], workers):
+        largest_first = ([(file, step) for step in sorted(file.steps, key=lambda step: -step.nbytes)] for file in group)
+        for file, step in filter(None, chain.from_iterable(zip_longest(*largest_first))):
             if step in by_base and adapter is not None:
                 # the adapter's step is carried out even if its file is finished: it writes the base's tensor
                 order.append((tuple(of for of in (adapter, file) if of in files), (by_base.pop(step),)))
@@ -116,6 +118,19 @@ def in_order(
         left -= sum(step.nbytes for step in order[place][1])
     order.insert(place, ((adapter,), adapter.steps))
     return order
+
+
+_WORKERS_A_FILE = 4
+"""A file system lets one thread at a time write into a file, and writing is a third of the work."""
+
+
+def _groups(files: Sequence[OutputFile], workers: int) -> Iterator[Sequence[OutputFile]]:
+    """Files that are written at a time: no more than such a number of workers needs, as files end later by that."""
+    if files:
+        count = -(-len(files) // max(1, workers // _WORKERS_A_FILE))
+        size = -(-len(files) // count)
+        for first in range(0, len(files), size):
+            yield files[first : first + size]
 
 
 class _Sink:

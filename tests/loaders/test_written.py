@@ -71,13 +71,13 @@ class Watched:
             watch.running.remove(need)
 
 
-def write_watched(model: Path, work: Path, *, within: bool) -> tuple[Watch, int]:
-    """Write a plan with four workers, and within the bytes that its largest step needs or not; returns these too."""
+def write_watched(model: Path, work: Path, *, within: bool, workers: int) -> tuple[Watch, int]:
+    """Write a plan with so many workers, and within the bytes that its largest step needs or not; returns these too."""
     plan, _ = make_plan(model, work, "--use_qlora", "--lora_rank", "8")
     operations = [step.operation for file in plan.files for step in file.steps]
     largest = needs(operations, plan.chunk_bytes)[-1]
     budget = largest if within else plan.request.max_memory_bytes
-    plan = replace(plan, workers=4, request=replace(plan.request, max_memory_bytes=budget))
+    plan = replace(plan, workers=workers, request=replace(plan.request, max_memory_bytes=budget))
     watch = Watch(patience=0.02 if within else 60)
     files = tuple(
         replace(file, steps=tuple(replace(step, operation=Watched(step.operation, watch)) for step in file.steps))
@@ -91,13 +91,15 @@ def write_watched(model: Path, work: Path, *, within: bool) -> tuple[Watch, int]
     return watch, largest
 
 
-def test_what_runs_at_a_time_stays_within_the_budget(llama: Path, tmp_path: Path) -> None:
-    watch, largest = write_watched(llama, tmp_path, within=True)
+@pytest.mark.parametrize("workers", [4, 64])
+def test_what_runs_at_a_time_stays_within_the_budget(llama: Path, tmp_path: Path, workers: int) -> None:
+    watch, largest = write_watched(llama, tmp_path, within=True, workers=workers)
     assert watch.most == largest
 
 
-def test_with_room_steps_run_beside_each_other(llama: Path, tmp_path: Path) -> None:
-    watch, _ = write_watched(llama, tmp_path, within=False)
+@pytest.mark.parametrize("workers", [4, 64])
+def test_with_room_steps_run_beside_each_other(llama: Path, tmp_path: Path, workers: int) -> None:
+    watch, _ = write_watched(llama, tmp_path, within=False, workers=workers)
     assert watch.most_at_a_time > 1
 
 
