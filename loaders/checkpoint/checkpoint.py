@@ -195,12 +195,15 @@ def _open_pickles(source: Source, *, allow_pickle: bool, strict: bool, dequantiz
             raise absent_error(
                 source, f"`{name}` is listed in `{PICKLE_INDEX_FILE}` but missing", "download the model again"
             )
-    # a pickle has no header that can be read alone
-    source.fetch(files)
+    if source.cached:
+        # a pickle has no header that can be read alone
+        source.fetch(files)
     stored: dict[str, TensorMeta] = {}
     loaded: dict[str, Tensor] = {}
     for name in files:
-        for key, value in read_pickle(source.root / name).items():
+        with source.file(name) as file:
+            values = read_pickle(file, name)
+        for key, value in values.items():
             if not isinstance(value, Placed):
                 loaded[key] = value
                 value = Placed(

@@ -11,8 +11,7 @@ import struct
 import sys
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from warnings import catch_warnings, simplefilter
 
 from ..errors import CheckpointError, said_by
@@ -35,24 +34,24 @@ class Placed:
     """In elements; None where they lie one after another."""
 
 
-def read_pickle(path: Path) -> dict[str, Placed | Tensor]:
-    """Unpickle a `.bin` file: plain tensors by name, placed in the file or, where that can't be, loaded.
+def read_pickle(file: BinaryIO, name: str) -> dict[str, Placed | Tensor]:
+    """Unpickle a `.bin` file, of this name: plain tensors by name, placed in it or, where that can't be, loaded.
 
     Loaded whole is what torch before 1.6 wrote, another machine's byte order, and an archive that was packed anew.
     Raises `CheckpointError` naming the file for anything but a dictionary of dense tensors.
     """
     import torch
 
-    state = _unpickle(path)
+    state = _unpickle(file, name)
     if not isinstance(state, dict):
-        raise CheckpointError(f"`{path.name}` does not hold a dictionary of tensors")
+        raise CheckpointError(f"`{name}` does not hold a dictionary of tensors")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            raise CheckpointError(f"`{path.name}`: `{key}` is not a plain tensor")
-    return {key: _place(value, path) if _is_fake(value) else value.detach() for key, value in state.items()}
+            raise CheckpointError(f"`{name}`: `{key}` is not a plain tensor")
+    return {key: _place(value, name) if _is_fake(value) else value.detach() for key, value in state.items()}
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(file: BinaryIO, name: str) -> Any:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -60,38 +59,39 @@ def _unpickle(path: Path) -> Any:
     try:
         with catch_warnings():
             simplefilter("ignore")  # a protocol that torch would not have chosen; it loads or it doesn't
-            records = _records(path)
+            records = _records(file, name)
             if records is not None:
+                file.seek(0)
                 with FakeTensorMode():
-                    state = torch.load(path, **options)
+                    state = torch.load(file, **options)
                 if _lie_in_records(state, records):
                     return state
-            return torch.load(path, **options)
+            file.seek(0)
+            return torch.load(file, **options)
     except CheckpointError:
         raise
     except Exception as error:  # torch raises many types here, none of which names the file
         raise CheckpointError(
-            f"`{path.name}` can't be loaded as plain tensors: {said_by(error)}",
+            f"`{name}` can't be loaded as plain tensors: {said_by(error)}",
             hint="it may be incomplete or hold code: convert it to safetensors",
         ) from error
 
 
-def _records(path: Path) -> dict[int, int] | None:
+def _records(file: BinaryIO, name: str) -> dict[int, int] | None:
     """Offset to length of the archive's records; None where they can't be read as they are."""
     records = {}
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return None
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"`{path.name}` is compressed", hint="convert it to safetensors")
-                if info.filename.endswith("/byteorder") and archive.read(info).decode() != sys.byteorder:
-                    return None
-                # the local header: 30 bytes, then the name and an extra field (PKWARE's APPNOTE, 4.3.7)
-                file.seek(info.header_offset + 26)
-                name, extra = struct.unpack("<HH", file.read(4))
-                records[info.header_offset + 30 + name + extra] = info.file_size
+    if file.read(4) != b"PK\3\4":
+        return None
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"`{name}` is compressed", hint="convert it to safetensors")
+            if info.filename.endswith("/byteorder") and archive.read(info).decode() != sys.byteorder:
+                return None
+            # the local header: 30 bytes, then the name and an extra field (PKWARE's APPNOTE, 4.3.7)
+            file.seek(info.header_offset + 26)
+            length, extra = struct.unpack("<HH", file.read(4))
+            records[info.header_offset + 30 + length + extra] = info.file_size
     return records
 
 
@@ -111,12 +111,12 @@ def _lie_in_records(state: Any, records: dict[int, int]) -> bool:
     return True
 
 
-def _place(value: Tensor, path: Path) -> Placed:
+def _place(value: Tensor, name: str) -> Placed:
     size = value.element_size()
     last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) if value.numel() else -1
     storage: Any = value.untyped_storage()
     if size * (value.storage_offset() + last + 1) > storage.nbytes():
-        raise CheckpointError(f"`{path.name}`: a tensor reaches beyond its data", hint="convert it to safetensors")
+        raise CheckpointError(f"`{name}`: a tensor reaches beyond its data", hint="convert it to safetensors")
     begin: int = (storage._checkpoint_offset or 0) + size * int(value.storage_offset())
     return Placed(
         shape=tuple(value.shape),

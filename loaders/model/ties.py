@@ -6,10 +6,15 @@ This is the one question whose answer is in the weights themselves, and only suc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tensors import TensorMeta
+from ..progress import Silent
+from ..source.blocks import Blocks
 from .tensor_map import Group
 from .transformers_internals import tied_weights
 
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 _COMPARED_AT_ONCE = 4 * 1024 * 1024
 """Elements of two tensors that are in memory when they are compared."""
+_HELD_BYTES = 64 * 1024 * 1024
+"""Of two tensors that are read from a hub and not kept."""
 _PIECE = 16 * 1024
 """Elements that are compared first of tensors on a hub: at the beginning, in the middle and at the end."""
 
@@ -73,9 +80,29 @@ def _are_equal(
             return "yes"
         if headers_only:
             return "undecided"
-        checkpoint.source.fetch(files)
-    one, other = (checkpoint.chunks(meta, _COMPARED_AT_ONCE) for meta in (first, second))
-    return "yes" if _all_equal(one, other, dtype) else "no"
+        if checkpoint.source.cached:
+            checkpoint.source.fetch(files)
+    with _coming(checkpoint, first, second) as checkpoint:
+        one, other = (checkpoint.chunks(meta, _COMPARED_AT_ONCE) for meta in (first, second))
+        return "yes" if _all_equal(one, other, dtype) else "no"
+
+
+@contextmanager
+def _coming(checkpoint: Checkpoint, first: TensorMeta, second: TensorMeta) -> Iterator[Checkpoint]:
+    """The checkpoint, where the two tensors can be read: from a hub side by side, if they are not kept."""
+    source = checkpoint.source
+    if source.is_here({first.file, second.file}):
+        yield checkpoint
+        return
+    walks = [
+        [(part.file, begin, min(begin + _COMPARED_AT_ONCE, part.end)) for part in tensor.stored_in
+         for begin in range(part.begin, part.end, _COMPARED_AT_ONCE)]
+        for tensor in (first, second)
+    ]  # fmt: skip
+    pieces = [piece for pair in zip_longest(*walks) for piece in pair if piece is not None]
+    blocks = Blocks(source, pieces, _HELD_BYTES, Silent())
+    with blocks.coming():
+        yield replace(checkpoint, source=replace(source, read_remote=blocks.read_into))
 
 
 def _all_equal(first: Iterable[Tensor], second: Iterable[Tensor], dtype: torch.dtype) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol
 
 from ..errors import CheckpointError, SourceError
 from .hub_download import download_file, download_range, remember_revision
 from .license import License
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +154,11 @@ class Source:
         with file:
             yield partial(_fill, file, name, path)
 
+    def file(self, name: str) -> BinaryIO:
+        """A file to read and seek in. Of one that was not fetched, only what is read is downloaded."""
+        size = next(file.bytes for file in self.files if file.path == name)
+        return io.BufferedReader(_FileOfSource(self, name, size), _FILE_BUFFER_BYTES)
+
     def _download(self, name: str, view: memoryview, begin: int) -> None:
         assert self.commit is not None
         data = download_range(self.model, self.commit, name, begin, begin + len(view))
@@ -175,7 +183,42 @@ class Source:
                 )
 
 
-def _fill(file: FileIO, name: str, path: Path, view: memoryview, begin: int) -> None:
+_FILE_BUFFER_BYTES = 256 * 1024
+"""Of a file that is read here and there: each time one request."""
+
+
+class _FileOfSource(io.RawIOBase):
+    """Reads at a position, from wherever the source has the file."""
+
+    def __init__(self, source: Source, name: str, size: int) -> None:
+        self._source = source
+        self._name = name
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._size - self._position)]
+        if view:
+            self._source.read_into(view, self._name, self._position)
+        self._position += len(view)
+        return len(view)
+
+
+def _fill(file: io.FileIO, name: str, path: Path, view: memoryview, begin: int) -> None:
     count = 0
     try:
         file.seek(begin)
