@@ -115,7 +115,7 @@ def make_plan(
                 decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     link = request.base == "link"
     taken_over = [file.path for file in model_files if file.layout is None]
-    if link and request.source_cache == "none" and checkpoint.source.unfetched_bytes(taken_over):
+    if link and request.source_cache == "none" and not checkpoint.source.is_here(taken_over):
         link, reason = False, "with `--source_cache none` its files are not on this disk"
         decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     workers = count_workers()
