@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -99,7 +99,13 @@ def run(words: list[str]) -> int:
     if "--version" in words or "-V" in words:  # every command has the same
         words = ["--version"]
     try:
-        return app(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
+        root: Any = typer.main.get_command(app)
+        named = root.commands.get(words[0]) if words else None
+        if isinstance(named, FlagsCommand):
+            # none of the root's options can be meant, and typer needs a tenth of a second to find that out
+            context: Any = typer.Context(root, info_name="ftload", **root.context_settings)
+            return named(words[1:], prog_name=words[0], parent=context, standalone_mode=False) or 0
+        return root(words or ["--help"], prog_name="ftload", standalone_mode=False) or 0
     except (Exception, SystemExit, Interrupted) as error:
         if isinstance(error, SystemExit) and error.__context__ is None:
             return int(error.code or 0)  # how typer ends after completing a word, or installing that

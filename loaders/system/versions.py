@@ -18,6 +18,7 @@ _REPORTED = (
 )  # fmt: skip
 
 
+@cache
 def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, None if there is none."""
     try:
