@@ -76,18 +76,21 @@ def encode(values: Tensor, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
 
     from .kernel import encode_bfloat16, encode_float32
 
-    flat = values.detach().reshape(-1).contiguous()
-    n = flat.numel()
+    values = values.detach() if values.requires_grad else values
+    n = values.numel()
     whole = n // BLOCK * BLOCK
     codes = _scratch((n + 1) // 2)
     absmax = np.empty(-(-n // BLOCK), np.float32)
-    if flat.dtype == torch.bfloat16:
-        bits = flat.view(torch.int16).numpy()[:whole]
+    rest = np.empty(0, np.float32)
+    # torch gives the interpreter's lock away in each of its calls, numpy does not: few of the former
+    if values.dtype == torch.bfloat16:
+        bits = values.view(torch.int16).numpy().reshape(-1)[:whole]
         finite = encode_bfloat16(bits, codes[: whole // 2], absmax, _thresholds(quant_type), _steps(quant_type))
     else:
-        wide = flat[:whole].to(torch.float32).numpy()
+        wide = values.to(torch.float32).numpy().reshape(-1)[:whole]
         finite = encode_float32(wide, codes[: whole // 2], absmax, _bounds(quant_type), _steps(quant_type))
-    rest = flat[whole:].to(torch.float32).numpy()
+    if whole < n:
+        rest = values.reshape(-1)[whole:].to(torch.float32).numpy()
     if not (finite and np.isfinite(rest).all()):
         raise ValueError("NaN or infinity")
     if whole < n:

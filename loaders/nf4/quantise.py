@@ -62,7 +62,7 @@ class Quantize:
                 inputs.read(self.source, self.dtype)  # says more of it
                 raise
             sink.write(self.name, codes)
-            all_absmax[done : done + absmax.numel()] = absmax
+            all_absmax.numpy()[done : done + absmax.numel()] = absmax.numpy()
             done += absmax.numel()
         for suffix, value in statistics(all_absmax, shape, TORCH_NAMES[self.dtype], self.kind).items():
             sink.write(self.name + suffix, value)

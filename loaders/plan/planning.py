@@ -195,7 +195,7 @@ _CHUNK_BYTES = 2 * 1024 * 1024
 """Small enough to stay in a processor's cache between reading, encoding and writing."""
 _LEAST_CHUNK_BYTES = 64 * 1024
 _WORKERS_A_CHUNK = 4
-_MOST_CHUNKS = 4
+_MOST_CHUNKS = 2
 _READ_AHEAD_BYTES = 256 * 1024 * 1024
 """Of weights on a hub: eight requests of 32 MiB at once. No more than a quarter of `--max_memory`."""
 

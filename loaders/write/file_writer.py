@@ -41,7 +41,12 @@ class FileWriter:
         """Append to a tensor; each tensor is written by one thread."""
         import torch
 
-        data = memoryview(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # torch gives the interpreter's lock away in each of its calls, of which most chunks need none
+        if values.requires_grad or not values.is_contiguous():
+            values = values.detach().contiguous()
+        if values.dtype != torch.uint8:
+            values = values.reshape(-1).view(torch.uint8)
+        data = values.numpy().reshape(-1).data
         if name in self._states:
             self._states[name] += bytes(data)
             return
