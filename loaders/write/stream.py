@@ -120,17 +120,21 @@ def in_order(
     return order
 
 
-_WORKERS_A_FILE = 4
-"""A file system lets one thread at a time write into a file, and writing is a third of the work."""
+_WORKERS_A_FILE = 8
+"""A file system lets one thread at a time write into a file; what so many encode, it takes."""
 
 
 def _groups(files: Sequence[OutputFile], workers: int) -> Iterator[Sequence[OutputFile]]:
-    """Files that are written at a time: no more than such a number of workers needs, as files end later by that."""
-    if files:
-        count = -(-len(files) // max(1, workers // _WORKERS_A_FILE))
-        size = -(-len(files) // count)
-        for first in range(0, len(files), size):
-            yield files[first : first + size]
+    """Files that are written at a time: no more than such a number of workers needs, as files end later by that.
+
+    The last one, often the smallest, is written alone, while those before it are hashed.
+    """
+    first, last = files[:-1], files[-1:]
+    count = -(-len(first) // max(1, workers // _WORKERS_A_FILE))
+    size = -(-len(first) // max(1, count))
+    for begin in range(0, len(first), max(1, size)):
+        yield first[begin : begin + size]
+    yield last
 
 
 class _Sink:
