@@ -70,7 +70,7 @@ def nine_files(llama: Path, work: Path) -> tuple[OutputFile, ...]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "at_once"), [(1, 1), (3, 1), (15, 1), (16, 2), (23, 2), (25, 3), (65, 8), (1000, 125)]
+    ("workers", "at_once"), [(1, 1), (3, 1), (15, 1), (16, 2), (23, 2), (25, 3), (40, 5), (65, 8), (1000, 125)]
 )
 def test_with_many_workers_files_are_written_beside_each_other(
     llama: Path, tmp_path: Path, workers: int, at_once: int
