@@ -84,7 +84,7 @@ def _write_share(
     transfer = None
     if source.commit is not None and _reads(plan, files) and not source.is_here(names):
         if source.cached:
-            transfer = Arrivals(source, plan.files_in_order, progress)
+            transfer = Arrivals(source, _needed(plan, files), progress)
             source = replace(source, wait=transfer.wait)
         else:
             transfer = Blocks(source, _pieces(plan, files), plan.read_ahead_bytes, progress)
@@ -110,6 +110,13 @@ def _write_share(
     return written
 
 
+def _needed(plan: Plan, files: tuple[OutputFile, ...]) -> tuple[str, ...]:
+    """The checkpoint's files that are read for these files to be written, in the order of reading."""
+    if plan.adapter is not None and plan.adapter.reads_base and plan.adapter_file in files:
+        return plan.files_in_order
+    return tuple(dict.fromkeys(name for name, _, _ in _pieces(plan, files)))
+
+
 def _pieces(plan: Plan, files: tuple[OutputFile, ...]) -> list[Piece]:
     """What is read of weights that are not in the cache, in the order of reading, for these files to be written."""
     source = plan.checkpoint.source
@@ -130,6 +137,6 @@ def _pieces(plan: Plan, files: tuple[OutputFile, ...]) -> list[Piece]:
 
 def _check_unchanged(plan: Plan) -> None:
     source = plan.checkpoint.source
-    source.check_unchanged(name for name in plan.files_read if source.cached or source.is_here([name]))
+    source.check_unchanged(name for name in plan.files_read if source.commit is None or source.is_here([name]))
     for merged in plan.merged.adapters:
         merged.adapter.source.check_unchanged([merged.file])
