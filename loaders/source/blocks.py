@@ -129,8 +129,8 @@ class Blocks:
             count = min(len(view), block.end - begin)
             first = begin - block.begin
             with self._lock:
+                block.readers += 1  # who waits for it counts: it is not let go of before it was seen
                 data = self._obtain(block, first + count)
-                block.readers += 1
             view[:count] = memoryview(data)[first : first + count]
             with self._lock:
                 block.readers -= 1
