@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from .flags.request import Request, resolve_request
 from .flags.strict import check_strict
 from .merge.merge import merge
 from .model.gguf.checkpoint import open_gguf
-from .model.model_class import import_class
 from .model.skeleton import build_skeleton
 from .plan.configuration import read_configuration
 from .plan.plan import Plan
@@ -182,7 +180,6 @@ def read_and_plan(request: Request, sources: Sources, watch: Stopwatch, *, heade
             add_bos=request.tokenizer.add_bos,
             name=sources.tokenizer_name,
             gguf_file=sources.tokenizer.gguf_file,
-            meanwhile=None if request.trust_remote_code else partial(import_class, configuration.config),
         )
     with watch.stage("headers"):
         if sources.gguf is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -75,12 +74,6 @@ def native_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
         if named.config_class is type(config):
             return named
     return None
-
-
-def import_class(config: PretrainedConfig) -> None:
-    """Import the class that `choose_class` will find, early; what is wrong with it is told there."""
-    with suppress(Exception):  # whatever a module raises, it raises again
-        native_class(config)
 
 
 def unknown_to_auto(config: PretrainedConfig) -> bool:

@@ -59,7 +59,7 @@ def load_tokenizer(
         # where files are missing, transformers makes up a tokenizer that knows its special tokens and nothing else
         special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
         vocabulary = tokenizer.get_vocab()
-        if not vocabulary.keys() - special:
+        if all(token in special for token in vocabulary):
             raise _no_tokenizer(root)
         last = max(vocabulary.values())
         if last >= MOST_TOKENS:

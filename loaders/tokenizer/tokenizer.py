@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +105,11 @@ def prepare_tokenizer(
     add_bos: bool,
     name: str,
     gguf_file: str | None = None,
-    meanwhile: Callable[[], None] | None = None,
 ) -> PreparedTokenizer:
     """Load the tokenizer of the directory `root`, or of its `gguf_file`, and set it up as `get_tokenizer_fn` says.
 
     `name` is the tokenizer's name as the user gave it; some rules look for `olmo` in it. Nothing is fetched, printed
-    or asked. `meanwhile` is called while files are read: `tokenizers` reads most of them without Python's lock.
+    or asked.
 
     Raises:
         UsageError: the flags are wrong, or don't fit this tokenizer or each other.
@@ -128,17 +124,8 @@ def prepare_tokenizer(
     options = TokenizerOptions(
         function=get_tokenizer_fn, name=name, use_fast=use_fast, template=chat_template_name, add_bos=add_bos
     )
-    importlib.import_module("transformers.models.auto.tokenization_auto")  # no two threads import what both need
-
     with quiet_transformers():
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            loading = pool.submit(
-                load_tokenizer,
-                root, use_fast=use_fast, trust_remote_code=trust_remote_code, gguf_file=gguf_file,
-            )  # fmt: skip
-            if meanwhile is not None:
-                meanwhile()
-            tokenizer = loading.result()
+        tokenizer = load_tokenizer(root, use_fast=use_fast, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
         kind = kind_of(tokenizer, root if gguf_file is None else None)
         return _check(tokenizer, kind, options, set_up(tokenizer, kind, options))
 
