@@ -1,7 +1,8 @@
 """Weights that never lie on this disk: read from a hub in blocks, ahead of those who need them, in bounded memory.
 
 Several requests run at once, each for one block, in the order in which the blocks will be needed. A block is held until
-all that was wanted of it has been read, and hashed in its turn; when it is needed again, it is asked for again.
+all that was wanted of it has been read, and hashed in its turn; when it is needed again, it is asked for again. Who
+reads ahead of the others waits for the turn of what he needs, unless all who are at work wait.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ class Blocks:
                 block.is_hashed = True
         self._size = sum(block.end - block.begin for block in self._ahead)
         self._received = 0
-        self._urgent: list[_Block] = []
+        self._wished: list[_Block] = []
+        """Those that somebody waits for and that are not held, in the order in which they were wished for."""
+        self._at_work = 0
+        self._waiting = 0
         self._held: set[_Block] = set()
         self._spare: list[bytearray] = []
         self._lock = threading.Lock()
@@ -140,23 +144,32 @@ class Blocks:
                 self._drop_if_done(block)
             view, begin = view[count:], begin + count
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around what reads and then does something with it: others who wait may hope that it reads on."""
+        with self._lock:
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                self._work_changed.notify()
+
     def _obtain(self, block: _Block, received: int) -> bytearray:
         """Wait until so many bytes of a block are here."""
-        if block.data is None and block not in self._urgent:
-            if block in self._ahead:
-                self._ahead.remove(block)
-            else:
-                block.wanted = block.end - block.begin  # a second time: as if all of it were wanted
-            self._urgent.append(block)
-            self._work_changed.notify()
-        while block.data is None or block.received < received:
+        if block.data is None and block not in self._wished:
+            self._wished.append(block)
+        self._waiting += 1
+        self._work_changed.notify()
+        try:
             self._arrived.wait_for(
                 lambda: self._stopped or self._error or (block.data is not None and block.received >= received)
             )
-            if self._error is not None:
-                raise self._error
-            if self._stopped:
-                raise _Abandoned
+        finally:
+            self._waiting -= 1
+        if block.data is None or block.received < received:
+            raise self._error or _Abandoned
         return block.data
 
     def _check(self) -> None:
@@ -191,26 +204,53 @@ class Blocks:
     def _next(self) -> _Block | None:
         """The next block to fetch, with memory for it; None when it is over."""
         with self._lock:
-            self._work_changed.wait_for(
-                lambda: self._stopped or self._error or self._urgent or (self._ahead and len(self._held) < self._most)
-            )
-            if self._stopped or self._error is not None:
+            chosen = None
+
+            def choose() -> bool:
+                nonlocal chosen
+                chosen = self._choose()
+                return self._stopped or self._error is not None or chosen is not None
+
+            self._work_changed.wait_for(choose)
+            if self._stopped or self._error is not None or chosen is None:
                 return None
-            if self._urgent:
-                block = self._urgent.pop(0)
-                self._make_room()
+            if chosen in self._ahead:
+                self._ahead.remove(chosen)
             else:
-                block = self._ahead.pop()
-            block.data = self._spare.pop() if self._spare else bytearray(self._buffer_bytes)
-            block.received = 0
-            self._held.add(block)
-            return block
+                chosen.wanted = chosen.end - chosen.begin  # a second time: as if all of it were wanted
+            if chosen in self._wished:
+                self._wished.remove(chosen)
+            chosen.data = self._spare.pop() if self._spare else bytearray(self._buffer_bytes)
+            chosen.received = 0
+            self._held.add(chosen)
+            return chosen
+
+    def _choose(self) -> _Block | None:
+        """What to fetch now: what comes next, or what is missing to go on."""
+        if self._ahead and len(self._held) < self._most:
+            return self._ahead[-1]
+        # what was dropped has no turn any more; and if all wait for a turn, it may never come
+        again = next((block for block in self._wished if block not in self._ahead), None)
+        is_stalled = self._waiting >= self._at_work and all(block.is_here for block in self._held)
+        if again is None and not (self._wished and is_stalled):
+            return None
+        self._make_room()
+        return again or self._wished[0]
 
     def _make_room(self) -> None:
-        """Let go of the block that nobody has read for the longest time, if there are too many."""
-        idle = [block for block in self._held if block.is_here and block.is_hashed and not block.readers]
-        if len(self._held) >= self._most and idle:
-            self._drop(min(idle, key=lambda block: block.used))
+        """If there are too many, let go of the block that nobody has read for the longest time."""
+        if len(self._held) < self._most:
+            return
+        idle = [block for block in self._held if block.is_here and not block.readers]
+        if idle and not any(block.is_hashed for block in idle):
+            # they come in an order in which no file can be hashed in memory
+            for name in {block.file for block in idle}:
+                self._digests.pop(name, None)
+                for block in self._blocks[name]:
+                    block.is_hashed = True
+        idle = [block for block in idle if block.is_hashed]
+        if idle:
+            self._drop(min(idle, key=lambda block: (not block.used, block.used)))
 
     def _count(self, block: _Block, count: int) -> None:
         with self._lock:

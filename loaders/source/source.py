@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,8 @@ class Source:
     """Waits for a file that is on its way to the cache, where some are."""
     read_remote: ReadInto | None = None
     """Reads weights that are on their way and come to lie nowhere, where some are."""
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around what reads and goes on to read: see `blocks.py`."""
 
     def fetch(self, names: Iterable[str], on_progress: Callable[[int], None] | None = None) -> None:
         """Make the files exist under `root`; those of a local model do already.

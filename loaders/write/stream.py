@@ -171,6 +171,7 @@ class _Execution:
         self._files = files
         self._directory = directory
         self._inputs = inputs
+        self._source = plan.checkpoint.source
         self._watch = inputs.watch
         self._free = threading.Condition()
         self._free_bytes = plan.request.max_memory_bytes - plan.read_ahead_bytes
@@ -208,7 +209,7 @@ class _Execution:
 
     def _arrival(self) -> Callable[[Step], tuple[int, int]]:
         """The place of a step's last file among those that are on their way, and its last byte if that counts."""
-        source = self._plan.checkpoint.source
+        source = self._source
         if source.wait is None and source.read_remote is None:
             return lambda step: (0, 0)
         places = {name: place for place, name in enumerate(self._plan.files_in_order)}
@@ -233,15 +234,14 @@ class _Execution:
                 yield self._hash, file, copy
 
     def _copy(self, file: OutputFile, copy: FileCopy) -> None:
-        source = self._plan.checkpoint.source
         try:
-            place = source.place(file.path)
+            place = self._source.place(file.path)
         except BaseException:
             copy.fail()
             raise
         with disk_errors(copy.target), self._watch.working("write"):
             if place is None:
-                with source.opened(file.path) as read:
+                with self._source.at_work(), self._source.opened(file.path) as read:
                     copy.receive(read)
             elif self._plan.link:
                 copy.link()
@@ -260,7 +260,7 @@ class _Execution:
     def _run(self, writers: tuple[FileWriter, ...], sink: Sink, steps: tuple[Step, ...]) -> None:
         for step in steps:
             need = step.operation.memory(self._inputs.chunk_bytes)
-            with self._reserved(need), self._watch.working("convert"):
+            with self._reserved(need), self._source.at_work(), self._watch.working("convert"):
                 step.operation.run(self._inputs, sink)
             self._advance(0, tensors=len(step.outputs))
         for writer in writers:

@@ -88,7 +88,7 @@ def _write_share(
             source = replace(source, wait=transfer.wait)
         else:
             transfer = Blocks(source, _pieces(plan, files), plan.read_ahead_bytes, progress)
-            source = replace(source, read_remote=transfer.read_into)
+            source = replace(source, read_remote=transfer.read_into, at_work=transfer.at_work)
         plan = replace(plan, checkpoint=replace(plan.checkpoint, source=source))
     with run.watch.stage("write"), transfer.coming() if transfer is not None else nullcontext():
         try:
