@@ -105,8 +105,8 @@ def write_sparse(directory: Path, shape: dict[str, int]) -> None:
     write_sparse_tensors(directory, {name: ("BF16", dimensions) for name, dimensions in llama_shapes(config).items()})
 
 
-def write_random(directory: Path, shape: dict[str, int], *, tied: bool) -> None:
-    """A Llama checkpoint of random weights in bfloat16, in shards of about 4 GB."""
+def write_random(directory: Path, shape: dict[str, int], *, tied: bool, shard_bytes: int = 4 * 10**9) -> None:
+    """A Llama checkpoint of random weights in bfloat16, in shards of about so many bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -122,7 +122,7 @@ def write_random(directory: Path, shape: dict[str, int], *, tied: bool) -> None:
     size = 0
     for name, dimensions in llama_shapes(config).items():
         count = int(torch.tensor(dimensions).prod())
-        if size + 2 * count > 4 * 10**9:
+        if size + 2 * count > shard_bytes and shards[-1]:
             save_file(shards[-1], directory / f"part-{len(shards)}", metadata={"format": "pt"})
             shards[-1].clear()
             shards.append({})
@@ -237,9 +237,9 @@ def seconds_of_work(report: dict[str, Any]) -> float:
     return sum(report["timings"].get(stage, 0.0) for stage in ("fetch", "write", "save", "hash"))
 
 
-def measure(command: list[Any]) -> tuple[float, int, str]:
+def measure(command: list[Any], environment: dict[str, str] | None = None) -> tuple[float, int, str]:
     """Wall seconds, the largest anonymous memory (sampled every 10 ms) and the output of one process."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     begin = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
