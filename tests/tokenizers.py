@@ -130,10 +130,12 @@ _BYTE_LEVEL_ALPHABET = [*_LETTERS, "Ġ", "Ċ"]
 
 
 def _bpe(first: list[str], alphabet: list[str], vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary of `vocab_size` tokens: `first`, `alphabet`, and merges of two letters to fill it up."""
+    """A vocabulary of `vocab_size` tokens: `first`, `alphabet`, and merges of two and three letters to fill it up."""
     tokens = [*first, *alphabet]
-    pairs = itertools.product(string.ascii_letters, string.ascii_letters)
-    merges = list(itertools.islice(pairs, max(0, vocab_size - len(tokens))))
+    letters = string.ascii_letters
+    pairs = list(itertools.product(letters, letters))
+    triples = ((left + right, last) for (left, right), last in itertools.product(pairs, letters))
+    merges = list(itertools.islice(itertools.chain(pairs, triples), max(0, vocab_size - len(tokens))))
     tokens += [left + right for left, right in merges]
     if len(tokens) != vocab_size:
         raise ValueError(f"vocab_size must lie between {len(first) + len(alphabet)} and {len(tokens)}")
