@@ -34,6 +34,8 @@ class _Block:
     file: str
     begin: int
     end: int
+    turn: int = 0
+    """Its place among those that are read ahead."""
     wanted: int = 0
     """Bytes that are still to be read."""
     data: bytearray | None = None
@@ -45,7 +47,11 @@ class _Block:
 
     @property
     def is_here(self) -> bool:
-        return self.data is not None and self.received == self.end - self.begin
+        return self.has(self.end - self.begin)
+
+    def has(self, received: int) -> bool:
+        """Whether so many bytes of it are held."""
+        return self.data is not None and self.received >= received
 
 
 @dataclass(eq=False, slots=True)
@@ -74,13 +80,13 @@ class Blocks:
         self._most = max(_REQUESTS, held_bytes // self._block_bytes)
         self._files = {file.path: RemoteFile(source.model, source.commit, file) for file in source.files}
         self._blocks = {file.path: self._divided(file) for file in source.files}
-        self._ahead = list(self._in_order(list(pieces)))
+        self._ahead = list(self._in_order(pieces))
         """Those that nobody has asked for yet, the next one last."""
         self._buffer_bytes = min(self._block_bytes, max((file.bytes for file in source.files), default=0))
         self._digests = {
             file.path: _Digest(self._blocks[file.path], file.sha256)
             for file in source.files
-            if file.sha256 is not None and all(block.wanted for block in self._blocks[file.path])
+            if file.sha256 is not None and file.bytes and all(block.wanted for block in self._blocks[file.path])
         }
         for blocks in (blocks for name, blocks in self._blocks.items() if name not in self._digests):
             for block in blocks:
@@ -90,7 +96,8 @@ class Blocks:
         self._wished: list[_Block] = []
         """Those that somebody waits for and that are not held, in the order in which they were wished for."""
         self._at_work = 0
-        self._waiting = 0
+        self._waiting: list[tuple[_Block, int]] = []
+        """For how much of which block."""
         self._held: set[_Block] = set()
         self._spare: list[bytearray] = []
         self._lock = threading.Lock()
@@ -160,39 +167,45 @@ class Blocks:
         """Wait until so many bytes of a block are here."""
         if block.data is None and block not in self._wished:
             self._wished.append(block)
-        self._waiting += 1
+        self._waiting.append((block, received))
         self._work_changed.notify()
         try:
-            self._arrived.wait_for(
-                lambda: self._stopped or self._error or (block.data is not None and block.received >= received)
-            )
+            self._arrived.wait_for(lambda: self._stopped or self._error or block.has(received))
         finally:
-            self._waiting -= 1
-        if block.data is None or block.received < received:
+            self._waiting.remove((block, received))
+        if block.data is None or not block.has(received):
             raise self._error or _Abandoned
         return block.data
 
     def _check(self) -> None:
         """Hash what is left of files that are read whole, and compare."""
         with self._lock:
-            self._ahead = [block for block in self._ahead if block.file in self._digests]
+            left = (block for block in self._ahead if not block.is_hashed)
+            self._ahead = sorted(left, key=lambda block: (block.file, block.begin), reverse=True)
             for block in (*self._held, *self._ahead):
                 block.wanted = 0
                 self._drop_if_done(block)
             self._work_changed.notify_all()
-            self._arrived.wait_for(lambda: self._error or all(digest.is_right for digest in self._digests.values()))
-            if self._error is not None:
-                raise self._error
+            self._arrived.wait_for(
+                lambda: self._error or self._stopped or all(digest.is_right for digest in self._digests.values())
+            )
+            if self._error or self._stopped:
+                raise self._error or _Abandoned
 
     # -- by the threads that fetch
 
     def _fetch_blocks(self) -> None:
-        while (block := self._next()) is not None:
+        while True:
             try:
+                block = self._next()
+                if block is None:
+                    return
                 assert block.data is not None
                 view = memoryview(block.data)[: block.end - block.begin]
                 self._files[block.file].fill(view, block.begin, lambda count, block=block: self._count(block, count))
                 self._hash(block.file)
+                with self._lock:
+                    self._drop_if_done(block)  # nobody may want it any more
             except _Abandoned:
                 return
             except Exception as error:  # whoever waits raises it
@@ -227,15 +240,21 @@ class Blocks:
 
     def _choose(self) -> _Block | None:
         """What to fetch now: what comes next, or what is missing to go on."""
-        if self._ahead and len(self._held) < self._most:
+        if self._ahead and (len(self._held) < self._most or self._is_due(self._ahead[-1])):
             return self._ahead[-1]
         # what was dropped has no turn any more; and if all wait for a turn, it may never come
         again = next((block for block in self._wished if block not in self._ahead), None)
-        is_stalled = self._waiting >= self._at_work and all(block.is_here for block in self._held)
+        waiting = sum(not block.has(received) for block, received in self._waiting)  # some were not woken yet
+        is_stalled = waiting >= self._at_work and all(block.is_here for block in self._held)
         if again is None and not (self._wished and is_stalled):
             return None
         self._make_room()
         return again or self._wished[0]
+
+    def _is_due(self, block: _Block) -> bool:
+        """Whether it is the next one to be hashed: those that are held may wait for it."""
+        digest = self._digests.get(block.file)
+        return digest is not None and block in digest.blocks[digest.done : digest.done + 1]
 
     def _make_room(self) -> None:
         """If there are too many, let go of the block that nobody has read for the longest time."""
@@ -248,9 +267,13 @@ class Blocks:
                 self._digests.pop(name, None)
                 for block in self._blocks[name]:
                     block.is_hashed = True
-        idle = [block for block in idle if block.is_hashed]
-        if idle:
-            self._drop(min(idle, key=lambda block: (not block.used, block.used)))
+                    self._drop_if_done(block)
+        idle = [block for block in idle if block in self._held and block.is_hashed]
+        if idle and len(self._held) >= self._most:
+            block = min(idle, key=lambda block: (not block.used, block.used, -block.turn))
+            self._drop(block)
+            if not block.used:
+                self._ahead.append(block)  # the last that was read ahead: it has its turn once more
 
     def _count(self, block: _Block, count: int) -> None:
         with self._lock:
@@ -281,9 +304,12 @@ class Blocks:
                 assert data is not None
             digest.value.update(memoryview(data)[: block.end - block.begin])
             with self._lock:
+                if self._digests.get(name) is not digest:
+                    return  # given up meanwhile, and the block perhaps let go of
                 digest.done += 1
                 block.is_hashed = True
                 self._drop_if_done(block)
+                self._work_changed.notify()  # the next one may be due
         if block is None and digest.value.hexdigest() != digest.sha256:
             raise CheckpointError(
                 f"`{name}` did not arrive as the hub lists it: its sha256 is {digest.value.hexdigest()}, "
@@ -318,6 +344,7 @@ class Blocks:
         """The blocks that pieces lie in, the last one first; each is told how much of it is wanted."""
         order: dict[_Block, None] = {}
         until: dict[str, int] = {}
+        pieces = [piece for piece in pieces if piece[1] < piece[2]]
         for name, begin, end in pieces:
             for block in self._blocks[name][begin // self._block_bytes : -(-end // self._block_bytes)]:
                 order.setdefault(block)
@@ -326,6 +353,8 @@ class Blocks:
             for block in self._blocks[name][first // self._block_bytes : -(-end // self._block_bytes)]:
                 block.wanted += max(0, min(end, block.end) - max(first, block.begin))
             until[name] = max(end, until.get(name, 0))
+        for turn, block in enumerate(order):
+            block.turn = turn
         return reversed(order)
 
 
