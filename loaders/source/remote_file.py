@@ -86,7 +86,8 @@ class RemoteFile:
                     f"the server that has `{name}` sends no ranges of it",
                     hint="leave out --source_cache none: the whole file is downloaded then",
                 )
-        told = answer.headers.get("Content-Range", f"bytes 0-{size - 1}/{answer.headers.get('Content-Length')}")
+        length = answer.headers.get("Content-Length", size)  # a body in chunks has none
+        told = answer.headers.get("Content-Range", f"bytes 0-{size - 1}/{length}")
         if told != f"bytes {begin}-{end - 1}/{size}":
             raise _changed(name, f"the server sends `{told}` of a file of {size} bytes")
         linked = [first.headers.get("X-Linked-Etag", "").strip('"') for first in answer.history[:1]]
@@ -115,6 +116,7 @@ def _body(answer: Any, count: int) -> Iterator[bytes]:
     connection = answer.extensions.get("network_stream")
     plain = answer.http_version == "HTTP/1.1" and "Transfer-Encoding" not in answer.headers
     for piece in answer.iter_raw():
+        piece = piece[:count]  # some send more than they say
         yield piece
         count -= len(piece)
         while connection is not None and plain and count > 0:
