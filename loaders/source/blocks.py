@@ -252,9 +252,11 @@ class Blocks:
         return again or self._wished[0]
 
     def _is_due(self, block: _Block) -> bool:
-        """Whether it is the next one to be hashed: those that are held may wait for it."""
+        """Whether those that are held can't be hashed before this one, and are held for nothing else."""
         digest = self._digests.get(block.file)
-        return digest is not None and block in digest.blocks[digest.done : digest.done + 1]
+        if digest is None or block not in digest.blocks[digest.done : digest.done + 1]:
+            return False
+        return all(block.wanted <= 0 and not block.is_hashed for block in self._held)
 
     def _make_room(self) -> None:
         """If there are too many, let go of the block that nobody has read for the longest time."""

@@ -56,6 +56,13 @@ class Hub:
         """Send nothing that was not told yet, and forget what was asked for."""
         self.asked, self._is_open = [], False
 
+    def end(self) -> None:
+        """Wait for those that fetch: all of them end, however the run did."""
+        self.send_all()
+        for thread in (thread for thread in threading.enumerate() if thread.name == "ftload-ranges"):
+            thread.join(GUARD_SECONDS)
+            assert not thread.is_alive()
+
     def until_asked(self, *wanted: tuple[str, int]) -> None:
         """Wait until as much has been asked for; it must be these blocks, in this order."""
         self.until_so_many(len(wanted))
@@ -97,6 +104,16 @@ class _File:
         self._hub.fill(self._name, view, begin, on_received)
 
 
+class Parts(Silent):
+    """Progress that keeps what arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: list[tuple[int, int]] = []
+
+    def arriving(self, *, bytes: int, of: int) -> None:
+        self.arrived.append((bytes, of))
+
+
 class Aside(threading.Thread):
     """Does something in a thread that holds nobody up at the end, whatever becomes of it."""
 
@@ -128,10 +145,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name in ("_LEAST_BLOCK_BYTES", "_MOST_BLOCK_BYTES"):
         monkeypatch.setattr(module, name, BLOCK)
     yield hub
-    hub.send_all()
-    for thread in (thread for thread in threading.enumerate() if thread.name == "ftload-ranges"):
-        thread.join(GUARD_SECONDS)
-        assert not thread.is_alive()  # however the run ended
+    hub.end()
 
 
 @pytest.fixture
@@ -276,6 +290,19 @@ def test_bytes_are_read_while_their_block_arrives(hub: Hub, make: Make) -> None:
     in_a_run(blocks, body)
 
 
+def test_a_block_that_was_read_while_it_came_makes_room_once_it_is_here(hub: Hub, make: Make) -> None:
+    hub.files = {"a": bytes(range(8))}
+    blocks = make([("a", 0, 2), ("a", 4, 8)], held=1)
+
+    def body() -> None:
+        hub.send("a", 0, 2)
+        assert read(blocks, "a", 0, 2) == b"\0\1"
+        hub.send("a", 0)
+        hub.until_asked(("a", 0), ("a", 1))
+
+    in_a_run(blocks, body)
+
+
 def test_a_block_far_ahead_comes_when_nobody_would_go_on_without_it(hub: Hub, make: Make) -> None:
     """It takes the place of the last that was read ahead, which is asked for again in its turn."""
     hub.files = {"a": bytes(range(40))}
@@ -296,6 +323,20 @@ def test_a_block_far_ahead_comes_when_nobody_would_go_on_without_it(hub: Hub, ma
     in_a_run(blocks, body)
     assert hub.asked == [("a", block) for block in (0, 1, 2, 3, 9, 3, 4, 5, 6, 7, 8)]
     assert len(hub.buffers) == 3
+
+
+def test_what_was_read_in_part_makes_room_before_what_was_not_read(hub: Hub, make: Make) -> None:
+    hub.files = {"a": bytes(range(40))}
+    hub.send_all()
+    blocks = make([("a", 0, 12), ("a", 36, 40)], held=3)
+
+    def body() -> None:
+        hub.until_asked(*(("a", block) for block in (0, 1, 2)))
+        assert read(blocks, "a", 0, 1) + read(blocks, "a", 36, 40) == bytes([0, *range(36, 40)])
+        assert read(blocks, "a", 4, 12) + read(blocks, "a", 1, 2) == bytes([*range(4, 12), 1])
+
+    in_a_run(blocks, body)
+    assert hub.asked == [("a", block) for block in (0, 1, 2, 9, 0)]
 
 
 def test_where_no_file_can_be_hashed_in_memory_none_is(hub: Hub, make: Make) -> None:
@@ -407,6 +448,94 @@ def test_what_nobody_read_leaves_room_for_what_is_hashed(hub: Hub, make: Make) -
     assert set(hub.asked) >= {("b", 0), ("b", 1), ("b", 2)}
 
 
+def test_a_block_that_came_before_its_turn_leaves_room_for_those_before_it(hub: Hub, make: Make) -> None:
+    hub.files = {"a": bytes(range(12))}
+    hub.send_all()
+    blocks = make([("a", 8, 12), ("a", 0, 8)], sha256={"a": digest(hub.files["a"])}, held=1)
+    in_a_run(blocks, lambda: hub.until_asked(("a", 2)))
+    assert hub.asked == [("a", 2), ("a", 0), ("a", 1)]
+
+
+def test_what_is_hashed_already_is_not_asked_for_to_be_compared(hub: Hub, make: Make) -> None:
+    hub.files = {"a": bytes(range(40))}
+    hub.send_all()
+    blocks = make([("a", 0, 40)], sha256={"a": digest(hub.files["a"])}, held=3)
+
+    def body() -> None:
+        hub.until_asked(*(("a", block) for block in (0, 1, 2)))
+        assert read(blocks, "a", 36, 40) == bytes(range(36, 40))  # the third makes room
+
+    in_a_run(blocks, body)
+    assert hub.asked == [("a", block) for block in (0, 1, 2, 9, 3, 4, 5, 6, 7, 8)]
+
+
+class Slow:
+    """A hash that takes its time."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.goes_on = threading.Event()
+        self._value = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        self.begun.set()
+        assert self.goes_on.wait(GUARD_SECONDS)
+        self._value.update(data)
+
+    def hexdigest(self) -> str:
+        return self._value.hexdigest()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """The hash of one file."""
+    slow = Slow()
+    made = module._Digest  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(module, "_Digest", lambda blocks, sha256: made(blocks, sha256, slow))  # type: ignore[arg-type]
+    return slow
+
+
+def test_one_thread_hashes_and_the_others_go_on(hub: Hub, make: Make, slow: Slow) -> None:
+    hub.files = {"a": bytes(range(16))}
+    blocks = make([("a", 0, 16)], sha256={"a": digest(hub.files["a"])}, requests=2)
+
+    def body() -> None:
+        hub.until_so_many(2)
+        hub.send("a", 0)
+        assert slow.begun.wait(GUARD_SECONDS)
+        hub.send("a", 1)
+        hub.until_so_many(3)
+        hub.send("a", 2)
+        hub.until_so_many(4)
+        hub.send("a", 3)
+        assert read(blocks, "a", 0, 16) == hub.files["a"]
+        slow.goes_on.set()
+
+    in_a_run(blocks, body)
+
+
+def test_a_hash_that_is_given_up_is_not_compared(hub: Hub, make: Make, slow: Slow) -> None:
+    """What is being hashed makes room for what came after it."""
+    hub.files = {"a": bytes(range(12)), "b": b"else", "c": b"more"}
+    blocks = make([("a", 0, 12)], sha256={"a": digest(hub.files["a"])}, requests=2, held=2)
+
+    def body() -> None:
+        hub.until_so_many(2)
+        hub.send("a", 0)
+        assert slow.begun.wait(GUARD_SECONDS)
+        hub.send("a", 1)
+        assert read(blocks, "a", 0, 5) == bytes(range(5))
+        hub.send("a", 2)
+        assert read(blocks, "a", 8, 9) == b"\x08"
+        slow.goes_on.set()
+        others = [Aside(lambda name=name: read(blocks, name, 0, 4)) for name in "bc"]
+        hub.until_so_many(5)  # whoever hashed fetches again
+        hub.send_all()
+        assert [other.result() for other in others] == [b"else", b"more"]
+
+    in_a_run(blocks, body)
+
+
 # -- how it ends
 
 
@@ -442,7 +571,8 @@ def test_memory_that_is_not_there_is_an_error(hub: Hub, make: Make, monkeypatch:
 
 def test_who_waits_is_sent_away_when_it_is_abandoned(hub: Hub, make: Make) -> None:
     hub.files = {"a": bytes(range(40))}
-    blocks = make([("a", 0, 40)], requests=3, held=4, sha256={"a": digest(hub.files["a"])})
+    progress = Parts()
+    blocks = make([("a", 0, 40)], requests=3, held=4, sha256={"a": digest(hub.files["a"])}, progress=progress)
 
     def body() -> None:
         hub.until_so_many(3)
@@ -456,7 +586,8 @@ def test_who_waits_is_sent_away_when_it_is_abandoned(hub: Hub, make: Make) -> No
     with pytest.raises(Exception) as caught:  # the file was not compared
         in_a_run(blocks, body)
     assert type(caught.value).__name__ == "_Abandoned"
-    assert len(hub.asked) == 3
+    hub.end()
+    assert (len(hub.asked), progress.arrived) == (3, [])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -472,16 +603,6 @@ def test_nothing_is_waited_for_after_an_error(hub: Hub, make: Make, error: type[
 
 
 # -- all of it together
-
-
-class Parts(Silent):
-    """Progress that keeps what arrived."""
-
-    def __init__(self) -> None:
-        self.arrived: list[tuple[int, int]] = []
-
-    def arriving(self, *, bytes: int, of: int) -> None:
-        self.arrived.append((bytes, of))
 
 
 @pytest.mark.parametrize("seed", range(12))
