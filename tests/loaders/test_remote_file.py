@@ -147,7 +147,8 @@ def test_an_address_that_never_works_is_an_error(hub: LoopbackHub, run: Run) -> 
 
 
 def test_a_small_file_has_no_other_address(hub: LoopbackHub, run: Run) -> None:
-    run([(0, 500), (500, 9999)], name="vocab.json")
+    hub.repos["org/m"].access = "private"
+    run([(0, 500), (500, 9999)], name="vocab.json", token=hub.token)
     assert asked(hub, "hub", "vocab.json") == of((0, 500), (500, 9999))
     assert asked(hub, "cdn", "vocab.json") == []
 
