@@ -2,7 +2,7 @@
 
 Several requests run at once, each for one block, in the order in which the blocks will be needed. A block is held until
 all that was wanted of it has been read, and hashed in its turn; when it is needed again, it is asked for again. Who
-reads ahead of the others waits for the turn of what he needs, unless all who are at work wait.
+reads ahead of the others waits for the turn of a block, unless all who are at work wait.
 """
 
 from __future__ import annotations
