@@ -25,7 +25,7 @@ from ..hub import LoopbackHub
 from ..merge.adapters import write_adapter
 from ..parity.models import write_model
 from ..tokenizers import write_llama
-from .runs import prepare
+from .runs import headers, prepare
 
 FILE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -241,6 +241,7 @@ def test_the_same_weights_are_written_as_from_a_directory(runs: Runs, tmp_path: 
     expected = weights(tmp_path / "out")
     assert expected
     assert weights(runs.here / "hub" / name) == expected
+    assert (HEAD in headers(runs.here / "hub" / name)) is (case.write not in (tied, of_its_own))
     assert answer["report"]["source"]["cache"] == ("none" if case.reads else None)
     # of blocks that are held in vain where workers wait for one another, a few are asked for twice
     size = sum((model / file).stat().st_size for file in weights(model))
@@ -254,3 +255,23 @@ def test_no_weights_lie_in_the_cache(runs: Runs) -> None:
     assert len(list((runs.here / "home").rglob("config.json"))) == len({case.write for case in CASES.values()})
     assert not [path for path in (runs.here / "home").rglob("*") if path.suffix in WEIGHTS]
     assert {answer["beside"] for answer in runs.answers.values()} == {0}  # nor what no name leads to
+
+
+def test_a_copy_of_what_the_hub_does_not_list_is_no_output(llama: Path, tmp_path: Path) -> None:
+    """One bit of a weight is another one, and nothing but the file's hash tells it."""
+    spoilt = bytearray((llama / FILE).read_bytes())
+    spoilt[-7] ^= 1
+    with LoopbackHub() as hub:
+        hub.add("org/model", llama)
+        hub.misbehave(f"*/{FILE}", instead=bytes(spoilt))
+        words = ["--model", "org/model", "--source_cache", "none", "--output_dir", "out", "--json"]
+        command = [sys.executable, "-m", "ftload.cli", "prepare", *words]
+        env = {**hub.env(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"]) == (4, 4)
+    assert error["message"] == (
+        f"`{FILE}` did not arrive as the hub lists it: its sha256 is {hashlib.sha256(spoilt).hexdigest()}, "
+        f"not {digest(llama / FILE)}"
+    )
+    assert not (tmp_path / "out").exists()
