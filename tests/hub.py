@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from fnmatch import fnmatch
@@ -161,22 +161,33 @@ class LoopbackHub:
         self._uses: Counter[int] = Counter()
         self.lock = threading.Lock()
         self._servers = [_Server(self, "hub"), _Server(self, "cdn")]
-        self.endpoint, self.cdn = [f"http://127.0.0.1:{server.server_port}" for server in self._servers]
+        self._ports = [server.server_port for server in self._servers]
+        self.endpoint, self.cdn = [f"http://127.0.0.1:{port}" for port in self._ports]
 
     def __enter__(self) -> LoopbackHub:
+        self._serve()
+        return self
+
+    def _serve(self) -> None:
         for server in self._servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """Switch it off: from now on connections are refused."""
+        """Switch it off: connections end, and from now on are refused."""
         for server in self._servers:
             server.shutdown()
             server.server_close()
+            server.hang_up()
         self._servers = []
+
+    def start_again(self) -> None:
+        """Switch it on after `stop`, where it was before."""
+        names: tuple[Literal["hub"], Literal["cdn"]] = ("hub", "cdn")
+        self._servers = [_Server(self, name, port) for name, port in zip(names, self._ports, strict=True)]
+        self._serve()
 
     def add(
         self,
@@ -275,7 +286,14 @@ class LoopbackHub:
 
     def sent(self, path: str = "*") -> int:
         """Bytes of bodies sent so far for paths that match the pattern."""
-        return sum(request.sent for request in self.requests if fnmatch(request.path, path))
+        return sum(request.sent for request in list(self.requests) if fnmatch(request.path, path))
+
+    def wait_until_sent(self, path: str, count: int) -> None:
+        """Until so many bytes have been sent for paths that match the pattern."""
+        give_up = time.monotonic() + 120
+        while self.sent(path) < count:
+            assert time.monotonic() < give_up, self.requests
+            time.sleep(0.01)
 
     def env(self, home: Path, *, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """The whole environment of a process that knows this hub only, with its cache in `home`."""
@@ -329,10 +347,27 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, hub: LoopbackHub, name: Literal["hub", "cdn"]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: LoopbackHub, name: Literal["hub", "cdn"], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.hub = hub
         self.name: Literal["hub", "cdn"] = name
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that has been served."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """End all connections that there are."""
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is none of a test's business."""

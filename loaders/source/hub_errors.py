@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ T = TypeVar("T")
 RETRY_AFTER_SECONDS = (1, 2)
 _LONGEST_WAIT_SECONDS = 60
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+EXPIRED_STATUSES = (400, 401, 403, 404, 410)
+"""How servers refuse a signed address that is no longer valid."""
 
 
 def with_retries(call: Callable[[], T], received: Callable[[], int] = lambda: 0) -> T:
@@ -45,10 +48,14 @@ def with_retries(call: Callable[[], T], received: Callable[[], int] = lambda: 0)
 
 
 def _is_passing(error: Exception) -> bool:
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRIED_STATUSES
+        status = error.response.status_code
+        # the library goes on with a download at its old address: what another server refuses, the hub has a new one for
+        is_signed = not str(error.response.url).startswith(constants.ENDPOINT)
+        return status in RETRIED_STATUSES or (is_signed and status in EXPIRED_STATUSES)
     # nobody is there: who has no network should not wait
     return type(error).__name__ not in ("ConnectError", "ConnectTimeout")
 
@@ -161,7 +168,9 @@ def _download_error(error: Exception, file: str) -> FtloadError:
     if isinstance(error, OSError) and error.filename:
         return SourceError(f"can't use `{error.filename}`: {error.strerror}", hint=hint)
     again = "run the same command again: files that are complete are kept"
-    return SourceError(f"the download of `{file}` failed: {_said(error)}", hint=again)
+    # where the size is wrong, the library says the end of the address too, which is its signature
+    said = re.sub(r"(?<=^Consistency check failed: )(.*?) \(.*", r"\1", _said(error))
+    return SourceError(f"the download of `{file}` failed: {said}", hint=again)
 
 
 def not_a_hub() -> SourceError:

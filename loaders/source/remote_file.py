@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CheckpointError, SourceError
-from .hub_errors import hub_errors, not_a_hub, with_retries
+from .hub_errors import EXPIRED_STATUSES, hub_errors, not_a_hub, with_retries
 from .source import SourceFile
 
 _RECEIVED_BYTES = 512 * 1024
 """What is taken from a connection at once."""
-_EXPIRED = (400, 401, 403, 404, 410)
-"""How servers refuse a signed address that is no longer valid."""
 
 
 class RemoteFile:
@@ -63,7 +61,7 @@ class RemoteFile:
         address = self._address
         if address is not None:
             with get_session().stream("GET", address, headers=wanted, timeout=timeout) as answer:
-                if answer.status_code not in _EXPIRED:
+                if answer.status_code not in EXPIRED_STATUSES:
                     hf_raise_for_status(answer)
                     self._check(answer, begin, end, renewed=False)
                     yield answer
