@@ -118,7 +118,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with LoopbackHub() as hub:
         hub.add("org/model", model)
         home = directory / "home"
-        env = hub.env(home) | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        env = hub.env(home) | {"HF_HUB_DOWNLOAD_TIMEOUT": str(5 * GUARD_SECONDS)}  # what is held back stays away
         with Forks(model, env, directory) as forks:
             yield Place(hub=hub, forks=forks, model=model, home=home, work=directory / "work")
 
