@@ -143,7 +143,8 @@ def test_an_address_that_never_works_is_an_error(hub: LoopbackHub, run: Run) -> 
     answer = run(RANGES)
     assert answer["error"]["code"] == 3
     assert answer["error"]["message"].startswith(f"the hub answers `403 Forbidden` for `{NAME}` of `org/m`")
-    assert (len(asked(hub, "hub")), len(asked(hub, "cdn"))) == (1, 1)
+    assert answer["waits"] == [1, 2]
+    assert (len(asked(hub, "hub")), len(asked(hub, "cdn"))) == (3, 3)  # each time by a new one
 
 
 def test_a_small_file_has_no_other_address(hub: LoopbackHub, run: Run) -> None:
