@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 from warnings import catch_warnings, simplefilter
 
-from ..errors import CheckpointError, said_by
+from ..errors import CheckpointError, FtloadError, said_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def _unpickle(file: BinaryIO, name: str) -> Any:
                     return state
             file.seek(0)
             return torch.load(file, **options)
-    except CheckpointError:
+    except FtloadError:
         raise
     except Exception as error:  # torch raises many types here, none of which names the file
         raise CheckpointError(

@@ -152,12 +152,18 @@ class Source:
             yield partial(self._download, name)
             return
         except OSError as error:
-            raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+            raise _unreadable(path, error) from error
         with file:
             yield partial(_fill, file, name, path)
 
     def file(self, name: str) -> BinaryIO:
         """A file to read and seek in. Of one that was not fetched, only what is read is downloaded."""
+        path = self.root / name
+        if path.exists():
+            try:
+                return path.open("rb")
+            except OSError as error:
+                raise _unreadable(path, error) from error
         size = next(file.bytes for file in self.files if file.path == name)
         return io.BufferedReader(_FileOfSource(self, name, size), _FILE_BUFFER_BYTES)
 
@@ -178,7 +184,7 @@ class Source:
             try:
                 found = path.stat()
             except OSError as error:
-                raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+                raise _unreadable(path, error) from error
             if found.st_size != listed.bytes or listed.mtime_ns not in (None, found.st_mtime_ns):
                 raise CheckpointError(
                     f"`{path}` changed while it was read", hint="run it again when nothing writes to it"
@@ -227,8 +233,12 @@ def _fill(file: io.FileIO, name: str, path: Path, view: memoryview, begin: int) 
         while count < len(view) and (more := file.readinto(view[count:])):
             count += more
     except OSError as error:
-        raise SourceError(f"can't read `{path}`: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     _check_count(name, begin, count, len(view))
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(f"can't read `{path}`: {error.strerror or error}")
 
 
 def _check_count(name: str, begin: int, count: int, wanted: int) -> None:

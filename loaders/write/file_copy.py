@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -43,32 +44,36 @@ class FileCopy:
 
     def link(self) -> None:
         """Make the target a second name of the source file itself."""
-        try:
+        with self._telling():
             os.link(self._source.resolve(), self.target)
             self._copied_until(self._size)
-            self._is_durable()
-        except BaseException:
-            self.fail()
-            raise
 
     def copy(self) -> None:
         """Clone the file where the file system can, else let the kernel copy it; then make it durable.
 
         Raises `CheckpointError` when the source turns out to be shorter than its listing.
         """
-        try:
-            with self._open_source() as source, self.target.open("xb") as target:
-                if _clone(source.fileno(), target.fileno()):
-                    self._copied_until(self._size)
-                while self._copied < self._size:
-                    count = self._copy_piece(source.fileno(), target.fileno())
-                    start_writing_back(target.fileno(), self._copied, count)
-                    self._copied_until(self._copied + count)
-                os.fsync(target.fileno())
-            self._is_durable()
-        except BaseException:
-            self.fail()
-            raise
+        with self._telling(), self._open_source() as source, self.target.open("xb") as target:
+            if _clone(source.fileno(), target.fileno()):
+                self._copied_until(self._size)
+            while self._copied < self._size:
+                count = self._copy_piece(source.fileno(), target.fileno())
+                start_writing_back(target.fileno(), self._copied, count)
+                self._copied_until(self._copied + count)
+            os.fsync(target.fileno())
+
+    def receive(self, read: Callable[[memoryview, int], None]) -> None:
+        """Write what `read` fills views with, from a place on; then make it durable."""
+        buffer = memoryview(bytearray(min(_HELD_BYTES, self._size)))
+        with self._telling(), self.target.open("xb") as target:
+            while self._copied < self._size:
+                piece = buffer[: self._size - self._copied]
+                read(piece, self._copied)
+                target.write(piece)
+                target.flush()
+                start_writing_back(target.fileno(), self._copied, len(piece))
+                self._copied_until(self._copied + len(piece))
+            os.fsync(target.fileno())
 
     def hash(self) -> str:
         """The sha256 of the target, read as far as it is written, once it is durable; empty when the copy failed.
@@ -116,23 +121,6 @@ class FileCopy:
         for begin in range(position, self._size, _HASHED_BYTES):
             yield begin, min(begin + _HASHED_BYTES, self._size), None
 
-    def receive(self, read: Callable[[memoryview, int], None]) -> None:
-        """Write what `read` fills views with, from a place on; then make it durable."""
-        try:
-            buffer = memoryview(bytearray(min(_HELD_BYTES, self._size)))
-            with self.target.open("xb", buffering=0) as target:
-                while self._copied < self._size:
-                    piece = buffer[: self._size - self._copied]
-                    read(piece, self._copied)
-                    target.write(piece)
-                    start_writing_back(target.fileno(), self._copied, len(piece))
-                    self._copied_until(self._copied + len(piece))
-                os.fsync(target.fileno())
-            self._is_durable()
-        except BaseException:
-            self.fail()
-            raise
-
     def _open_source(self) -> BinaryIO:
         try:
             return self._source.open("rb")
@@ -158,7 +146,14 @@ class FileCopy:
             self._copied = position
             self._changed.notify_all()
 
-    def _is_durable(self) -> None:
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Around what makes the copy: who follows learns how it ended."""
+        try:
+            yield
+        except BaseException:
+            self.fail()
+            raise
         with self._changed:
             self._durable = True
             self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -13,8 +14,9 @@ import pytest
 import torch
 from ftload.loaders.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ftload.loaders.checkpoint.json_files import fetch_config
+from ftload.loaders.checkpoint.pickles import read_pickle
 from ftload.loaders.checkpoint.safetensors_header import read_header
-from ftload.loaders.errors import CheckpointError
+from ftload.loaders.errors import CheckpointError, SourceError
 from ftload.loaders.source.resolve import resolve_source
 from safetensors.torch import save_file
 
@@ -223,6 +225,15 @@ def test_a_pickle_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with pytest.raises(CheckpointError, match=r"` ends after \d+ bytes, before byte \d+$"):
             checkpoint.read(checkpoint.tensors[name])
+
+
+def test_a_pickle_that_cannot_be_reached_is_no_bad_pickle() -> None:
+    class Unreachable(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise SourceError("the hub is gone")
+
+    with pytest.raises(SourceError, match=r"^the hub is gone$"):
+        read_pickle(Unreachable(), "pytorch_model.bin")
 
 
 def test_pickles_in_shards_agree_with_their_index(tmp_path: Path) -> None:

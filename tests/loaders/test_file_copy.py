@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from ftload.loaders.checkpoint.tensors import TensorMeta
 from ftload.loaders.errors import CheckpointError, SourceError
 from ftload.loaders.write.file_copy import FileCopy
+
+from ..small_disk import small_disk
 
 CONTENT = bytes(range(256)) * 150_000  # 38 MB: more than one piece
 
@@ -31,6 +34,48 @@ def test_content_and_hash(tmp_path: Path, how: str) -> None:
         assert digest.result(60) == hashlib.sha256(CONTENT).hexdigest()
     assert copy.target.read_bytes() == CONTENT
     assert copy.target.samefile(tmp_path / "source") == (how == "link")
+
+
+def received(path: Path) -> Callable[[memoryview, int], None]:
+    """Reads a file for `FileCopy.receive`."""
+    content = path.read_bytes()
+
+    def read(view: memoryview, begin: int) -> None:
+        view[:] = content[begin : begin + len(view)]
+
+    return read
+
+
+def test_what_comes_from_elsewhere_is_hashed_on_its_way(tmp_path: Path) -> None:
+    copy = copy_of(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        digest = pool.submit(copy.hash)
+        pool.submit(copy.receive, received(tmp_path / "source")).result(60)
+        assert digest.result(60) == hashlib.sha256(CONTENT).hexdigest()
+    assert copy.target.read_bytes() == CONTENT
+
+
+def test_what_is_said_to_have_come_is_in_the_file(tmp_path: Path) -> None:
+    """Who follows reads as far as is told."""
+    sizes: list[int] = []
+    size = 1024 * 1024 + 100
+    (tmp_path / "source").write_bytes(CONTENT[:size])
+    target = tmp_path / "target"
+    copy = FileCopy(tmp_path / "source", target, size, (), lambda count: sizes.append(target.stat().st_size))
+    copy.receive(received(tmp_path / "source"))
+    assert sizes == [1024 * 1024, size]
+
+
+def test_what_comes_from_elsewhere_and_finds_no_room_is_an_error(tmp_path: Path) -> None:
+    """The disk ends within the last piece: the system writes what it has room for, and says so by a number alone."""
+    size = 3 * 1024 * 1024
+    (tmp_path / "source").write_bytes(CONTENT[:size])
+    with small_disk(tmp_path / "disk", "2560k") as disk:
+        copy = FileCopy(tmp_path / "source", disk / "target", size, (), lambda count: None)
+        with pytest.raises(OSError) as caught:
+            copy.receive(received(tmp_path / "source"))
+        assert caught.value.errno == errno.ENOSPC
+        assert copy.hash() == ""
 
 
 @pytest.mark.parametrize("element", [0, 2**19 - 1, 2**19, 2_000_000])
