@@ -234,7 +234,7 @@ def settle(directory: Path, *, cold: bool = False) -> None:
 
 def seconds_of_work(report: dict[str, Any]) -> float:
     """What a run took from the first weight on: beyond imports, while which weights are read ahead, and the plan."""
-    return sum(report["timings"].get(stage, 0.0) for stage in ("fetch", "write", "save", "hash"))
+    return sum(report["timings"].get(stage, 0.0) for stage in ("write", "save", "hash"))
 
 
 def measure(command: list[Any], environment: dict[str, str] | None = None) -> tuple[float, int, str]:

@@ -115,7 +115,7 @@ def make_plan(
                 decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     link = request.base == "link"
     taken_over = [file.path for file in model_files if file.layout is None]
-    if link and request.source_cache == "none" and not checkpoint.source.is_here(taken_over):
+    if link and not checkpoint.source.cached and not checkpoint.source.is_here(taken_over):
         link, reason = False, "with `--source_cache none` its files are not on this disk"
         decisions.append(Decision(what="base", requested="link", effective="copy", reason=reason))
     workers = count_workers()
@@ -222,7 +222,7 @@ def _left_experts(request: Request, skeleton: Skeleton, quantised: frozenset[str
 
 def _source_decisions(request: Request, sources: Sources, adapter: Adapter | None, base: Base) -> Iterator[Decision]:
     """What is left aside of the model's source."""
-    if base == "reference" and sources.model.kind == "hub" and request.source_cache == "none":
+    if base == "reference" and not sources.model.cached:
         yield Decision(
             what="source_cache",
             requested="none",

@@ -165,6 +165,8 @@ class Blocks:
 
     def _obtain(self, block: _Block, received: int) -> bytearray:
         """Wait until so many bytes of a block are here."""
+        if block.data is not None and block.has(received):
+            return block.data
         if block.data is None and block not in self._wished:
             self._wished.append(block)
         self._waiting.append((block, received))
@@ -312,16 +314,17 @@ class Blocks:
                 block.is_hashed = True
                 self._drop_if_done(block)
                 self._work_changed.notify()  # the next one may be due
-        if block is None and digest.value.hexdigest() != digest.sha256:
+        if block is not None:
+            return
+        found = digest.value.hexdigest()
+        if found != digest.sha256:
             raise CheckpointError(
-                f"`{name}` did not arrive as the hub lists it: its sha256 is {digest.value.hexdigest()}, "
-                f"not {digest.sha256}",
+                f"`{name}` did not arrive as the hub lists it: its sha256 is {found}, not {digest.sha256}",
                 hint="run it again; if it happens again, something between here and the hub changes files",
             )
-        if block is None:
-            with self._lock:
-                digest.is_right = True
-                self._arrived.notify_all()
+        with self._lock:
+            digest.is_right = True
+            self._arrived.notify_all()
 
     # -- under the lock
 

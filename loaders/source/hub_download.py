@@ -1,13 +1,14 @@
 """Bytes from a hub: whole files into its cache, or a range of one into memory.
 
-All that talks to a hub is in this file and hub.py, through huggingface_hub, which honours `HF_TOKEN`, `HF_HOME`,
-`HF_ENDPOINT` and `HF_HUB_OFFLINE` itself; hub_errors.py wraps each call, with the repository and the file.
+All that talks to a hub is in this file, remote_file.py and hub.py, through huggingface_hub, which honours `HF_TOKEN`,
+`HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` itself; hub_errors.py wraps each call, with the repository and the file.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,33 @@ def download_file(model: str, commit: str, name: str, size: int, on_progress: Ca
         raise SourceError(f"`{name}` has {found} bytes, the hub lists it with {size}")
 
 
+@contextmanager
+def asked_for_range(
+    model: str, commit: str, name: str, begin: int, end: int, *, address: str | None = None
+) -> Iterator[Any]:
+    """A server's answer when it is asked for the bytes `begin` (first) to `end` (exclusive), its body not read yet.
+
+    A response of httpx, or of httpx2. With an `address`, where the hub said that the file is: that gets no token.
+    """
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    url = address or hf_hub_url(model, name, revision=commit)
+    headers = {} if address else build_hf_headers()
+    headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        yield answer
+
+
 def download_range(model: str, commit: str, name: str, begin: int, end: int) -> bytes:
     """The bytes `begin` (first) to `end` (exclusive) of a file, fewer if it is shorter; only they are downloaded."""
-    from huggingface_hub import constants, get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub.utils import hf_raise_for_status
 
     if begin == end:
         return b""
-    url = hf_hub_url(model, name, revision=commit)
-    headers = build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
 
     def get() -> bytes:
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        with asked_for_range(model, commit, name, begin, end) as response:
             hf_raise_for_status(response)
             # a server that knows no ranges sends the file from its start: stop where the range ends
             skip = 0 if response.status_code == 206 else begin

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CheckpointError, SourceError
+from .hub_download import asked_for_range
 from .hub_errors import EXPIRED_STATUSES, hub_errors, not_a_hub, with_retries
 from .source import SourceFile
 
@@ -52,22 +53,18 @@ class RemoteFile:
 
     @contextmanager
     def _answer(self, begin: int, end: int) -> Iterator[Any]:
-        """The server's answer for a range, checked, its body not read yet: a response of httpx, or of httpx2."""
-        from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        """The server's answer for a range, checked, its body not read yet."""
+        from huggingface_hub.utils import hf_raise_for_status
 
-        wanted = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        address = self._address
-        if address is not None:
-            with get_session().stream("GET", address, headers=wanted, timeout=timeout) as answer:
+        wanted = self._model, self._commit, self._file.path, begin, end
+        if self._address is not None:
+            with asked_for_range(*wanted, address=self._address) as answer:
                 if answer.status_code not in EXPIRED_STATUSES:
                     hf_raise_for_status(answer)
                     self._check(answer, begin, end, renewed=False)
                     yield answer
                     return
-        url = hf_hub_url(self._model, self._file.path, revision=self._commit)
-        with get_session().stream("GET", url, headers=build_hf_headers() | wanted, timeout=timeout) as answer:
+        with asked_for_range(*wanted) as answer:
             hf_raise_for_status(answer)
             self._check(answer, begin, end, renewed=True)
             self._address = str(answer.url) if answer.history else None

@@ -49,8 +49,8 @@ def write_tensors(
     """Write these files of `plan` into `directory`, check that they are what was planned, and hash them.
 
     Random numbers are drawn in the reference's order: seed, new embedding rows, adapter. `on_finished` gets every
-    file that is durable, with its sha256, from the thread that finished it. After an error
-    `on_stopped` ends what workers wait for.
+    file that is durable, with its sha256, from the thread that finished it. After an error `on_stopped` ends what
+    workers wait for.
     """
     import torch
 
@@ -172,6 +172,8 @@ class _Execution:
         self._directory = directory
         self._inputs = inputs
         self._source = plan.checkpoint.source
+        is_coming = self._source.wait is not None or self._source.read_remote is not None
+        self._places = {name: place for place, name in enumerate(plan.files_in_order)} if is_coming else {}
         self._watch = inputs.watch
         self._free = threading.Condition()
         self._free_bytes = plan.request.max_memory_bytes - plan.read_ahead_bytes
@@ -209,12 +211,11 @@ class _Execution:
 
     def _arrival(self) -> Callable[[Step], tuple[int, int]]:
         """The place of a step's last file among those that are on their way, and its last byte if that counts."""
-        source = self._source
-        if source.wait is None and source.read_remote is None:
+        if not self._places:
             return lambda step: (0, 0)
-        places = {name: place for place, name in enumerate(self._plan.files_in_order)}
+        by_byte = self._source.read_remote is not None
         last = {
-            name: max((places[part.file], part.end if source.wait is None else 0) for part in parts)
+            name: max((self._places[part.file], part.end if by_byte else 0) for part in parts)
             for name, parts in self._plan.stored_parts.items()
         }
         return lambda step: max((last.get(output.name, (0, 0)) for output in step.outputs), default=(0, 0))
@@ -224,11 +225,10 @@ class _Execution:
 
         They come from a hub as the model needs them, whatever their names.
         """
-        places = {name: place for place, name in enumerate(self._plan.files_in_order)}
-        for file in sorted(self._files, key=lambda file: places.get(file.path, 0)):
+        for file in sorted(self._files, key=lambda file: self._places.get(file.path, 0)):
             if file.layout is None:
                 tensors = [step.operation.source for step in file.steps if isinstance(step.operation, Cast)]
-                source = self._plan.checkpoint.source.root / file.path
+                source = self._source.root / file.path
                 copy = FileCopy(source, self._directory / file.path, file.size, tensors, self._advance)
                 yield self._copy, file, copy
                 yield self._hash, file, copy

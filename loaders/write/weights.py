@@ -45,7 +45,7 @@ def _check_room(plan: Plan, files: Iterable[OutputFile], directory: Path) -> Non
     """
     files, source, output = tuple(files), plan.checkpoint.source, plan.request.output.parent
     needed, fetched = plan.disk_bytes(files), 0
-    if plan.request.source_cache == "hub" and _reads(plan, files):
+    if source.cached and _reads(plan, files):
         fetched = source.unfetched_bytes(plan.files_read)
     words = f"the output takes {needed / 1e9:.1f} GB"
     if fetched:

@@ -25,6 +25,7 @@ from ftload.loaders.write import fingerprint as identity
 
 from ..conftest import Result
 from ..parity.models import write_model
+from ..small_disk import small_disk
 from ..tokenizers import write_llama
 
 Ftload = Callable[..., Result]
@@ -249,19 +250,10 @@ def test_the_lock_is_on_the_output_not_on_its_name(ftload: Ftload, model: Path, 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB in memory."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "ftload-test", directory], capture_output=True, text=True, check=False
-    )
-    if mount.returncode:
-        pytest.skip(f"can't mount a file system: {mount.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "8m") as directory:
         yield directory
-    finally:
-        subprocess.run(["umount", "-l", directory], check=True)
 
 
 class Filling(Silent):
@@ -288,8 +280,8 @@ def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path) -> None:
-    out = small_disk / "out"
+def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, disk: Path) -> None:
+    out = disk / "out"
     words = ["--model", str(model), "--output_dir", str(out), *FLAGS]
     done = ftload("prepare", *words, "--json")
     assert done.code == 0, done.err
@@ -301,20 +293,20 @@ def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path
     for stage, step in (("write", 16384), ("save", 4096)):
         for free in range(0, whole, step):
             try:
-                prepare(parse_arguments(words), Filling(small_disk, stage, free))
+                prepare(parse_arguments(words), Filling(disk, stage, free))
             except ResourceError as error:
                 assert error.code == 6
                 assert "No space left on device" in error.message, error.message
                 hit.append(error.message.split("`")[1].rpartition("/")[2])
                 assert not out.exists()
-                kept |= {path.name for path in small_disk.rglob("*.safetensors")}
-            (small_disk / "filler").unlink(missing_ok=True)
+                kept |= {path.name for path in disk.rglob("*.safetensors")}
+            (disk / "filler").unlink(missing_ok=True)
             # with room again, the run goes on from what is finished, or finds everything done
             again = ftload("prepare", *words, "--json")
             assert again.code == 0, again.err
             found = {entry["path"]: entry["sha256"] for entry in json.loads(again.out)["files"]}
             assert found == {**expected, "README.md": found["README.md"]}
-            assert [path.name for path in small_disk.iterdir()] == ["out"]
+            assert [path.name for path in disk.iterdir()] == ["out"]
             shutil.rmtree(out)
     weights = {Path(name).name for name in expected if name.endswith(".safetensors")}
     assert weights <= set(hit), weights - set(hit)
@@ -324,13 +316,13 @@ def test_a_full_disk_at_every_file(ftload: Ftload, model: Path, small_disk: Path
     assert kept == weights
 
 
-def test_too_little_room_is_known_before_the_first_byte(ftload: Ftload, model: Path, small_disk: Path) -> None:
-    fill(small_disk, 100_000)
-    before = times(small_disk)
-    refused = ftload("prepare", "--model", model, "--output_dir", small_disk / "out", *FLAGS)
+def test_too_little_room_is_known_before_the_first_byte(ftload: Ftload, model: Path, disk: Path) -> None:
+    fill(disk, 100_000)
+    before = times(disk)
+    refused = ftload("prepare", "--model", model, "--output_dir", disk / "out", *FLAGS)
     assert refused.code == 6
     assert "GB free, the output takes" in refused.err
-    assert times(small_disk) == before
+    assert times(disk) == before
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jsonschema import Draft202012Validator
 from ..headers import write_headers
 from ..hub import File, LoopbackHub
 from ..parity.models import write_model
+from ..small_disk import small_disk
 from ..tokenizers import write_llama
 
 FILE = "model.safetensors"
@@ -48,20 +48,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(directory, "llama", vocab_size=4096, dtype="float32")
     write_llama(directory, vocab_size=128)
     return directory
-
-
-@contextmanager
-def disk(directory: Path, size: str) -> Iterator[Path]:
-    """A file system of this size in memory, which takes none before it is filled."""
-    directory.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "ftload-test", directory]
-    mount = subprocess.run(words, capture_output=True, text=True, check=False)
-    if mount.returncode:
-        pytest.skip(f"can't mount a file system: {mount.stderr.strip()}")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "-l", directory], check=True)
 
 
 def run(hub: LoopbackHub, home: Path, *words: str | Path, offline: bool = False) -> tuple[int, dict[str, Any]]:
@@ -116,7 +102,7 @@ def test_too_little_room_for_both_is_known_before_anything_is_fetched(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     size = next(name for name in (cache.split("/")[0], output.split("/")[0]) if name != "elsewhere")
-    with disk(tmp_path / size, size), LoopbackHub() as hub:
+    with small_disk(tmp_path / size, size), LoopbackHub() as hub:
         hub.add("org/model", large)
         words = ["prepare", "--model", "org/model", "--output_dir", tmp_path / output, *QLORA]
         code, answer = run(hub, tmp_path / cache, *words)
@@ -130,7 +116,7 @@ def test_too_little_room_for_both_is_known_before_anything_is_fetched(
 
 def test_what_is_in_the_cache_takes_no_more_room(small: Path, tmp_path: Path) -> None:
     size = (small / FILE).stat().st_size
-    with disk(tmp_path / "8m", "8m") as place, LoopbackHub() as hub:
+    with small_disk(tmp_path / "8m", "8m") as place, LoopbackHub() as hub:
         hub.add("org/model", small)
         prepare = ["prepare", "--model", "org/model", "--output_dir", place / "out"]
         assert run(hub, place / "home", *prepare)[0] == 0
@@ -185,6 +171,23 @@ def test_the_plan_says_the_disk_both_ways(large: dict[str, Path | File], tmp_pat
         # what is read ahead is held in memory
         assert nones["needs"] == {**needs, "memory_bytes": needs["memory_bytes"] + 256 * 1024**2}
         assert nones["source"]["cache"] == "none"
+
+
+def test_what_is_read_ahead_is_within_the_budget_for_memory(small: Path, tmp_path: Path) -> None:
+    """The hint names a budget that is enough, and a smaller one is not."""
+    with LoopbackHub() as hub:
+        hub.add("org/model", small)
+        words = ["plan", "--model", "org/model", "--source_cache", "none", *QLORA, "--max_memory"]
+        code, answer = run(hub, tmp_path / "home", *words, "8KB")
+        assert code == 6
+        message = r"tensor `(.+)` needs ([\d,]+) bytes at once and 2,000 for reading ahead, "
+        told = re.fullmatch(message + "`--max_memory` allows 8,000", answer["error"]["message"])
+        assert told is not None, answer
+        need = int(told[2].replace(",", ""))
+        enough = -(-(need * 4 // 3 + 1) // 10**6)
+        assert answer["error"]["hint"] == f"pass --max_memory {enough}MB or more"
+        assert run(hub, tmp_path / "home", *words, str(need * 4 // 3 + 1))[0] == 0
+        assert run(hub, tmp_path / "home", *words, str(need * 4 // 3 - 4))[0] == 6
 
 
 def test_the_plan_says_what_is_in_the_cache_already(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def write_watched(model: Path, work: Path, *, within: bool, workers: int) -> tup
     operations = [step.operation for file in plan.files for step in file.steps]
     largest = needs(operations, plan.chunk_bytes)[-1]
     budget = largest if within else plan.request.max_memory_bytes
-    plan = replace(plan, workers=workers, request=replace(plan.request, max_memory_bytes=budget))
+    ahead = 10_000_000 if within else 0  # what is read ahead of a hub has its share
+    request = replace(plan.request, max_memory_bytes=budget + ahead)
+    plan = replace(plan, workers=workers, read_ahead_bytes=ahead, request=request)
     watch = Watch(patience=0.02 if within else 60)
     files = tuple(
         replace(file, steps=tuple(replace(step, operation=Watched(step.operation, watch)) for step in file.steps))
