@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from ..progress import Progress
 from .source import Source
 
+_FEWEST_AT_ONCE = 2
+"""While a piece of one file is written to the disk, the line carries the other."""
 _MOST_AT_ONCE = 8
 _SETTLED_SECONDS = 1.0
 """A connection is not at its full speed at first."""
@@ -26,7 +28,7 @@ class Pace:
     """How many files travel at once: one more, as long as that makes all of them together faster."""
 
     def __init__(self) -> None:
-        self.at_once = 1
+        self.at_once = _FEWEST_AT_ONCE
         self._is_found = False
         self._rate = 0.0
         self._begin: float | None = None
