@@ -148,6 +148,8 @@ class LoopbackHub:
         self.stranger_token = "hf_loopbackTokenOfAStranger"
         """Valid, but may read only what is public."""
         self.repos: dict[str, Repo] = {}
+        self.moved: dict[str, str] = {}
+        """Old names of repositories, and the new ones."""
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.knows_ranges = True
@@ -424,6 +426,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(fault.status or 200, fault.body or b"told to fail", headers)
             elif self.server.name == "cdn":
                 self.send_cdn(path)
+            elif moved := next((old for old in hub.moved if f"/{old}/" in f"{url.path}/"), None):
+                self.send(307, b"", {"Location": self.path.replace(moved, hub.moved[moved], 1)})
             elif url.path.startswith("/api/"):
                 self.send_api(url.path.removeprefix("/api/"))
             else:

@@ -40,14 +40,15 @@ def print_summary(outcome: Outcome, directory: str) -> None:
         + (", its report rewritten" if outcome.recorded else ""),
     )
     _print_parameters(console, report.parameters)
-    print_details(
-        console,
-        [
-            *details(report),
-            ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings.items())),
-            ("memory", f"{format_bytes(report.peak_anonymous_bytes)} at the peak while writing"),
-        ],
-    )
+    told = [
+        *details(report),
+        ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings.items())),
+        ("memory", f"{format_bytes(report.peak_anonymous_bytes)} at the peak while writing"),
+    ]
+    if report.ranges is not None:
+        proven = f"files with the hub's sha256: {len(report.ranges.compared)}"
+        told.append(("by ranges", f"{format_bytes(report.ranges.bytes)}, {proven}"))
+    print_details(console, told)
     _print_notes(console, report)
     for flag, (old, new) in outcome.recorded.items():
         print_labelled(console, "recorded", f"{flag}: {old} → {new}")

@@ -329,6 +329,16 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ranges:
+    """Weights that were read on a hub and never lay on this disk."""
+
+    bytes: Count
+    """That travelled in this run while it wrote: more than there are where weights are needed twice."""
+    compared: tuple[str, ...]
+    """The files that were read whole, whose sha256 was therefore compared with the hub's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report(Described):
     """What `ftload prepare` wrote: ftload_report.json, and stdout with `--json`."""
 
@@ -345,6 +355,8 @@ class Report(Described):
     """Seconds by stage."""
     work: Work
     """Seconds that the workers spent, added up over all of them, within the stage `write`."""
+    ranges: Ranges | None = None
+    """What weights were read by ranges, with `--source_cache none`; null where none were. Since 0.2."""
     peak_anonymous_bytes: Count
     """Of the whole process, libraries included, while it wrote."""
     peak_rss_bytes: Count

@@ -106,6 +106,7 @@ def build_report(
         files=files,
         timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
         work=document.Work(**{kind: round(seconds, 3) for kind, seconds in written.seconds.items()}),
+        ranges=document.Ranges(bytes=written.ranges_bytes, compared=written.compared) if written.ranges_bytes else None,
         peak_anonymous_bytes=written.peak_anonymous_bytes,
         peak_rss_bytes=peak_memory_bytes(),
     )

@@ -92,7 +92,8 @@ class Blocks:
             for block in blocks:
                 block.is_hashed = True
         self._size = sum(block.end - block.begin for block in self._ahead)
-        self._received = 0
+        self.received_bytes = 0
+        """All that came: more than is wanted where something is asked for again."""
         self._wished: list[_Block] = []
         """Those that somebody waits for and that are not held, in the order in which they were wished for."""
         self._at_work = 0
@@ -125,6 +126,12 @@ class Blocks:
             self._check()
         finally:
             self.abandon()
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The files whose sha256 was the hub's."""
+        with self._lock:
+            return tuple(sorted(name for name, digest in self._digests.items() if digest.is_right))
 
     def abandon(self) -> None:
         """Fetch nothing any more, and let nobody wait."""
@@ -284,9 +291,9 @@ class Blocks:
             if self._stopped or self._error is not None:
                 raise _Abandoned
             block.received += count
-            self._received = min(self._received + count, self._size)
+            self.received_bytes += count
             self.seconds = time.monotonic() - self._begin
-            self._progress.arriving(bytes=self._received, of=self._size)
+            self._progress.arriving(bytes=min(self.received_bytes, self._size), of=self._size)
             self._arrived.notify_all()
 
     def _hash(self, name: str) -> None:

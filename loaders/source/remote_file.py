@@ -85,8 +85,8 @@ class RemoteFile:
         told = answer.headers.get("Content-Range", f"bytes 0-{size - 1}/{length}")
         if told != f"bytes {begin}-{end - 1}/{size}":
             raise _changed(name, f"the server sends `{told}` of a file of {size} bytes")
-        linked = [first.headers.get("X-Linked-Etag", "").strip('"') for first in answer.history[:1]]
-        if self._file.sha256 is not None and linked and linked[0] not in ("", self._file.sha256):
+        linked = {first.headers.get("X-Linked-Etag", "").strip('"') for first in answer.history}
+        if self._file.sha256 is not None and not linked <= {"", self._file.sha256}:
             raise _changed(name, "its sha256 is another one than the hub listed")
         tag = answer.headers.get("ETag")
         with self._lock:

@@ -106,6 +106,8 @@ def _write_share(
             raise
     if transfer is not None:
         run.watch.stages["fetch"] = transfer.seconds
+    if isinstance(transfer, Blocks):
+        written = replace(written, ranges_bytes=transfer.received_bytes, compared=transfer.compared)
     _check_unchanged(plan)
     return written
 

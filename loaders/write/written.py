@@ -20,6 +20,10 @@ class Written:
     """What the workers spent their time on, added up over all of them: reading, converting, writing, hashing."""
     peak_anonymous_bytes: int
     """The largest anonymous memory of the process, libraries included, sampled while it wrote."""
+    ranges_bytes: int = 0
+    """What came from a hub by ranges."""
+    compared: tuple[str, ...] = ()
+    """The source's files of which that was all, in order, so that it could be compared with the hub's sha256."""
 
     @classmethod
     def all_of(cls, shares: Iterable[Mapping[str, Any]]) -> Written:
@@ -29,4 +33,6 @@ class Written:
             hashes={path: digest for share in shares for path, digest in share["hashes"].items()},
             seconds={kind: sum(share["seconds"][kind] for share in shares) for kind in shares[0]["seconds"]},
             peak_anonymous_bytes=max(share["peak_anonymous_bytes"] for share in shares),
+            ranges_bytes=sum(share["ranges_bytes"] for share in shares),
+            compared=tuple(sorted(name for share in shares for name in share["compared"])),
         )

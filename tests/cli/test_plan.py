@@ -21,7 +21,7 @@ from .runs import at_a_terminal, without_colours
 
 Ftload = Callable[..., Result]
 KNOWN_ONLY_AFTERWARDS = {
-    "created", "fingerprint", "timings", "work", "peak_anonymous_bytes", "peak_rss_bytes", "files",
+    "created", "fingerprint", "timings", "work", "peak_anonymous_bytes", "peak_rss_bytes", "ranges", "files",
     "configuration",  # hashes of what was written
 }  # fmt: skip
 FLAGS = {

@@ -291,6 +291,16 @@ def test_a_file_of_another_hash_has_changed(hub: LoopbackHub, run: Run) -> None:
     assert answer["waits"] == []
 
 
+def test_a_repository_may_have_another_name_now(hub: LoopbackHub, run: Run) -> None:
+    hub.repos["org/new"] = hub.repos.pop("org/m")
+    hub.moved["org/m"] = "org/new"
+    run(RANGES, token=hub.token)
+    assert asked(hub, "hub") == of(RANGES[0], RANGES[0])
+    assert asked(hub, "cdn") == of(*RANGES)
+    answer = run([(0, 10)], listed={"sha256": "0" * 64})
+    assert answer["error"] == changed("its sha256 is another one than the hub listed")
+
+
 def test_a_file_that_changes_while_it_is_read_has_changed(hub: LoopbackHub, run: Run) -> None:
     hub.misbehave(f"*/{NAME}", after=2, instead=bytes(700_000))
     answer = run([(0, 10), (10, 20), (20, 30)])
