@@ -3,6 +3,7 @@
 Fields are only added within a schema version. One that was added has a default, so that reports of before are read;
 `schema.py` makes the published schema from these classes, descriptions from the docstrings below the fields included.
 Counts of parameters are logical: 4-bit weights unpacked, tied weights once, the adapter included, buffers not at all.
+The file is long because every field of both is in it.
 """
 
 from __future__ import annotations
