@@ -34,5 +34,5 @@ class Written:
             seconds={kind: sum(share["seconds"][kind] for share in shares) for kind in shares[0]["seconds"]},
             peak_anonymous_bytes=max(share["peak_anonymous_bytes"] for share in shares),
             ranges_bytes=sum(share["ranges_bytes"] for share in shares),
-            compared=tuple(sorted(name for share in shares for name in share["compared"])),
+            compared=tuple(sorted({name for share in shares for name in share["compared"]})),
         )

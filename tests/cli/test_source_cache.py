@@ -215,6 +215,12 @@ def test_the_plan_says_what_is_in_the_cache_already(tmp_path: Path) -> None:
         assert line(start(hub, home, *plan).stdout, "cache") == (
             "524.42 kB more in the hub's cache, which has 649.91 kB; 0 with --source_cache none"
         )
+        # by ranges only what the cache lacks is read, and the summary says it
+        words = ["prepare", "--model", "org/model", "--output_dir", tmp_path / "mixed", "--source_cache", "none"]
+        shown = start(hub, home, *words).stdout
+        assert line(shown, "by ranges") == "524.42 kB, files with the hub's sha256: 1"
+        ranges = json.loads((tmp_path / "mixed" / "ftload_report.json").read_text())["ranges"]
+        assert ranges == {"bytes": sizes[gone.name], "compared": [gone.name]}
         # offline, nothing can be read by ranges either
         words = ["prepare", "--model", "org/model", "--output_dir", tmp_path / "other", "--source_cache", "none"]
         code, answer = run(hub, home, *words, offline=True)

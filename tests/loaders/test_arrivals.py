@@ -356,7 +356,7 @@ def test_an_error_does_not_wait_for_files_that_are_on_their_way(
     writing.end()
     assert isinstance(writing.error, CheckpointError)
     assert writing.error.message == message.format(cache=tmp_path / "cache")
-    assert IN_ORDER[-1] not in writing.source.asked
+    assert set(IN_ORDER[:2]) <= set(writing.source.asked) <= set(IN_ORDER[:3])
     assert [path.name for path in (tmp_path / "cache").iterdir()] == IN_ORDER[:1]
 
 
@@ -369,4 +369,4 @@ def test_a_file_that_does_not_come_ends_the_run_with_its_error(sharded: Path, tm
     writing.source.let_come(*IN_ORDER[:2])
     writing.end()
     assert writing.error is error
-    assert IN_ORDER[-1] not in writing.source.asked
+    assert set(IN_ORDER[:2]) <= set(writing.source.asked) <= set(IN_ORDER[:3])

@@ -17,6 +17,7 @@ from ftload.loaders.prepare import prepare
 from ftload.loaders.progress import Silent, Stopwatch
 from ftload.loaders.steps.step import Inputs, Operation, Sink
 from ftload.loaders.write.stream import write_tensors
+from ftload.loaders.write.written import Written
 
 from .plans import make_plan
 
@@ -152,3 +153,26 @@ def test_a_disk_that_holds_another_header_is_noticed(
     with pytest.raises(VerificationError, match=message):
         prepare(parse_arguments(words), Silent())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shares_of_several_processes_are_added_up() -> None:
+    """A file that two of them read whole, one to copy it and one for an adapter, is named once."""
+    shares = [
+        {
+            "hashes": {"b": "1"},
+            "seconds": {"read": 1.0},
+            "peak_anonymous_bytes": 7,
+            "ranges_bytes": 10,
+            "compared": ["y"],
+        },
+        {
+            "hashes": {"a": "2"},
+            "seconds": {"read": 2.5},
+            "peak_anonymous_bytes": 9,
+            "ranges_bytes": 5,
+            "compared": ["x", "y"],
+        },
+    ]
+    assert Written.all_of(shares) == Written(
+        hashes={"a": "2", "b": "1"}, seconds={"read": 3.5}, peak_anonymous_bytes=9, ranges_bytes=15, compared=("x", "y")
+    )
