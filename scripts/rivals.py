@@ -13,8 +13,8 @@ from typing import Any
 
 RANK = 64
 TARGETS = ["q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
-TOKENS = 64
-"""Of the batch with which the first step is done."""
+TOKENS = 4
+"""Of the batch with which the first step is done: few, so that what loading takes is seen on a slow processor too."""
 SAMPLE = 4096
 """Elements of each parameter that are kept of it: whole parameters would take longer to write than the step."""
 
