@@ -42,8 +42,8 @@ CODE_BOOK = (
 """The 16 values of NF4 (QLoRA, appendix E)."""
 _FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 CODE_BOOKS = {"nf4": CODE_BOOK, "fp4": (*_FP4, 0.0, *(-value for value in _FP4[1:]))}
-"""By type. FP4 is a sign, two bits of exponent and one of mantissa, where the largest value is 1. Its second zero is +0 on
-every machine, as in bitsandbytes' `get_4bit_type` and its kernels for AVX-512 and NEON; its others give -0."""
+"""By type. FP4 is a sign, two bits of exponent and one of mantissa, where the largest value is 1. Its second zero is +0
+on every machine, as in bitsandbytes' `get_4bit_type` and its kernels for AVX-512 and NEON; its others give -0."""
 
 
 @cache
