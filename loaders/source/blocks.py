@@ -65,6 +65,11 @@ class _Digest:
     is_busy: bool = False
     is_right: bool = False
 
+    @property
+    def next(self) -> _Block | None:
+        """The block to be hashed next, or being hashed."""
+        return self.blocks[self.done] if self.done < len(self.blocks) else None
+
 
 class Blocks:
     """Reads files of a repository while a block runs.
@@ -257,22 +262,25 @@ class Blocks:
         is_stalled = waiting >= self._at_work and all(block.is_here for block in self._held)
         if again is None and not (self._wished and is_stalled):
             return None
-        self._make_room()
-        return again or self._wished[0]
+        return again or self._wished[0] if self._make_room() else None
 
     def _is_due(self, block: _Block) -> bool:
         """Whether those that are held can't be hashed before this one, and are held for nothing else."""
-        digest = self._digests.get(block.file)
-        if digest is None or block not in digest.blocks[digest.done : digest.done + 1]:
+        if not self._is_next(block):
             return False
         return all(block.wanted <= 0 and not block.is_hashed for block in self._held)
 
-    def _make_room(self) -> None:
-        """If there are too many, let go of the block that nobody has read for the longest time."""
+    def _make_room(self) -> bool:
+        """If there are too many, let go of the block that nobody has read for the longest time.
+
+        False while one is being hashed, so that some may be let go of in a moment.
+        """
         if len(self._held) < self._most:
-            return
+            return True
         idle = [block for block in self._held if block.is_here and not block.readers]
         if idle and not any(block.is_hashed for block in idle):
+            if any(block.is_here and self._is_next(block) for block in self._held):
+                return False
             # they come in an order in which no file can be hashed in memory
             for name in {block.file for block in idle}:
                 self._digests.pop(name, None)
@@ -285,6 +293,7 @@ class Blocks:
             self._drop(block)
             if not block.used:
                 self._ahead.append(block)  # the last that was read ahead: it has its turn once more
+        return True
 
     def _count(self, block: _Block, count: int) -> None:
         with self._lock:
@@ -298,30 +307,21 @@ class Blocks:
 
     def _hash(self, name: str) -> None:
         """Hash what has come in order, unless another thread is at it: that one goes on to what came meanwhile."""
-        digest = self._digests.get(name)
-        if digest is None:
-            return
         with self._lock:
-            if digest.is_busy:
+            digest = self._digests.get(name)
+            if digest is None or digest.is_busy:
                 return
-            digest.is_busy = True
-        while True:
+            block = self._begin_next(digest)
+        while block is not None:
+            assert block.data is not None
+            digest.value.update(memoryview(block.data)[: block.end - block.begin])
             with self._lock:
-                block = digest.blocks[digest.done] if digest.done < len(digest.blocks) else None
-                if block is None or not block.is_here:
-                    digest.is_busy = False
-                    break
-                data = block.data
-                assert data is not None
-            digest.value.update(memoryview(data)[: block.end - block.begin])
-            with self._lock:
-                if self._digests.get(name) is not digest:
-                    return  # given up meanwhile, and the block perhaps let go of
                 digest.done += 1
                 block.is_hashed = True
                 self._drop_if_done(block)
                 self._work_changed.notify()  # the next one may be due
-        if block is not None:
+                block = self._begin_next(digest)
+        if digest.next is not None:
             return
         found = digest.value.hexdigest()
         if found != digest.sha256:
@@ -334,6 +334,16 @@ class Blocks:
             self._arrived.notify_all()
 
     # -- under the lock
+
+    def _begin_next(self, digest: _Digest) -> _Block | None:
+        """The next block to hash, if it is here: as long as it is hashed it is held, and its hash is not given up."""
+        block = digest.next
+        digest.is_busy = block is not None and block.is_here
+        return block if digest.is_busy else None
+
+    def _is_next(self, block: _Block) -> bool:
+        digest = self._digests.get(block.file)
+        return digest is not None and digest.next is block
 
     def _drop_if_done(self, block: _Block) -> None:
         if block in self._held and block.wanted <= 0 and block.is_here and block.is_hashed and not block.readers:

@@ -520,9 +520,9 @@ def test_one_thread_hashes_and_the_others_go_on(hub: Hub, make: Make, slow: Slow
     in_a_run(blocks, body)
 
 
-def test_a_hash_that_is_given_up_is_not_compared(hub: Hub, make: Make, slow: Slow) -> None:
-    """What is being hashed makes room for what came after it."""
-    hub.files = {"a": bytes(range(12)), "b": b"else", "c": b"more"}
+def test_what_is_being_hashed_is_waited_for(hub: Hub, make: Make, slow: Slow) -> None:
+    """Its hash is not given up for a block that comes after it."""
+    hub.files = {"a": bytes(range(12))}
     blocks = make([("a", 0, 12)], sha256={"a": digest(hub.files["a"])}, requests=2, held=2)
 
     def body() -> None:
@@ -531,15 +531,18 @@ def test_a_hash_that_is_given_up_is_not_compared(hub: Hub, make: Make, slow: Slo
         assert slow.begun.wait(GUARD_SECONDS)
         hub.send("a", 1)
         assert read(blocks, "a", 0, 5) == bytes(range(5))
-        hub.send("a", 2)
-        assert read(blocks, "a", 8, 9) == b"\x08"
+        last = Aside(lambda: read(blocks, "a", 8, 9))
+        changed = blocks._work_changed  # pyright: ignore[reportPrivateUsage]
+        with changed:
+            while not blocks._waiting:  # pyright: ignore[reportPrivateUsage]
+                changed.wait(0.01)
+            assert blocks._choose() is None  # pyright: ignore[reportPrivateUsage]
         slow.goes_on.set()
-        others = [Aside(lambda name=name: read(blocks, name, 0, 4)) for name in "bc"]
-        hub.until_so_many(5)  # whoever hashed fetches again
         hub.send_all()
-        assert [other.result() for other in others] == [b"else", b"more"]
+        assert last.result() == b"\x08"
 
     in_a_run(blocks, body)
+    assert blocks.compared == ("a",)
 
 
 # -- how it ends
