@@ -262,13 +262,13 @@ class Blocks:
         is_stalled = waiting >= self._at_work and all(block.is_here for block in self._held)
         if again is None and not (self._wished and is_stalled):
             return None
-        return again or self._wished[0] if self._make_room() else None
+        if not self._make_room():
+            return None
+        return again or self._wished[0]
 
     def _is_due(self, block: _Block) -> bool:
         """Whether those that are held can't be hashed before this one, and are held for nothing else."""
-        if not self._is_next(block):
-            return False
-        return all(block.wanted <= 0 and not block.is_hashed for block in self._held)
+        return self._is_next(block) and all(block.wanted <= 0 and not block.is_hashed for block in self._held)
 
     def _make_room(self) -> bool:
         """If there are too many, let go of the block that nobody has read for the longest time.

@@ -520,10 +520,35 @@ def test_one_thread_hashes_and_the_others_go_on(hub: Hub, make: Make, slow: Slow
     in_a_run(blocks, body)
 
 
-def test_what_is_being_hashed_is_waited_for(hub: Hub, make: Make, slow: Slow) -> None:
+def test_a_block_is_hashed_once_all_of_it_is_here(hub: Hub, make: Make) -> None:
+    hub.files = {"a": bytes(range(12))}
+    blocks = make([("a", 0, 12)], sha256={"a": digest(hub.files["a"])}, requests=2)
+
+    def body() -> None:
+        hub.until_so_many(2)
+        hub.send("a", 1, 2)
+        hub.send("a", 0)
+        hub.until_so_many(3)  # whoever hashed the first fetches again
+        hub.send_all()
+        assert read(blocks, "a", 0, 12) == hub.files["a"]
+
+    in_a_run(blocks, body)
+    assert blocks.compared == ("a",)
+
+
+def test_what_is_being_hashed_is_waited_for(hub: Hub, make: Make, slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its hash is not given up for a block that comes after it."""
     hub.files = {"a": bytes(range(12))}
     blocks = make([("a", 0, 12)], sha256={"a": digest(hub.files["a"])}, requests=2, held=2)
+    choose, looked = blocks._choose, threading.Event()  # pyright: ignore[reportPrivateUsage]
+
+    def look() -> object:
+        chosen = choose()
+        if blocks._wished:  # pyright: ignore[reportPrivateUsage]
+            looked.set()
+        return chosen
+
+    monkeypatch.setattr(blocks, "_choose", look)
 
     def body() -> None:
         hub.until_so_many(2)
@@ -532,11 +557,7 @@ def test_what_is_being_hashed_is_waited_for(hub: Hub, make: Make, slow: Slow) ->
         hub.send("a", 1)
         assert read(blocks, "a", 0, 5) == bytes(range(5))
         last = Aside(lambda: read(blocks, "a", 8, 9))
-        changed = blocks._work_changed  # pyright: ignore[reportPrivateUsage]
-        with changed:
-            while not blocks._waiting:  # pyright: ignore[reportPrivateUsage]
-                changed.wait(0.01)
-            assert blocks._choose() is None  # pyright: ignore[reportPrivateUsage]
+        assert looked.wait(GUARD_SECONDS)
         slow.goes_on.set()
         hub.send_all()
         assert last.result() == b"\x08"
