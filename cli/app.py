@@ -8,6 +8,8 @@ import io
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -64,6 +66,7 @@ def main() -> NoReturn:
     gc.set_threshold(1_000_000)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    _pass_signals_on()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when ftload was started
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -113,5 +116,31 @@ def run(words: list[str]) -> int:
         return Output.from_flags(read_command_line(words).values).end(error, *words[:1])
 
 
+_heard: list[int] = []
+"""Signals that the main thread has handled."""
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    _heard.append(signum)
     raise Interrupted(128 + signum)
+
+
+def _pass_signals_on() -> None:
+    """Send on to this thread, the main one, what another takes: in its place Python handles every signal.
+
+    The system chooses a thread; where that is not this one, this one sleeps on, until what it waits for is there
+    (signal(7); Python's `signal.set_wakeup_fd`). A signal that was sent on and not handled yet is sent again.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.get_ident()
+
+    def send_on() -> None:
+        while not _heard:
+            (number,) = os.read(reading, 1)
+            time.sleep(0.1)
+            if not _heard and signal.getsignal(number) is _interrupt:
+                signal.pthread_kill(thread, number)
+
+    threading.Thread(target=send_on, name="ftload-signals", daemon=True).start()

@@ -5,6 +5,7 @@ Whole is: as a run that nothing disturbed writes it, which is as from the same d
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -298,6 +299,17 @@ def test_a_signal_midway(place: Place, whole: dict[str, str], cache: str, name: 
     place.assert_whole(whole)
     if cache == "hub":
         assert place.times_sent_whole() == dict.fromkeys(place.weights, 1)
+    never.set()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_signal_that_another_thread_takes(place: Place, cache: str) -> None:
+    """The main thread, which waits for the others, is told: by itself it would sleep on."""
+    run, never = begin_and_hold(place, cache)
+    others = {int(thread.name) for thread in Path(f"/proc/{run.pid}/task").iterdir()} - {run.pid}
+    assert any(ctypes.CDLL(None).tgkill(run.pid, thread, signal.SIGINT) == 0 for thread in sorted(others))
+    assert run.end() == (130, "error: interrupted\n")
+    assert not never.is_set()
     never.set()
 
 
