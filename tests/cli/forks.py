@@ -9,6 +9,7 @@ Waits between attempts, ftload's own and its libraries', are cut to nothing.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -90,6 +91,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(0, 1)
             os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            faulthandler.register(signal.SIGALRM, file=2, chain=True)  # where each thread hung
             signal.alarm(GUARD_SECONDS)
             ftload()
         print(pid, flush=True)
