@@ -139,7 +139,7 @@ def _pass_signals_on() -> None:
     def send_on() -> None:
         while not _heard:
             (number,) = os.read(reading, 1)
-            time.sleep(0.1)
+            time.sleep(0.1)  # where the main thread took it, it has handled it by then
             if not _heard and signal.getsignal(number) is _interrupt:
                 signal.pthread_kill(thread, number)
 

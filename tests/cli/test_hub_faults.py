@@ -307,7 +307,7 @@ def test_a_signal_that_another_thread_takes(place: Place, cache: str) -> None:
     """The main thread, which waits for the others, is told: by itself it would sleep on."""
     run, never = begin_and_hold(place, cache)
     others = {int(thread.name) for thread in Path(f"/proc/{run.pid}/task").iterdir()} - {run.pid}
-    assert any(ctypes.CDLL(None).tgkill(run.pid, thread, signal.SIGINT) == 0 for thread in sorted(others))
+    assert any(ctypes.CDLL(None).tgkill(run.pid, thread, signal.SIGINT) == 0 for thread in sorted(others, reverse=True))
     assert run.end() == (130, "error: interrupted\n")
     assert not never.is_set()
     never.set()
